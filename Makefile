@@ -1,0 +1,59 @@
+# `make demo` and `make test` do everything on a fresh machine; the rest is for development.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+BUILD := build
+PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: help demo test lint types bench clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo   run a pruned model on a photograph and show what was saved"
+	@echo "make test   run the tests"
+	@echo "make lint   ruff"
+	@echo "make types  mypy --strict on the built and installed wheel"
+	@echo "make bench  measure prefill of the original and of pruned models"
+	@echo "make clean  remove $(VENV) and everything built"
+
+# Torch first and by its exact version: pip then takes a file from a local --find-links folder
+# (for example a CPU build) where there is one.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "$$($(PYTHON) --version) is too old: Python 3.11 or newer is needed, for example" \
+			"make PYTHON=python3.12" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) torch==2.13.0
+	$(PIP_INSTALL) --editable ".[test,demo]"
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP_INSTALL) --editable ".[dev,test,demo]"
+	@touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/dop-compile demo
+
+test: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+
+# The wheel, not the checkout: only there is `passes/` a part of the package. `build/lib` is
+# removed first, since setuptools would put modules deleted since then into the wheel.
+types: $(VENV)/.installed-dev
+	rm -rf $(BUILD)/lib $(BUILD)/bdist.* $(BUILD)/types
+	mkdir -p $(BUILD)/types
+	$(BIN)/python -m build --wheel --outdir $(BUILD)/types . > $(BUILD)/types/build.log \
+		|| { cat $(BUILD)/types/build.log >&2; exit 1; }
+	$(PIP_INSTALL) --no-deps --target $(BUILD)/types/site $(BUILD)/types/*.whl
+	cd $(BUILD)/types/site && MYPYPATH=. $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml \
+		--python-executable $(CURDIR)/$(BIN)/python --cache-dir $(CURDIR)/.mypy_cache --package dop_compile
+
+bench: $(VENV)/.installed
+	$(BIN)/python benchmarks/prefill.py $(BENCH_ARGS)
+
+clean:
+	rm -rf $(VENV) $(BUILD) dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,240 @@
+"""A key/value cache whose layers hold what the policy keeps, and that reports the caller's length.
+
+Three coordinates are kept apart. A *column* is the caller's: the position in `input_ids` and `attention_mask` since
+the conversation began. A *slot* is the decoder's: the sequence after token reduction, which masks and sliding windows
+count in. An *entry* is what one layer stores: the slots whose group kept `mha_key_value` there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+from dop_compile.errors import UnsupportedUsageError
+
+__all__ = ["Entries", "PrunedCache", "ReducedView"]
+
+
+@dataclass(frozen=True)
+class Entries:
+    """Which slots a layer stores, in storage order.
+
+    Args:
+        count: entries per row.
+        slots: (batch, count) slot of each entry; None where entry i is slot i.
+        valid: (batch, count) bool, False where a row has padding instead; None where all hold a token.
+    """
+
+    count: int = 0
+    slots: Tensor | None = None
+    valid: Tensor | None = None
+
+    def append(self, offset: int, count: int, slots: Tensor | None, valid: Tensor | None) -> Entries:
+        """New entries for slots counted from `offset`; `slots` None means all `count` new slots."""
+        if slots is None and self.slots is None and self.count == offset:
+            return Entries(offset + count)
+        batch, device = (slots if slots is not None else self.slots).shape[0], self._device(slots)  # type: ignore[union-attr]
+
+        def grid(values: Tensor | None, start: int, length: int) -> Tensor:
+            if values is not None:
+                return values
+            return torch.arange(start, start + length, device=device).expand(batch, length)
+
+        all_slots = torch.cat(
+            [grid(self.slots, 0, self.count), grid(None if slots is None else slots + offset, offset, count)], dim=1
+        )
+        all_valid = None
+        if valid is not None or self.valid is not None:
+            old = torch.ones(batch, self.count, dtype=torch.bool, device=device) if self.valid is None else self.valid
+            new = torch.ones(batch, count, dtype=torch.bool, device=device) if valid is None else valid
+            all_valid = torch.cat([old, new], dim=1)
+        return Entries(self.count + count, all_slots, all_valid)
+
+    def _device(self, slots: Tensor | None) -> torch.device:
+        known = slots if slots is not None else self.slots
+        assert known is not None
+        return known.device
+
+    def rows(self, change: Callable[[Tensor], Tensor]) -> Entries:
+        """The same entries for other batch rows."""
+        return replace(
+            self,
+            slots=None if self.slots is None else change(self.slots),
+            valid=None if self.valid is None else change(self.valid),
+        )
+
+
+class PrunedCache(DynamicCache):
+    """Cache of a compiled model: unequal layer lengths inside, Hugging Face's contract outside.
+
+    `get_seq_length()` is the caller's length, before reduction. Everything that belongs to a conversation - its tier,
+    the columns that were kept, position shifts, a model's rope deltas - lives here and follows reorder, repeat,
+    select and crop.
+    """
+
+    def __init__(self) -> None:
+        Cache.__init__(self, layer_class_to_replicate=DynamicLayer)
+        self._start()
+
+    def _start(self) -> None:
+        self.tier: str | None = None
+        self.policy: Any = None
+        self.columns_seen = 0
+        self.slots_seen = 0
+        self.columns: Tensor | None = None  # (batch, slots) column of each slot, -1 for padding; None: slot i is column i
+        self.position_shift: Tensor | None = None  # (batch, 1) subtracted from the caller's positions
+        self.entries: dict[int, Entries] = {}
+        self.conversation: dict[str, Any] = {}
+
+    @classmethod
+    def adopt(cls, cache: Any) -> PrunedCache:
+        """Turn the caller's own empty `DynamicCache` into a pruned one, in place, so that the caller keeps it.
+
+        Raises:
+            UnsupportedUsageError: for any other cache.
+        """
+        if isinstance(cache, PrunedCache):
+            return cache
+        if type(cache) is not DynamicCache:
+            raise UnsupportedUsageError(
+                f"past_key_values is a {type(cache).__name__}; a compiled model stores layers of unequal length and "
+                "works with a DynamicCache only (leave past_key_values and cache_implementation unset)"
+            )
+        if cache.offloading:
+            raise UnsupportedUsageError("an offloaded cache is not supported by a compiled model; use a plain one")
+        if cache.get_seq_length() > 0:
+            raise UnsupportedUsageError(
+                "past_key_values was filled by another model; start the conversation with the compiled model"
+            )
+        cache.__class__ = cls
+        cache.layers = []
+        cache.layer_class_to_replicate = DynamicLayer
+        cache._start()
+        return cache
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.columns_seen
+
+    @property
+    def is_initialized(self) -> bool:
+        return self.columns_seen > 0
+
+    def commit(
+        self, columns: int, slots: int, new_columns: Tensor | None, new_entries: dict[int, Entries]
+    ) -> None:
+        """Record what a forward call added: the caller's columns, the slots they became, the layers' entries."""
+        self.columns = self.all_columns(slots, new_columns)
+        self.columns_seen += columns
+        self.slots_seen += slots
+        self.entries = new_entries
+
+    def all_columns(self, slots: int, new_columns: Tensor | None) -> Tensor | None:
+        """(batch, slots) columns of past and new slots; None while every column is a slot."""
+        if self.columns is None and new_columns is None:
+            return None
+        known = new_columns if new_columns is not None else self.columns
+        assert known is not None
+        batch, device = known.shape[0], known.device
+        old = self.columns
+        if old is None:
+            old = torch.arange(self.slots_seen, device=device).expand(batch, -1)
+        if new_columns is None:
+            new = torch.arange(self.columns_seen, self.columns_seen + slots, device=device).expand(batch, -1)
+        else:
+            new = torch.where(new_columns < 0, -1, new_columns + self.columns_seen)
+        return torch.cat([old, new], dim=1)
+
+    # --- what generate does to a cache ----------------------------------------------------------------------------
+
+    def _rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        self.columns = None if self.columns is None else change(self.columns)
+        self.position_shift = None if self.position_shift is None else change(self.position_shift)
+        shared = {id(entries): entries.rows(change) for entries in self.entries.values()}
+        self.entries = {layer: shared[id(entries)] for layer, entries in self.entries.items()}
+        self.conversation = {
+            name: change(value) if isinstance(value, Tensor) else value for name, value in self.conversation.items()
+        }
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._rows(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self._rows(lambda t: t.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._rows(lambda t: t[indices.to(t.device)])
+
+    def reset(self) -> None:
+        self.layers = []
+        self._start()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the caller's last columns: a negative number removes that many, a positive one keeps that many."""
+        if tokens_to_remove == 0:
+            return
+        keep = tokens_to_remove if tokens_to_remove > 0 else self.columns_seen + tokens_to_remove
+        if keep >= self.columns_seen:
+            return
+        if keep < 0:
+            raise ValueError(f"crop({tokens_to_remove}): the cache holds {self.columns_seen} tokens")
+        live = None if self.columns is None else (self.columns < keep)
+        slots = keep if live is None else int(live.sum(dim=1).max()) if live.numel() else 0
+        shared: dict[int, Entries] = {}
+        for layer, entries in self.entries.items():
+            if id(entries) not in shared:
+                shared[id(entries)] = self._cropped(entries, slots, live)
+            kept = shared[id(entries)]
+            stored = self.layers[layer]
+            if stored.is_initialized:
+                stored.keys = stored.keys[..., : kept.count, :]
+                stored.values = stored.values[..., : kept.count, :]
+            self.entries[layer] = kept
+        if self.columns is not None:
+            cut = self.columns[:, :slots]
+            self.columns = torch.where(cut < keep, cut, -1)
+        self.columns_seen, self.slots_seen = keep, slots
+
+    @staticmethod
+    def _cropped(entries: Entries, slots: int, live: Tensor | None) -> Entries:
+        """Slots stand in ascending order in every row, so the entries to drop are the last ones of each row."""
+        if entries.slots is None and live is None:
+            return Entries(min(entries.count, slots))
+        if entries.slots is None:
+            assert live is not None
+            keeps = live[:, : entries.count]
+        else:
+            keeps = entries.slots < slots if live is None else live.gather(1, entries.slots)
+        if entries.valid is not None:
+            keeps = keeps & entries.valid
+        positions = torch.arange(entries.count, device=keeps.device).expand_as(keeps)
+        count = int(torch.where(keeps, positions + 1, 0).max()) if keeps.numel() else 0
+        keeps = keeps[:, :count]
+        kept_slots = positions[:, :count] if entries.slots is None else entries.slots[:, :count]
+        return Entries(count, kept_slots.clamp(max=max(slots - 1, 0)), None if bool(keeps.all()) else keeps)
+
+
+class ReducedView(Cache):
+    """What mask builders see of a cache: its length in slots, the same for every layer."""
+
+    def __init__(self, slots: int):
+        super().__init__(layers=[])
+        self._slots = slots
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self._slots
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        return self._slots
+
+    def get_mask_sizes(self, query_length: Any, layer_idx: int = 0) -> tuple[int, int]:
+        # transformers 5.17 may pass the positions instead of their number
+        length = query_length.shape[0] if isinstance(query_length, Tensor) else query_length
+        return self._slots + length, 0

@@ -1,0 +1,230 @@
+"""From a Hugging Face model and a policy to a drop-in model whose decoder skips what the policy prunes.
+
+    HF model --trace--> decoder graph --annotate--> blocks (layer, module)
+    policy   --normalise--> keep table (group, layer, module)
+                     graph + keep table --passes--> pruned graph --verify--> pieces: eager | torch.compile
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from dop_compile.dropin import _copy_path, decoder_path, drop_in
+from dop_compile.errors import UnsupportedModelError
+from dop_compile.fingerprint import model_fingerprint
+from dop_compile.keep import KeepTable
+from dop_compile.passes import PIPELINE, DecoderGraph, check_graph, run_passes
+from dop_compile.passes.annotate import ANNOTATE
+from dop_compile.passes.infra import eliminate_dead_nodes
+from dop_compile.policy import Policy
+from dop_compile.program import PieceLibrary, Program
+from dop_compile.reducers import known
+from dop_compile.tokens import Universe
+from dop_compile.trace import DecoderInputs, trace_decoder
+
+__all__ = ["CompiledState", "build_graph", "dop_compile"]
+
+DEFAULT_TIER = "default"
+ATTENTION_IMPLEMENTATIONS = ("eager", "sdpa")
+
+
+def build_graph(
+    decoder: nn.Module,
+    keep: KeepTable,
+    universe: Universe,
+    inputs: DecoderInputs | None = None,
+    *,
+    disable: Sequence[str] = (),
+    debug: bool = False,
+) -> DecoderGraph:
+    """Trace a decoder and run the pipeline: the whole compiler, but for what executes the graph.
+
+    Args:
+        decoder: a Hugging Face text decoder; it is not changed.
+        keep: who takes part in which module.
+        universe: the token groups and which of their rows are requested.
+        inputs: the decoder's optional inputs.
+        disable: names of optional passes to leave out.
+        debug: verify after every pass and keep a diff of each.
+    """
+    inputs = inputs or DecoderInputs()
+    graph = DecoderGraph(trace_decoder(decoder, inputs), keep, universe, inputs.cached)
+    return run_passes(graph, PIPELINE, disable=disable, check=check_graph if debug else None, diff=debug)
+
+
+class CompiledState:
+    """What all tiers and calls of one compiled model share: its policies, programs and compiled pieces."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tiers: Mapping[str, Policy],
+        library: PieceLibrary,
+        token_groups: Tensor | Callable[[Tensor], Tensor] | None,
+        disable: Sequence[str],
+        debug: bool,
+    ):
+        self.model_class = type(model)
+        self.decoder_path = decoder_path(model)
+        self.base = _copy_path(model, self.decoder_path)[0]
+        self.tiers = dict(tiers)
+        self.token_groups = token_groups
+        self.library = library
+        self._disable = tuple(disable)
+        self._debug = debug
+        self._programs: dict[Any, Program] = {}
+        self._lock = threading.RLock()
+        self._structure = self._current_structure()
+
+    @property
+    def decoder(self) -> nn.Module:
+        return self.base.get_submodule(self.decoder_path)
+
+    @property
+    def programs(self) -> tuple[Program, ...]:
+        """The programs built so far, one per combination of pruning, request and inputs that calls have needed."""
+        return tuple(self._programs.values())
+
+    def check_tier(self, name: str) -> str:
+        if name not in self.tiers:
+            raise ValueError(f"tier {name!r} does not exist; this model was compiled with {', '.join(self.tiers)}")
+        return name
+
+    def program(self, keep: KeepTable, universe: Universe, inputs: DecoderInputs) -> Program:
+        """The program for a keep table and a kind of request; built on first use."""
+        self._follow_changes()
+        key = (keep, universe, inputs)
+        program = self._programs.get(key)
+        if program is None:
+            with self._lock:
+                program = self._programs.get(key)
+                if program is None:
+                    graph = build_graph(
+                        self.decoder, keep, universe, inputs, disable=self._disable, debug=self._debug
+                    )
+                    program = self._programs[key] = Program(graph, self.library)
+        return program
+
+    def finish(self, embeds: Tensor) -> Tensor:
+        """What the decoder returns for tokens that take part in no operation: (batch, tokens, hidden) each way."""
+        with self._lock:
+            program = self._programs.get("finish")
+            if program is None:
+                program = self._programs["finish"] = Program(self._bypass_graph(), PieceLibrary("eager"))
+        result: Tensor = program({"inputs_embeds": embeds}, lambda spec: None)
+        return result
+
+    def _bypass_graph(self) -> DecoderGraph:
+        keep = KeepTable.dense(self.decoder.config.num_hidden_layers)
+        traced = trace_decoder(self.decoder, DecoderInputs(cached=False))
+        graph = run_passes(DecoderGraph(traced, keep, Universe(keep.groups), False), (ANNOTATE,))
+        assert graph.entry is not None
+        graph.junctions[-1].out.replace_all_uses_with(graph.entry)
+        eliminate_dead_nodes(graph.graph)
+        graph.junctions = []
+        return graph
+
+    def _follow_changes(self) -> None:
+        """Forget programs that were built for modules since replaced, hooked, moved or switched to training."""
+        structure = self._current_structure()
+        if structure != self._structure:
+            with self._lock:
+                self._programs.clear()
+                self.library.clear()
+                self._structure = structure
+
+    def _current_structure(self) -> Any:
+        decoder = self.decoder
+        weight = next(decoder.parameters())
+        hooks = tuple(
+            (id(module), *module._forward_hooks, None, *module._forward_pre_hooks, "forward" in vars(module))
+            for module in decoder.modules()
+        )
+        return hooks, decoder.training, decoder.config._attn_implementation, weight.dtype, weight.device
+
+
+def _check_model(model: PreTrainedModel) -> None:
+    decoder = model.get_submodule(decoder_path(model))
+    implementation = decoder.config._attn_implementation
+    if implementation not in ATTENTION_IMPLEMENTATIONS:
+        raise UnsupportedModelError(
+            f"attention implementation {implementation!r} is not supported; load the model with attn_implementation="
+            f"{' or '.join(map(repr, ATTENTION_IMPLEMENTATIONS))}"
+        )
+    devices = {parameter.device for parameter in decoder.parameters()}
+    if len(devices) > 1:
+        raise UnsupportedModelError(
+            f"the decoder's weights are on several devices ({', '.join(sorted(map(str, devices)))}); move the model to "
+            "one device"
+        )
+
+
+def _check_policy(model: PreTrainedModel, tier: str, policy: Any) -> None:
+    if not isinstance(policy, Policy):
+        raise TypeError(f"tier {tier!r}: expected a Policy, got {type(policy).__name__}")
+    layers = model.config.get_text_config(decoder=True).num_hidden_layers
+    try:
+        policy.check_layers(layers)
+    except ValueError as error:
+        raise ValueError(f"tier {tier!r}: {error}") from error
+    if policy.reducer not in (*known(), "given"):
+        raise ValueError(f"tier {tier!r}: reducer {policy.reducer!r} is unknown; known are {', '.join(known())}")
+    wanted = policy.provenance.model_fingerprint if policy.provenance is not None else None
+    if wanted is not None and wanted != (found := model_fingerprint(model)):
+        raise ValueError(
+            f"tier {tier!r}: the policy was made for another model (fingerprint {wanted[:12]}, this model has "
+            f"{found[:12]}); use policy.replace(provenance=None) to apply it all the same"
+        )
+
+
+def dop_compile(
+    model: PreTrainedModel,
+    policy: Policy | Mapping[str, Policy],
+    *,
+    backend: str | Callable[..., Any] = "inductor",
+    token_groups: Tensor | Callable[[Tensor], Tensor] | None = None,
+    disable_passes: Sequence[str] = (),
+    debug: bool = False,
+    compile_options: Mapping[str, Any] | None = None,
+) -> Any:
+    """Compile a model so that it skips the operations that a policy prunes.
+
+    Args:
+        model: a Hugging Face vision-language or causal language model. It is left as it is; the result shares its
+            weights.
+        policy: one policy, or several by tier name (budget tiers share weights and compiled code; the first is the
+            default).
+        backend: "inductor" or any backend of torch.compile, or "eager".
+        token_groups: for text-only models: (batch, tokens) tensor, or a function input_ids -> tensor; 0 text, 1
+            visual, 2 system.
+        disable_passes: names of optional passes to leave out.
+        debug: verify the graph after every pass.
+        compile_options: further keyword arguments of torch.compile.
+
+    Returns:
+        a model of the same class. `forward` and `generate` also take `tier`, `visual_indices` (reducer "given") and
+        `token_groups`; `tier(name)` gives a view with another default tier.
+
+    Raises:
+        TypeError: not a model that can generate, or not a policy.
+        ValueError: a policy of another depth or for another model, an unknown reducer or pass.
+        UnsupportedModelError: the decoder cannot be traced or its blocks cannot be recognised.
+    """
+    tiers = dict(policy) if isinstance(policy, Mapping) else {DEFAULT_TIER: policy}
+    if not tiers:
+        raise ValueError("policy: an empty mapping; give at least one tier")
+    decoder_path(model)
+    for tier, value in tiers.items():
+        _check_policy(model, tier, value)
+    _check_model(model)
+    library = PieceLibrary(backend, dict(compile_options or {}))
+    state = CompiledState(model, tiers, library, token_groups, disable_passes, debug)
+    # Built now and not on the first call, so that a model that cannot be compiled is refused here
+    keep = KeepTable.from_policy(next(iter(tiers.values())), ("text",))
+    state.program(keep, Universe(keep.groups), DecoderInputs())
+    return drop_in(state, state.base, next(iter(tiers)))

@@ -1,0 +1,260 @@
+"""The drop-in model: an object of the model's own class whose decoder is compiled.
+
+Nothing of the original is changed and no weight is copied. The modules on the path from the model to its text decoder
+are shallow copies with the same parameters and children; each call works on copies of its own (a *frame*), so that
+what Hugging Face's code stores on modules during a call - rope deltas, for one - belongs to that call. Conversation
+state is kept in the cache.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from dop_compile.cache import PrunedCache
+from dop_compile.errors import UnsupportedUsageError
+from dop_compile.outer_masks import builds_masks, deferring_forward
+from dop_compile.runtime import Call, run_decoder
+
+__all__ = ["decoder_path", "drop_in"]
+
+CONVERSATION_ATTRIBUTES = ("rope_deltas",)
+"""Attributes that Hugging Face's outer models keep between calls on the module; here they live in the cache."""
+
+NEWLINE_EMBEDDINGS = ("image_newline",)
+"""Embeddings that a model inserts inside image placeholders: visual, never dropped, not counted."""
+
+CALL_ARGUMENTS = ("tier", "visual_indices", "token_groups")
+
+
+@dataclass
+class _Session:
+    """One `generate`, or one plain forward call: its tier and what the caller said about its tokens."""
+
+    tier: str
+    visual_indices: Any = None
+    token_groups: Any = None
+    generating: bool = False
+    first_iteration: bool = True
+
+
+def decoder_path(model: PreTrainedModel) -> str:
+    """Path of the text decoder inside a model: the innermost part that holds all layers of the text configuration.
+
+    Raises:
+        TypeError: not a model with a decoder inside.
+    """
+    if not isinstance(model, PreTrainedModel) or not model.can_generate():
+        raise TypeError(
+            f"dop_compile needs a Hugging Face model that can generate (such as LlavaForConditionalGeneration or "
+            f"LlamaForCausalLM), got {type(model).__name__}"
+        )
+    if model.config.is_encoder_decoder:
+        raise TypeError(f"{type(model).__name__} is an encoder-decoder model; only decoder-only models can be pruned")
+    text = model.config.get_text_config(decoder=True)
+    found = [
+        path
+        for path, module in model.named_modules()
+        if path
+        and isinstance(module, PreTrainedModel)
+        and getattr(module.config, "num_hidden_layers", None) == text.num_hidden_layers
+        and type(module.config) is type(text)
+        and any(isinstance(m, nn.ModuleList) and len(m) == text.num_hidden_layers for m in module.modules())
+    ]
+    if not found:
+        raise TypeError(
+            f"no text decoder with {text.num_hidden_layers} layers was found inside {type(model).__name__}; pass the "
+            "model with its language modelling head, as AutoModelForImageTextToText or AutoModelForCausalLM loads it"
+        )
+    return found[-1]
+
+
+def _presented_as(method: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` with the name, docstring and signature of a class's method, for code that inspects them."""
+
+    @functools.wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    signature = inspect.signature(method)
+    call.__signature__ = signature.replace(parameters=list(signature.parameters.values())[1:])  # type: ignore[attr-defined]
+    return call
+
+
+def _shallow(module: nn.Module, *, own_children: bool) -> Any:
+    copy = object.__new__(type(module))
+    copy.__dict__.update(module.__dict__)
+    if own_children:
+        copy.__dict__["_modules"] = dict(module._modules)
+    return copy
+
+
+def _copy_path(root: nn.Module, path: str) -> list[Any]:
+    """Shallow copies of the modules from `root` down to `path`, linked to each other."""
+    chain = [_shallow(root, own_children=True)]
+    for name in path.split("."):
+        child = _shallow(chain[-1]._modules[name], own_children=True)
+        chain[-1]._modules[name] = child
+        chain.append(child)
+    return chain
+
+
+class _Frame:
+    """Private copies of the path modules for one session."""
+
+    def __init__(self, state: Any, root: nn.Module, session: _Session):
+        self.state = state
+        self.session = session
+        self.chain = _copy_path(root, state.decoder_path)
+        self.root, self.decoder = self.chain[0], self.chain[-1]
+        self._restored = False
+        for module in self.chain[:-1]:
+            if module is not self.root and builds_masks(module):
+                module.forward = deferring_forward(module)
+        self.root.forward = _presented_as(state.model_class.forward, self.forward)
+
+    # --- one forward call -----------------------------------------------------------------------------------------
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        arguments = inspect.signature(self.state.model_class.forward).bind_partial(self.root, *args, **kwargs).arguments
+        named = {**arguments, **arguments.get("kwargs", {})}
+        cache = named.get("past_key_values")
+        self.restore(cache)
+        call = self._call(named)
+        self.decoder.forward = functools.partial(run_decoder, self.state, self.decoder, call)
+        for module in self.chain[:-1]:
+            if hasattr(type(module), "get_placeholder_mask"):
+                module.get_placeholder_mask = self._note_placeholders(call, type(module), module)
+        output = self.state.model_class.forward(self.root, *args, **kwargs)
+        returned = cache if cache is not None else getattr(output, "past_key_values", None)
+        if isinstance(returned, PrunedCache):
+            returned.conversation = self._conversation()
+        return output
+
+    def _call(self, named: dict[str, Any]) -> Call:
+        session = self.session
+        rows = named.get("logits_to_keep", 0)
+        cache = named.get("past_key_values")
+        tokens = named.get("inputs_embeds") if named.get("input_ids") is None else named["input_ids"]
+        past = cache.get_seq_length() if cache is not None else 0
+        if session.generating:
+            generated = not session.first_iteration
+        else:
+            generated = past > 0 and tokens is not None and tokens.shape[1] == 1
+        call = Call(
+            tier=session.tier,
+            policy=self.state.tiers[session.tier],
+            rows=rows if isinstance(rows, int) and named.get("labels") is None else 0,
+            generated=generated,
+            given=session.visual_indices,
+        )
+        if not generated and tokens is not None:
+            call.token_groups = self._token_groups(named.get("input_ids"), tokens, past)
+        for module in self.chain[:-1]:
+            for name in NEWLINE_EMBEDDINGS:
+                newline = getattr(module, name, None)
+                if isinstance(newline, Tensor):
+                    call.newline = newline.detach()
+        return call
+
+    def _token_groups(self, input_ids: Tensor | None, tokens: Tensor, past: int) -> Tensor | None:
+        groups = self.session.token_groups
+        if groups is None:
+            groups = self.state.token_groups
+        if callable(groups):
+            if input_ids is None:
+                raise UnsupportedUsageError("a token_groups function needs input_ids; pass a tensor with inputs_embeds")
+            groups = groups(input_ids)
+        if groups is None:
+            return None
+        groups = torch.as_tensor(groups, device=tokens.device)
+        batch, length = tokens.shape[:2]
+        if groups.dim() != 2:
+            raise ValueError(f"token_groups must be (batch, tokens), got {tuple(groups.shape)}")
+        if groups.shape[1] == past + length:
+            groups = groups[:, past:]
+        if groups.shape[0] != batch and batch % groups.shape[0] == 0:
+            groups = groups.repeat_interleave(batch // groups.shape[0], dim=0)
+        if groups.shape != (batch, length):
+            raise ValueError(f"token_groups is {tuple(groups.shape)}; the prompt is {(batch, length)}")
+        if not bool(((groups >= 0) & (groups <= 2)).all()):
+            raise ValueError("token_groups: values are 0 (text), 1 (visual) and 2 (system)")
+        return groups
+
+    def _note_placeholders(self, call: Call, kind: type, module: nn.Module) -> Callable[..., Any]:
+        original = kind.get_placeholder_mask  # type: ignore[attr-defined]
+
+        def get_placeholder_mask(*args: Any, **kwargs: Any) -> Any:
+            masks = original(module, *args, **kwargs)
+            call.visual.extend(m for m in (masks if isinstance(masks, tuple) else (masks,)) if isinstance(m, Tensor))
+            return masks
+
+        return get_placeholder_mask
+
+    # --- conversation state ---------------------------------------------------------------------------------------
+
+    def restore(self, cache: Any) -> None:
+        """Begin with the state of the conversation that the cache belongs to, or with none."""
+        if self._restored:
+            return
+        self._restored = True
+        known = cache.conversation if isinstance(cache, PrunedCache) else {}
+        for number, module in enumerate(self.chain):
+            for name in CONVERSATION_ATTRIBUTES:
+                if name in vars(module):
+                    setattr(module, name, known.get(f"{number}.{name}"))
+
+    def _conversation(self) -> dict[str, Any]:
+        return {
+            f"{number}.{name}": vars(module)[name]
+            for number, module in enumerate(self.chain)
+            for name in CONVERSATION_ATTRIBUTES
+            if vars(module).get(name) is not None
+        }
+
+    # --- generate -------------------------------------------------------------------------------------------------
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        self.restore(kwargs.get("past_key_values"))
+        prepare = self.state.model_class.prepare_inputs_for_generation
+
+        def prepare_inputs(*a: Any, **k: Any) -> Any:
+            self.session.first_iteration = bool(k.get("is_first_iteration", False))
+            return prepare(self.root, *a, **k)
+
+        self.root.prepare_inputs_for_generation = _presented_as(prepare, prepare_inputs)
+        return self.state.model_class.generate(self.root, *args, **kwargs)
+
+
+def drop_in(state: Any, base: nn.Module, tier: str) -> Any:
+    """An object of the model's class that runs `tier` unless a call names another.
+
+    Adds to the class's own interface: `forward` and `generate` take `tier`, `visual_indices` and `token_groups`;
+    `tier(name)` is a view with another default, usable from any thread; `dop` is the `CompiledState`.
+    """
+    view = _shallow(base, own_children=False)
+
+    def session(kwargs: dict[str, Any], generating: bool) -> _Session:
+        values = {name: kwargs.pop(name, None) for name in CALL_ARGUMENTS}
+        chosen = values.pop("tier") or tier
+        state.check_tier(chosen)
+        return _Session(chosen, generating=generating, **values)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return _Frame(state, view, session(kwargs, False)).forward(*args, **kwargs)
+
+    def generate(*args: Any, **kwargs: Any) -> Any:
+        return _Frame(state, view, session(kwargs, True)).generate(*args, **kwargs)
+
+    view.forward = _presented_as(state.model_class.forward, forward)
+    view.generate = _presented_as(state.model_class.generate, generate)
+    view.tier = lambda name: drop_in(state, base, state.check_tier(name))
+    view.dop = state
+    return view

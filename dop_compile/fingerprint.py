@@ -1,0 +1,34 @@
+"""One name for a model's configuration and weights, used by policies, measurements and manifests."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import torch
+from transformers import PreTrainedModel
+
+__all__ = ["model_fingerprint"]
+
+_SAMPLES_PER_TENSOR = 4096
+_VOLATILE = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "architectures")
+
+
+def model_fingerprint(model: PreTrainedModel) -> str:
+    """64 hexadecimal digits of SHA-256 over the configuration and up to 4,096 evenly spaced values of each weight.
+
+    Values are compared in float32, so the same checkpoint loaded in another precision has another fingerprint only
+    where rounding changes a sampled value. Weights on the meta device count by name and shape.
+    """
+    digest = hashlib.sha256()
+    config = {key: value for key, value in model.config.to_diff_dict().items() if key not in _VOLATILE}
+    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+    with torch.no_grad():
+        for name, tensor in sorted(model.state_dict().items()):
+            digest.update(f"{name}{tuple(tensor.shape)}".encode())
+            if tensor.device.type == "meta" or not tensor.numel():
+                continue
+            flat = tensor.reshape(-1)
+            step = max(1, flat.numel() // _SAMPLES_PER_TENSOR)
+            digest.update(flat[::step].float().cpu().numpy().tobytes())
+    return digest.hexdigest()

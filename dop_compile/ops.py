@@ -1,0 +1,74 @@
+"""The operations that the passes insert into a decoder graph.
+
+All are plain tensor functions without data-dependent shapes: they run eagerly, compile and export alike. Tokens are
+moved by gathers only; writing back is a gather from "nothing or the update", which is deterministic and fuses with
+the residual addition.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+__all__ = [
+    "masked_assign",
+    "select_attention_mask",
+    "token_add",
+    "token_merge",
+    "token_slice",
+    "update_cache",
+    "zero_keyless",
+]
+
+
+def token_slice(x: Tensor, index: Tensor, batch_dim: int = 0, token_dim: int = 1) -> Tensor:
+    """Take tokens of each row: x (..., batch, ..., tokens, ...), index (batch, count) -> count tokens."""
+    if x.dim() == 3 and (batch_dim, token_dim) == (0, 1):
+        offset = torch.arange(x.shape[0], device=index.device)[:, None] * x.shape[1]
+        return F.embedding(index + offset, x.flatten(0, 1))
+    shape = [1] * x.dim()
+    shape[batch_dim], shape[token_dim] = index.shape[0], index.shape[1]
+    return torch.take_along_dim(x, index.view(shape), dim=token_dim)
+
+
+def token_add(x: Tensor, update: Tensor, index: Tensor) -> Tensor:
+    """Add `update` (batch, count, hidden) to the tokens of x (batch, tokens, hidden) that it belongs to.
+
+    `index` (batch, tokens) is 0 where a token has no update, else 1 + its flat row in `update`.
+    """
+    rows = F.pad(update.flatten(0, 1), (0, 0, 1, 0))
+    return x + F.embedding(index, rows)
+
+
+def token_merge(index: Tensor, *sources: Tensor) -> Tensor:
+    """Take tokens from the concatenation of several (batch, tokens_i, hidden) streams; index (batch, count)."""
+    return token_slice(torch.cat(sources, dim=1), index)
+
+
+def masked_assign(x: Tensor, mask: Any, value: Tensor) -> Tensor:
+    """``x[mask] = value`` as a value: the input is left as it was."""
+    x = x.clone()
+    x[mask] = value
+    return x
+
+
+def zero_keyless(attention: Tensor, visible: Tensor | None) -> Tensor:
+    """Zero the attention output (batch, queries, heads, head_dim) of queries that see no key."""
+    if visible is None:
+        return attention
+    return torch.where(visible[:, :, None, None], attention, 0)
+
+
+def update_cache(cache: Any, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    """Store new keys and values of a layer; returns all that the layer holds."""
+    result: tuple[Tensor, Tensor] = cache.update(keys, values, layer)
+    return result
+
+
+def select_attention_mask(mask: Any, masks: Any, layer: int, queries: Any, keys: Any) -> tuple[Any, Any]:
+    """The rows and columns of the model's own mask that a layer needs; see `dop_compile.masks`."""
+    result: tuple[Any, Any] = masks.select(mask, layer, queries, keys)
+    return result

@@ -1,0 +1,93 @@
+"""Outer models that build attention masks themselves (Gemma 3, PaliGemma) hand them over unbuilt.
+
+Such a model's forward calls Hugging Face's mask builders on the caller's sequence. After token reduction that mask
+would be wrong, for windows count the decoder's slots. So its forward runs, for a compiled model, with mask builders
+that only note their arguments; the runtime calls the real ones once the slots are known.
+"""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.utils import can_return_tuple
+
+__all__ = ["DeferredMask", "builds_masks", "deferring_forward"]
+
+
+
+class DeferredMask:
+    """A call of a mask builder, to be made for the decoder's slots.
+
+    `attention_mask` is the caller's padding mask (batch, tokens).
+    """
+
+    def __init__(self, builder: Callable[..., Any], kwargs: dict[str, Any]):
+        self._builder = builder
+        self._kwargs = kwargs
+        self.attention_mask: Tensor | None = kwargs.get("attention_mask")
+
+    def build(
+        self, embeds: Tensor, mask: Tensor | None, view: Any, positions: Tensor, columns: Tensor | None
+    ) -> dict[str, Any]:
+        """The masks for the slots, by layer type; `columns` (batch, slots) tells which caller's tokens they are."""
+        tokens = self._kwargs["inputs_embeds"].shape[1]
+        kwargs = {
+            name: _follow(value, tokens, columns) for name, value in self._kwargs.items() if name not in _REPLACED
+        }
+        # Positions with gaps are no packed sequences: without positions Hugging Face does not look for those
+        positions_arg = positions if columns is None and self._kwargs.get("position_ids") is not None else None
+        result = self._builder(
+            inputs_embeds=embeds,
+            attention_mask=mask,
+            past_key_values=view,
+            position_ids=positions_arg,
+            **kwargs,
+        )
+        return result if isinstance(result, dict) else {"full_attention": result}
+
+
+_REPLACED = ("inputs_embeds", "attention_mask", "past_key_values", "position_ids")
+
+
+def _follow(value: Any, tokens: int, columns: Tensor | None) -> Any:
+    if columns is None or not isinstance(value, Tensor) or value.dim() != 2 or value.shape[1] != tokens:
+        return value
+    return value.expand(columns.shape[0], -1).gather(1, columns)
+
+
+def builds_masks(module: nn.Module) -> bool:
+    """Whether the module's forward calls mask builders."""
+    names = set(inspect.unwrap(type(module).forward).__code__.co_names)
+    namespace = inspect.unwrap(type(module).forward).__globals__
+    return any(_is_builder(name, namespace.get(name)) for name in names)
+
+
+def _is_builder(name: str, value: Any) -> bool:
+    return inspect.isfunction(value) and name.startswith("create_") and "mask" in name
+
+
+def deferring_forward(module: nn.Module) -> Callable[..., Any]:
+    """The module's forward, bound, with mask builders that return a `DeferredMask`."""
+    function = inspect.unwrap(type(module).forward)
+    namespace = dict(function.__globals__)
+
+    def defer(builder: Callable[..., Any]) -> Callable[..., Any]:
+        signature = inspect.signature(builder)
+
+        def note(*args: Any, **kwargs: Any) -> DeferredMask:
+            return DeferredMask(builder, dict(signature.bind(*args, **kwargs).arguments))
+
+        return note
+
+    for name in function.__code__.co_names:
+        if _is_builder(name, namespace.get(name)):
+            namespace[name] = defer(namespace[name])
+    copy = types.FunctionType(
+        function.__code__, namespace, function.__name__, function.__defaults__, function.__closure__
+    )
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return types.MethodType(can_return_tuple(copy), module)

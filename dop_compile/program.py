@@ -1,0 +1,286 @@
+"""Lower a pruned graph to steps: compiled pieces with attention and cache between them.
+
+Attention kernels, masks and the cache run as Hugging Face runs them. What lies between two of them is one *piece*: a
+pure function of tensors and modules. Pieces of the same kind - the same operations on modules of the same structure,
+whatever the layer or the tier - share one function, so that a decoder compiles once per kind of block and the time to
+compile does not grow with its depth.
+"""
+
+from __future__ import annotations
+
+import operator
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from dop_compile import ops
+from dop_compile.passes.infra import DecoderGraph, IndexSpec
+from dop_compile.tokens import TokenSet
+from dop_compile.trace import MASK_BUILDERS
+
+__all__ = ["PieceLibrary", "Program"]
+
+_RUNTIME_TARGETS = {ops.update_cache, ops.select_attention_mask, ops.zero_keyless}
+
+
+def call_module(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return module(*args, **kwargs)
+
+
+class PieceLibrary:
+    """Functions shared by all programs of one compiled model, one per kind of piece.
+
+    Args:
+        backend: "eager", or any backend of `torch.compile`.
+        options: further keyword arguments of `torch.compile`.
+    """
+
+    def __init__(self, backend: Any, options: dict[str, Any] | None = None):
+        self.backend = backend
+        self._options = options or {}
+        self._functions: dict[str, Callable[..., Any]] = {}
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._functions)
+
+    def clear(self) -> None:
+        """Forget all functions: modules have changed in ways that compiled code does not look for."""
+        self._functions.clear()
+
+    def function(self, kind: str, graph: fx.Graph) -> Callable[..., Any]:
+        with self._lock:
+            if kind not in self._functions:
+                plain = fx.GraphModule(nn.Module(), graph, class_name="Piece")
+                self._functions[kind] = plain.forward if self.backend == "eager" else self._compile(plain)
+            return self._functions[kind]
+
+    def _compile(self, piece: fx.GraphModule) -> Callable[..., Any]:
+        settings = {"dynamic": True, "fullgraph": True, **self._options}
+        compiled: Callable[..., Any] = torch.compile(piece, backend=self.backend, **settings)
+        return compiled
+
+
+@dataclass
+class _Step:
+    """One call: registers to read, registers to write, registers that nobody reads after it."""
+
+    function: Callable[..., Any]
+    args: Any
+    kwargs: Any
+    outputs: tuple[int, ...]
+    release: tuple[int, ...] = ()
+    is_piece: bool = False
+
+
+@dataclass(frozen=True)
+class _Register:
+    number: int
+
+
+class Program:
+    """A runnable decoder for one keep table, one kind of request and one set of inputs."""
+
+    def __init__(self, graph: DecoderGraph, library: PieceLibrary):
+        self.universe = graph.universe
+        self.blocks = tuple(graph.blocks)
+        self.reports = tuple(graph.reports)
+        self.output_class = graph.traced.output_class
+        self.layer_keys: dict[int, TokenSet] = {
+            block.layer: block.keys for block in self.blocks if block.update is not None
+        }
+        self._library = library
+        self._registers: dict[fx.Node, int] = {}
+        self.inputs: dict[str, int] = {}
+        self.indices: dict[IndexSpec, int] = {}
+        self._steps: list[_Step] = []
+        self.pieces: list[str] = []
+        self._lower(graph)
+
+    # --- lowering -------------------------------------------------------------------------------------------------
+
+    def _register(self, node: fx.Node) -> int:
+        return self._registers.setdefault(node, len(self._registers))
+
+    def _lower(self, graph: DecoderGraph) -> None:
+        self._root = graph.traced.root
+        piece: list[fx.Node] = []
+        waiting: list[fx.Node] = []
+        waiting_set: set[fx.Node] = set()
+        modules: dict[fx.Node, nn.Module] = {}
+        output = graph.output
+        for node in graph.graph.nodes:
+            if node.op == "placeholder":
+                if not node.users:
+                    continue
+                number = self._register(node)
+                if "index" in node.meta:
+                    self.indices[node.meta["index"]] = number
+                else:
+                    self.inputs[node.name] = number
+            elif node.op == "get_attr" and isinstance(value := _attribute(self._root, str(node.target)), nn.Module):
+                modules[node] = value
+            elif node.op == "output":
+                continue
+            elif self._is_runtime(node):
+                # Held back as long as possible, so that the pieces around it grow
+                waiting.append(node)
+                waiting_set.add(node)
+            else:
+                if any(source in waiting_set for source in node.all_input_nodes):
+                    self._flush(piece, waiting, modules)
+                    waiting_set.clear()
+                piece.append(node)
+        self._flush(piece, waiting, modules)
+        (result,) = output.args
+        assert isinstance(result, fx.Node)
+        self._output = self._register(result)
+        self._plan_release()
+        del self._registers
+
+    def _is_runtime(self, node: fx.Node) -> bool:
+        if node.op != "call_function":
+            return False
+        if node.target in _RUNTIME_TARGETS or node.target in MASK_BUILDERS or node.meta.get("attention"):
+            return True
+        return node.target is operator.getitem and isinstance(node.args[0], fx.Node) and self._is_runtime(node.args[0])
+
+    def _flush(self, piece: list[fx.Node], waiting: list[fx.Node], modules: dict[fx.Node, nn.Module]) -> None:
+        if piece:
+            self._add_piece(piece)
+        for node in waiting:
+
+            def refer(n: fx.Node) -> Any:
+                return modules[n] if n in modules else _Register(self._register(n))
+
+            args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), refer)
+            self._steps.append(_Step(node.target, args, kwargs, (self._register(node),)))  # type: ignore[arg-type]
+        piece.clear()
+        waiting.clear()
+
+    def _add_piece(self, nodes: list[fx.Node]) -> None:
+        inside = set(nodes)
+        results = [node for node in nodes if any(user not in inside for user in node.users)]
+        graph = fx.Graph()
+        new: dict[fx.Node, fx.Node] = {}
+        slots: list[Any] = []
+        described: list[str] = []
+        for node in nodes:
+            for source in node.all_input_nodes:
+                if source not in inside and source not in new:
+                    new[source] = graph.placeholder(f"x{len(slots)}")
+                    slots.append(_Register(self._register(source)))
+            if node.op in ("call_module", "get_attr"):
+                value = _attribute(self._root, str(node.target))
+                holder = graph.placeholder(f"x{len(slots)}")
+                slots.append(value)
+                described.append(f"{holder.name}:{_structure(value)}")
+                if node.op == "get_attr":
+                    new[node] = holder
+                    continue
+                args = (holder, *fx.map_arg(node.args, new.__getitem__))
+                kwargs = fx.map_arg(dict(node.kwargs), new.__getitem__)
+                new[node] = graph.call_function(call_module, args, kwargs)
+            else:
+                new[node] = graph.node_copy(node, new.__getitem__)
+        graph.output(tuple(new[node] for node in results))
+        _placeholders_first(graph)
+        kind = _canonical(graph) + "\n" + "\n".join(described)
+        self.pieces.append(kind)
+        function = self._library.function(kind, graph)
+        outputs = tuple(self._register(node) for node in results)
+        self._steps.append(_Step(function, tuple(slots), {}, outputs, is_piece=True))
+
+    def _plan_release(self) -> None:
+        """Free every intermediate after its last use, as Python locals of the original forward would be."""
+        last: dict[int, int] = {}
+        for number, step in enumerate(self._steps):
+            fx.node.map_aggregate(
+                (step.args, step.kwargs),
+                lambda a, n=number: last.__setitem__(a.number, n) if isinstance(a, _Register) else a,
+            )
+            for register in step.outputs:
+                last.setdefault(register, number)
+        for register, number in last.items():
+            if register != self._output:
+                self._steps[number].release += (register,)
+
+    # --- running --------------------------------------------------------------------------------------------------
+
+    def __call__(self, inputs: dict[str, Any], index: Callable[[IndexSpec], Any]) -> Any:
+        """Run the decoder.
+
+        Args:
+            inputs: graph inputs by name (see `TracedDecoder`), plus `masks` and `cache_view`.
+            index: computes an index tensor of the batch.
+
+        Returns:
+            last hidden states of the requested rows (batch, requested, hidden).
+        """
+        registers: dict[int, Any] = {number: inputs[name] for name, number in self.inputs.items()}
+        for spec, number in self.indices.items():
+            registers[number] = index(spec)
+
+        def read(a: Any) -> Any:
+            return registers[a.number] if isinstance(a, _Register) else a
+
+        for step in self._steps:
+            if step.is_piece:
+                values = step.function(*[read(a) for a in step.args])
+                for number, value in zip(step.outputs, values, strict=True):
+                    registers[number] = value
+                del values
+            else:
+                args, kwargs = fx.node.map_aggregate((step.args, step.kwargs), read)
+                registers[step.outputs[0]] = step.function(*args, **kwargs)
+                del args, kwargs
+            for number in step.release:
+                del registers[number]
+        return registers[self._output]
+
+
+def _attribute(root: nn.Module, path: str) -> Any:
+    value: Any = root
+    for name in path.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def _structure(value: Any) -> str:
+    """What decides whether two modules can share a compiled function."""
+    if isinstance(value, torch.Tensor):
+        return f"{tuple(value.shape)}:{value.dtype}"
+    parts = [f"{name}{tuple(p.shape)}{p.dtype}" for name, p in value.named_parameters()]
+    kinds = [type(module).__qualname__ for module in value.modules()]
+    return f"{','.join(kinds)}|{','.join(parts)}|{value.training}"
+
+
+def _placeholders_first(graph: fx.Graph) -> None:
+    first = next((node for node in graph.nodes if node.op != "placeholder"), None)
+    if first is None:
+        return
+    for node in [node for node in graph.nodes if node.op == "placeholder"]:
+        if first < node:
+            first.prepend(node)
+
+
+def _canonical(graph: fx.Graph) -> str:
+    """Text of a piece with its nodes numbered, equal for equal pieces."""
+    number = {node: f"%{index}" for index, node in enumerate(graph.nodes)}
+    lines = []
+    for node in graph.nodes:
+        args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: _Name(number[n]))
+        target = node.target if isinstance(node.target, str) else getattr(node.target, "__qualname__", node.target)
+        lines.append(f"{node.op} {'' if node.op == 'placeholder' else target} {args} {kwargs}")
+    return "\n".join(lines)
+
+
+class _Name(str):
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return str(self)

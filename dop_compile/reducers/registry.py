@@ -1,0 +1,107 @@
+"""Reducers by name, as policies name them.
+
+Three are built in. Others come from `register`, or from an installed package's entry point:
+
+    [project.entry-points."dop_compile.reducers"]
+    mine = "my_package.module:MyReducer"
+
+The entry point, like a registered factory, is called with the policy's options as keyword arguments.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from difflib import get_close_matches
+from importlib.metadata import entry_points
+
+from dop_compile.reducers.base import Reducer
+from dop_compile.reducers.given import GivenReducer
+from dop_compile.reducers.random import RandomReducer
+from dop_compile.reducers.uniform import UniformReducer
+
+__all__ = ["ENTRY_POINT_GROUP", "create", "known", "register"]
+
+ENTRY_POINT_GROUP = "dop_compile.reducers"
+
+_factories: dict[str, Callable[..., Reducer]] = {
+    "uniform": UniformReducer,
+    "random": RandomReducer,
+    "given": GivenReducer,
+}
+
+
+def register(name: str, factory: Callable[..., Reducer]) -> None:
+    """Make `factory` known as `name`. It is called with a policy's reducer options as keywords.
+
+    Raises:
+        ValueError: the name is empty, or taken by another factory.
+        TypeError: the factory cannot be called.
+    """
+    if not name:
+        raise ValueError("a reducer needs a name")
+    if not callable(factory):
+        raise TypeError(f"the factory of reducer {name!r} cannot be called: {factory!r}")
+    if _factories.setdefault(name, factory) is not factory:
+        raise ValueError(f"reducer {name!r} is registered already, by {_factories[name]!r}")
+
+
+def known() -> tuple[str, ...]:
+    """All names that `create` takes, sorted."""
+    return tuple(sorted({*_factories, *entry_points(group=ENTRY_POINT_GROUP).names}))
+
+
+def create(name: str, options: Mapping[str, object] | None = None) -> Reducer:
+    """Make the reducer `name`.
+
+    Args:
+        name: a built-in or registered name, or an entry point's.
+        options: keyword arguments of its factory.
+
+    Raises:
+        ValueError: an unknown name, or an option that its factory does not take or lacks.
+        TypeError: what the factory made is no reducer, or an option has the wrong type.
+        ImportError: the entry point of that name cannot be loaded.
+    """
+    factory = _find(name)
+    options = dict(options or {})
+    _check_options(name, factory, options)
+    reducer = factory(**options)
+    if not isinstance(reducer, Reducer):
+        raise TypeError(
+            f"reducer {name!r}: {factory!r} made a {type(reducer).__name__}, which lacks `name`, `requires` "
+            "or `__call__(context, count)`"
+        )
+    return reducer
+
+
+def _find(name: str) -> Callable[..., Reducer]:
+    if name in _factories:
+        return _factories[name]
+    for entry_point in entry_points(group=ENTRY_POINT_GROUP, name=name):
+        try:
+            loaded: Callable[..., Reducer] = entry_point.load()
+        except (ImportError, AttributeError) as error:
+            raise ImportError(
+                f"reducer {name!r}: its entry point {entry_point.value!r} cannot be loaded: {error}"
+            ) from error
+        return loaded
+    close = get_close_matches(name, known(), n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    raise ValueError(f"unknown reducer {name!r}; {hint}Known are {', '.join(known())}")
+
+
+def _check_options(name: str, factory: Callable[..., Reducer], options: Mapping[str, object]) -> None:
+    by_keyword = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    try:
+        parameters = inspect.signature(factory).parameters.values()
+    except ValueError:  # Some compiled callables have no signature; they judge their options themselves.
+        return
+    accepted = {p.name: p for p in parameters if p.kind in by_keyword}
+    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+    for option in options:
+        if option not in accepted and not takes_any:
+            raise ValueError(
+                f"unknown option {option!r} of reducer {name!r}; accepted: {', '.join(accepted) or 'none'}"
+            )
+    for option, parameter in accepted.items():
+        if parameter.default is inspect.Parameter.empty and option not in options:
+            raise ValueError(f"reducer {name!r} needs the option {option!r}")

@@ -1,0 +1,197 @@
+"""Find the residual stream and its MHA/MLP blocks, by structure.
+
+Requires: a traced decoder graph.
+Ensures:  `junctions` lists, in order, every addition to the residual stream with its branches; each branch knows its
+          layer, its kind (MHA if it holds an attention kernel, else MLP) and the token sets that the keep table gives.
+Numerics: exact; no node changes.
+
+A residual branch is what lies between x and ``add(x, branch)``, whatever norms and multipliers it holds. Cases:
+1. pre-norm, post-norm and sandwich-norm blocks;
+2. parallel MHA and MLP: ``x + mha(x) + mlp(x)`` in any order of addition is one junction with two branches;
+3. anything else that replaces the stream between layers (DeepStack adds visual features): a transform, kept whole.
+Refused: 4. a layer without an attention branch (linear attention needs every token); 5. a branch that reads two
+stream values; 6. more than one attention kernel in a branch.
+"""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import Tensor, fx
+
+from dop_compile import ops
+from dop_compile.errors import PassError
+from dop_compile.passes.infra import (
+    MHA,
+    MLP,
+    Block,
+    DecoderGraph,
+    Junction,
+    Pass,
+    PassReport,
+    depends_on,
+    eliminate_dead_nodes,
+    eliminate_duplicates,
+    is_add,
+)
+from dop_compile.trace import BATCH, MASK_BUILDERS, TOKENS
+
+__all__ = ["ANNOTATE"]
+
+_TOKEN_WISE = {ops.masked_assign, operator.add, operator.mul, operator.getitem, torch.add, torch.mul}
+_TOKEN_WISE_METHODS = {"clone", "to", "contiguous"}
+
+
+class _StreamFinder:
+    def __init__(self, graph: DecoderGraph):
+        self.target = graph
+        self.nodes = list(graph.graph.nodes)
+        first = next((n for n in self.nodes if graph.traced.layer_of(n) is not None), self.nodes[-1])
+        before_layers = set(self.nodes[: self.nodes.index(first)])
+        # Rotary tables take the embeddings for their dtype alone: that is no dependence on the stream
+        self.position, self.ancestors = depends_on(graph.graph, cut=before_layers)
+        self.hidden = next(node for node in self.nodes if node.name == "inputs_embeds").meta["val"].shape[-1]
+        self._streams = [self.position[node] for node in self.nodes if self.is_stream(node)]
+
+    def is_before(self, a: fx.Node, b: fx.Node) -> bool:
+        """Whether b depends on a."""
+        return a is not b and bool(self.ancestors[b] >> self.position[a] & 1)
+
+    def is_stream(self, node: fx.Node) -> bool:
+        value = node.meta.get("val")
+        return isinstance(value, Tensor) and tuple(value.shape) == (BATCH, TOKENS, self.hidden)
+
+    def is_positional(self, node: fx.Node) -> bool:
+        """Whether the node depends on nothing of the stream (rotary tables, positions)."""
+        bits = self.ancestors[node]
+        return not any(bits >> number & 1 for number in self._streams)
+
+    def last(self) -> fx.Node:
+        for node in reversed(self.nodes):
+            if is_add(node) and self.is_stream(node) and self.target.traced.layer_of(node) is not None:
+                return node
+        raise PassError("annotate", "no addition to a residual stream was found in any layer")
+
+    def terms(self, node: fx.Node) -> list[fx.Node]:
+        """Leaves of a tree of additions whose inner sums nobody else reads."""
+        leaves: list[fx.Node] = []
+        for operand in node.args[:2]:
+            if not isinstance(operand, fx.Node):
+                raise PassError("annotate", f"adds the constant {operand!r} to the residual stream", node=node.name)
+            inner = is_add(operand) and self.is_stream(operand) and len(operand.users) == 1
+            if inner and self.target.traced.layer_of(operand) == self.target.traced.layer_of(node):
+                leaves.extend(self.terms(operand))
+            else:
+                leaves.append(operand)
+        return leaves
+
+    def junction(self, node: fx.Node) -> Junction | None:
+        """The junction that ends in `node`; None if the node does not add branches to a stream value."""
+        if not (is_add(node) and self.is_stream(node)):
+            return None
+        terms = self.terms(node)
+        for stream in terms:
+            others = [term for term in terms if term is not stream]
+            if self.is_stream(stream) and all(self.is_before(stream, term) for term in others):
+                return Junction(stream, node, tuple(self.block(stream, term) for term in others))
+        return None
+
+    def block(self, stream: fx.Node, branch: fx.Node) -> Block:
+        inside = [
+            node
+            for node in self.nodes[self.position[stream] + 1 : self.position[branch] + 1]
+            if self.is_before(stream, node) and (node is branch or self.is_before(node, branch))
+        ]
+        kernels = [node for node in inside if node.meta.get("attention")]
+        layers = {self.target.traced.layer_of(node) for node in inside} - {None}
+        if len(kernels) > 1 or len(layers) != 1:
+            raise PassError(
+                "annotate",
+                f"the branch holds {len(kernels)} attention kernels of layers {sorted(map(str, layers))}; expected at "
+                "most one kernel, of one layer",
+                node=branch.name,
+            )
+        layer = next(iter(layers))
+        assert layer is not None
+        updates = [node for node in inside if node.target is ops.update_cache]
+        universe, row = self.target.universe, self.target.keep.layers[layer]
+        if kernels:
+            sets = universe.groups_set(row.query), universe.groups_set(row.key_value)
+        else:
+            sets = universe.groups_set(row.mlp), universe.none
+        return Block(
+            MHA if kernels else MLP,
+            layer,
+            branch,
+            tuple(inside),
+            *sets,
+            attention=kernels[0] if kernels else None,
+            update=updates[0] if updates else None,
+        )
+
+    def transform(self, node: fx.Node) -> Junction | None:
+        """A step that replaces the stream without being a branch; None where the stream begins."""
+        earlier = [
+            other
+            for other in self.nodes[: self.position[node]]
+            if self.is_before(other, node) and is_add(other) and self.is_stream(other)
+            and self.target.traced.layer_of(other) is not None
+        ]
+        if not earlier:
+            return None
+        stream = earlier[-1]
+        steps = [n for n in self.nodes if self.is_before(stream, n) and (n is node or self.is_before(n, node))]
+        token_wise = all(
+            n.target in _TOKEN_WISE or (n.op == "call_method" and n.target in _TOKEN_WISE_METHODS) for n in steps
+        )
+        return Junction(stream, node, (), token_wise)
+
+
+def _annotate(graph: DecoderGraph, report: PassReport) -> None:
+    eliminate_dead_nodes(graph.graph)
+    _use_reduced_lengths_in_masks(graph)
+    finder = _StreamFinder(graph)
+    # Every layer unpacks the same rotary tables: once is enough
+    eliminate_duplicates(graph.graph, finder.is_positional)
+    finder = _StreamFinder(graph)
+    current = finder.last()
+    junctions: list[Junction] = []
+    while True:
+        step = finder.junction(current) or finder.transform(current)
+        if step is None:
+            break
+        junctions.append(step)
+        current = step.stream
+    graph.entry = current
+    graph.junctions = junctions[::-1]
+    found = {kind: [b.layer for b in graph.blocks if b.kind == kind] for kind in (MHA, MLP)}
+    layers = graph.traced.num_layers
+    if found[MHA] != list(range(layers)):
+        missing = sorted(set(range(layers)) - set(found[MHA]))
+        raise PassError(
+            "annotate",
+            f"layers {missing or found[MHA]} have no attention branch of their own on the residual stream; a layer "
+            "whose token mixing is not attention needs every token and cannot be pruned",
+        )
+    report.rewritten = len(found[MHA]) + len(found[MLP])
+    for step in graph.junctions:
+        if not step.blocks:
+            report.kept.append(f"{step.out.name}: replaces the stream between layers")
+
+
+def _use_reduced_lengths_in_masks(graph: DecoderGraph) -> None:
+    """Mask builders ask the cache for its length: they get a view that reports it after reduction."""
+    if not graph.cached:
+        return
+    builders = [node for node in graph.graph.nodes if node.target in MASK_BUILDERS]
+    if not builders:
+        return
+    cache = next(node for node in graph.graph.nodes if node.name == "past_key_values")
+    with graph.graph.inserting_after(cache):
+        view = graph.graph.placeholder("cache_view")
+    for node in builders:
+        node.replace_input_with(cache, view)
+
+
+ANNOTATE = Pass("annotate", _annotate, optional=False)
