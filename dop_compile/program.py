@@ -20,7 +20,7 @@ from torch import fx, nn
 from dop_compile import ops
 from dop_compile.passes.infra import DecoderGraph, IndexSpec
 from dop_compile.tokens import TokenSet
-from dop_compile.trace import MASK_BUILDERS
+from dop_compile.trace import MASK_BUILDERS, is_packed
 
 __all__ = ["PieceLibrary", "Program"]
 
@@ -143,6 +143,9 @@ class Program:
         del self._registers
 
     def _is_runtime(self, node: fx.Node) -> bool:
+        # Packed tokens have data-dependent shapes: left to run as they are
+        if is_packed(node.meta.get("val")) or any(is_packed(n.meta.get("val")) for n in node.all_input_nodes):
+            return True
         if node.op != "call_function":
             return False
         if node.target in _RUNTIME_TARGETS or node.target in MASK_BUILDERS or node.meta.get("attention"):
@@ -158,7 +161,7 @@ class Program:
                 return modules[n] if n in modules else _Register(self._register(n))
 
             args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), refer)
-            self._steps.append(_Step(node.target, args, kwargs, (self._register(node),)))  # type: ignore[arg-type]
+            self._steps.append(_Step(_callable(node, self._root), args, kwargs, (self._register(node),)))
         piece.clear()
         waiting.clear()
 
@@ -241,6 +244,17 @@ class Program:
             for number in step.release:
                 del registers[number]
         return registers[self._output]
+
+
+def _callable(node: fx.Node, root: nn.Module) -> Callable[..., Any]:
+    if node.op == "call_method":
+        name = str(node.target)
+        return lambda value, *args, **kwargs: getattr(value, name)(*args, **kwargs)
+    if node.op == "call_module":
+        module: Callable[..., Any] = root.get_submodule(str(node.target))
+        return module
+    assert callable(node.target)
+    return node.target
 
 
 def _attribute(root: nn.Module, path: str) -> Any:

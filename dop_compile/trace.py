@@ -31,7 +31,7 @@ from transformers import PreTrainedConfig, masking_utils
 from dop_compile import ops
 from dop_compile.errors import UnsupportedModelError
 
-__all__ = ["BATCH", "CACHE_INPUT", "TOKENS", "DecoderInputs", "TracedDecoder", "find_layers", "trace_decoder"]
+__all__ = ["BATCH", "CACHE_INPUT", "TOKENS", "DecoderInputs", "TracedDecoder", "find_layers", "is_packed", "trace_decoder"]
 
 BATCH = 100_003
 TOKENS = 1_000_003
@@ -299,6 +299,11 @@ class DecoderTracer(fx.Tracer):
     def _value(self, kind: str, target: Any, args: Any, kwargs: Any) -> Any:
         if kind == "call_method" and target == "update":
             return (args[1], args[2])
+        if target is ops.masked_assign:
+            return args[0]
+        if target is operator.getitem and isinstance(args[0], Tensor) and _is_mask(args[1]):
+            with self._fake:
+                return args[0].new_empty(PACKED, *args[0].shape[2:])
         if kind == "get_attr" or target in MASK_BUILDERS or any(a is OPAQUE for a in _flatten((args, kwargs))):
             return OPAQUE
         key = self._key(kind, target, args, kwargs)
@@ -339,6 +344,16 @@ class DecoderTracer(fx.Tracer):
         except TypeError:
             return None
         return key
+
+
+def _is_mask(index: Any) -> bool:
+    """Whether an index selects (batch, tokens) positions by a boolean mask, which packs them."""
+    return any(isinstance(part, Tensor) and part.dtype == torch.bool for part in _flatten(index))
+
+
+def is_packed(value: Any) -> bool:
+    """Whether a value holds packed tokens, whose number depends on data."""
+    return isinstance(value, Tensor) and PACKED in value.shape
 
 
 def _map(value: Any, function: Callable[[Any], Any]) -> Any:
