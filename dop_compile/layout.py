@@ -72,7 +72,8 @@ class TokenLayout:
         def make() -> tuple[Tensor, Tensor]:
             members = self.members(tokens)
             counts = members.sum(dim=1)
-            count = int(counts.max()) if counts.numel() else 0
+            # Never empty: a grid without tokens has one position of padding, so that no shape becomes zero
+            count = max(int(counts.max()), 1)
             order = torch.argsort(members.to(torch.int8), dim=1, stable=True)
             valid = torch.arange(count) >= count - counts[:, None]
             return order[:, self.length - count :].contiguous(), valid

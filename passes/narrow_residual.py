@@ -108,7 +108,7 @@ class _Narrowing:
             elif node.target is ops.token_slice and node.args[0] in self.streams and "source" in node.meta:
                 self.new[node] = self._read(self.streams[node.args[0]], node.meta["tokens"])
             else:
-                self.new[node] = graph.graph.node_copy(node, lambda n, user=node: self._argument(n, last))
+                self.new[node] = graph.graph.node_copy(node, lambda n, user=node: self._argument(n, user, last))
             if node is graph.entry:
                 self.streams[node] = self._split(_Streams([(self.everything, self.new[node])]), 0)
             elif node in self.steps and node not in self.streams:
@@ -118,8 +118,10 @@ class _Narrowing:
             graph.graph.erase_node(graph.indices.pop(spec))
         eliminate_dead_nodes(graph.graph)
 
-    def _argument(self, node: fx.Node, last: fx.Node) -> fx.Node:
-        if node not in self.streams:
+    def _argument(self, node: fx.Node, user: fx.Node, last: fx.Node) -> fx.Node:
+        """What an ordinary node reads in place of a stream value."""
+        before_layers = node is self.graph.entry and self.graph.traced.layer_of(user) is None
+        if node not in self.streams or before_layers:  # masks and rotary tables take the embeddings as they came
             return self.new[node]
         wanted = self.graph.universe.requested if node is last else self.everything
         return self._read(self.streams[node], wanted)

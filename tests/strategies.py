@@ -37,8 +37,8 @@ def policies(
 ) -> Policy:
     """Any policy for `num_layers` layers: full, depthwise or an arbitrary set of operations.
 
-    `split`: whether the visual group is split, None for either. `reduction`: whether `visual_tokens` may be other
-    than None. `metadata`: whether to draw reducer, options and provenance too.
+    `split`: whether the visual group is split, None for either. `reduction`: whether `visual_tokens` may be
+    other than None. `metadata`: whether to draw reducer, options and provenance too.
     """
     visual_tokens = draw(st.none() | st.integers(0, max_visual_tokens)) if reduction else None
     positions = draw(st.sampled_from(("original", "compact")))

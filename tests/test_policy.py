@@ -345,17 +345,17 @@ def test_an_unknown_field_is_named(path: tuple[str, ...]) -> None:
         Policy.from_json(mutated(path, add))
 
 
-@pytest.mark.parametrize("wrong", [True, 1.5, [1.0], {"a": [1]}, "?", [[]], -1], ids=repr)
-@pytest.mark.parametrize("path", FIELDS, ids=".".join)
+LEGAL = [("reducer", "?"), ("model_fingerprint", "?"), ("divergence", 1.5), ("divergence", -1)]
+RETYPED = [
+    pytest.param(path, wrong, id=f"{'.'.join(path)}-{wrong!r}")
+    for path in FIELDS
+    for wrong in (True, 1.5, [1.0], {"a": [1]}, "?", [[]], -1)
+    if (path[-1], wrong) not in LEGAL
+]
+
+
+@pytest.mark.parametrize(("path", "wrong"), RETYPED)
 def test_a_field_of_another_type_is_named(path: tuple[str, ...], wrong: object) -> None:
-    legal = {
-        ("reducer", "?"),
-        ("model_fingerprint", "?"),
-        ("divergence", 1.5),
-        ("divergence", -1),
-    }
-    if isinstance(wrong, str | float | int) and (path[-1], wrong) in legal and not isinstance(wrong, bool):
-        pytest.skip("this is a legal value of the field")
     with pytest.raises(ValueError, match=rf"^policy JSON: .*\b{path[-1]}\b"):
         Policy.from_json(mutated(path, lambda parent, name: parent.update({name: wrong})))
 
@@ -425,7 +425,7 @@ def test_other_texts_are_refused(text: str, message: str) -> None:
 @given(policies(3, split=None), st.data())
 def test_truncated_json_is_refused(policy: Policy, data: st.DataObject) -> None:
     text = policy.to_json()
-    with pytest.raises(ValueError, match="^policy JSON: "):
+    with pytest.raises(ValueError, match=r"^policy JSON: "):
         Policy.from_json(text[: data.draw(st.integers(0, len(text) - 1))])
 
 
@@ -481,5 +481,5 @@ def test_a_wrong_file_is_named(tmp_path: Path, content: bytes) -> None:
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"^policy file .*wrong\.json: "):
         Policy.load(path)
-    with pytest.raises(FileNotFoundError, match="none.json"):
+    with pytest.raises(FileNotFoundError, match=r"none\.json"):
         Policy.load(tmp_path / "none.json")

@@ -84,6 +84,8 @@ def test_merged_ranking_by_hand():
     # Image 0 keeps 4 at (1, 3, 5, 7) / 8; image 1 keeps 2 at (1, 3) / 4 = (2, 6) / 8.
     chosen = select_tokens(Canned(first), context([8, 4]), 6)
     assert chosen.indices.tolist() == [0, 8, 1, 2, 9, 3]
+    # A single token stands in the middle, at 1 / 2: after the first of three, which stands at 1 / 6.
+    assert select_tokens(Canned(first), context([3, 1]), 4).indices.tolist() == [0, 1, 3, 2]
 
 
 def test_equal_relative_ranks_go_to_the_lower_image():
