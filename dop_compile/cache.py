@@ -86,7 +86,9 @@ class PrunedCache(DynamicCache):
         self.policy: Any = None
         self.columns_seen = 0
         self.slots_seen = 0
-        self.columns: Tensor | None = None  # (batch, slots) column of each slot, -1 for padding; None: slot i is column i
+        self.columns: Tensor | None = (
+            None  # (batch, slots) column of each slot, -1 for padding; None: slot i is column i
+        )
         self.position_shift: Tensor | None = None  # (batch, 1) subtracted from the caller's positions
         self.entries: dict[int, Entries] = {}
         self.conversation: dict[str, Any] = {}
@@ -124,9 +126,7 @@ class PrunedCache(DynamicCache):
     def is_initialized(self) -> bool:
         return self.columns_seen > 0
 
-    def commit(
-        self, columns: int, slots: int, new_columns: Tensor | None, new_entries: dict[int, Entries]
-    ) -> None:
+    def commit(self, columns: int, slots: int, new_columns: Tensor | None, new_entries: dict[int, Entries]) -> None:
         """Record what a forward call added: the caller's columns, the slots they became, the layers' entries."""
         self.columns = self.all_columns(slots, new_columns)
         self.columns_seen += columns

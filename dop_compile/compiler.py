@@ -1,8 +1,8 @@
 """From a Hugging Face model and a policy to a drop-in model whose decoder skips what the policy prunes.
 
-    HF model --trace--> decoder graph --annotate--> blocks (layer, module)
-    policy   --normalise--> keep table (group, layer, module)
-                     graph + keep table --passes--> pruned graph --verify--> pieces: eager | torch.compile
+HF model --trace--> decoder graph --annotate--> blocks (layer, module)
+policy   --normalise--> keep table (group, layer, module)
+                 graph + keep table --passes--> pruned graph --verify--> pieces: eager | torch.compile
 """
 
 from __future__ import annotations
@@ -104,9 +104,7 @@ class CompiledState:
             with self._lock:
                 program = self._programs.get(key)
                 if program is None:
-                    graph = build_graph(
-                        self.decoder, keep, universe, inputs, disable=self._disable, debug=self._debug
-                    )
+                    graph = build_graph(self.decoder, keep, universe, inputs, disable=self._disable, debug=self._debug)
                     program = self._programs[key] = Program(graph, self.library)
         return program
 

@@ -78,8 +78,7 @@ class DecoderDims:
             store(self, field, integer(field, getattr(self, field), low=1))
         if self.num_heads % self.num_key_value_heads:
             raise ValueError(
-                f"num_key_value_heads: expected a divisor of {self.num_heads} heads, "
-                f"got {self.num_key_value_heads}"
+                f"num_key_value_heads: expected a divisor of {self.num_heads} heads, got {self.num_key_value_heads}"
             )
         if not isinstance(self.gated, bool):
             raise TypeError(f"gated: expected True (3 matrices) or False (2), got {self.gated!r}")
@@ -198,9 +197,7 @@ def kv_cache_bytes(dims: DecoderDims, tokens_per_layer: Sequence[LayerTokens], d
     """Bytes of one sample's K and V after prefill: 2 n_k d_kv `dtype_bytes`, summed over the layers."""
     dtype_bytes = integer("dtype_bytes", dtype_bytes, low=1)
     if len(tokens_per_layer) != dims.num_layers:
-        raise ValueError(
-            f"tokens_per_layer: expected one per layer ({dims.num_layers}), got {len(tokens_per_layer)}"
-        )
+        raise ValueError(f"tokens_per_layer: expected one per layer ({dims.num_layers}), got {len(tokens_per_layer)}")
     per_token = 2 * dims.num_key_value_heads * dims.head_dim * dtype_bytes
     return per_token * sum(tokens.key_value for tokens in tokens_per_layer)
 
@@ -249,8 +246,7 @@ def _mlp_sizes(text: Any, kind: str, layers: int) -> tuple[tuple[int, ...], tupl
     active = getattr(text, "num_experts_per_tok", None)
     if not active:
         if any(
-            (getattr(text, name, None) or 0) > 1
-            for name in ("num_experts", "moe_num_experts", "num_local_experts")
+            (getattr(text, name, None) or 0) > 1 for name in ("num_experts", "moe_num_experts", "num_local_experts")
         ):
             raise ValueError(f"{kind}: this mixture of experts is not recognised; build DecoderDims by hand")
         return wide or (_size(text, kind, "intermediate_size", "ffn_dim"),) * layers, (), ()
@@ -282,8 +278,4 @@ def _is_sparse(text: Any, layer: int) -> bool:
         return layer in moe_layers
     first = max(getattr(text, "first_k_dense_replace", 0) or 0, getattr(text, "num_dense_layers", 0) or 0)
     step = getattr(text, "decoder_sparse_step", 1)
-    return (
-        layer >= first
-        and layer not in (getattr(text, "mlp_only_layers", None) or ())
-        and (layer + 1) % step == 0
-    )
+    return layer >= first and layer not in (getattr(text, "mlp_only_layers", None) or ()) and (layer + 1) % step == 0

@@ -18,7 +18,6 @@ from transformers.utils import can_return_tuple
 __all__ = ["DeferredMask", "builds_masks", "deferring_forward"]
 
 
-
 class DeferredMask:
     """A call of a mask builder, to be made for the decoder's slots.
 

@@ -70,19 +70,13 @@ class Policy:
     def __post_init__(self) -> None:
         store(self, "num_layers", integer("num_layers", self.num_layers, low=1))
         if self.visual_tokens is not None:
-            store(
-                self, "visual_tokens", integer("visual_tokens", self.visual_tokens, low=0, none="keeps all")
-            )
+            store(self, "visual_tokens", integer("visual_tokens", self.visual_tokens, low=0, none="keeps all"))
         if not isinstance(self.reducer, str) or not self.reducer:
-            raise TypeError(
-                f"reducer: expected the name of a reducer such as 'uniform', got {self.reducer!r}"
-            )
+            raise TypeError(f"reducer: expected the name of a reducer such as 'uniform', got {self.reducer!r}")
         options = pairs("reducer_options", self.reducer_options)
         for name, value in options:
             if not isinstance(value, str | int | float | None):
-                raise TypeError(
-                    f"reducer_options[{name!r}]: expected a JSON scalar, got {type(value).__name__}"
-                )
+                raise TypeError(f"reducer_options[{name!r}]: expected a JSON scalar, got {type(value).__name__}")
             if isinstance(value, float):
                 finite(f"reducer_options[{name!r}]", value)
         store(self, "reducer_options", options)
@@ -90,14 +84,10 @@ class Policy:
         if self.salient_fraction is not None:
             fraction = finite("salient_fraction", self.salient_fraction)
             if not 0 < fraction < 1:
-                raise ValueError(
-                    f"salient_fraction: expected 0 < fraction < 1 or None (no split), got {fraction}"
-                )
+                raise ValueError(f"salient_fraction: expected 0 < fraction < 1 or None (no split), got {fraction}")
             store(self, "salient_fraction", fraction)
         if self.provenance is not None and not isinstance(self.provenance, Provenance):
-            raise TypeError(
-                f"provenance: expected a Provenance or None, got {type(self.provenance).__name__}"
-            )
+            raise TypeError(f"provenance: expected a Provenance or None, got {type(self.provenance).__name__}")
         store(self, "pruned", frozenset(self._canonical(self.pruned)))
 
     @classmethod

@@ -108,12 +108,7 @@ def pairs(field: str, value: object) -> tuple[tuple[str, Any], ...]:
         raise TypeError(f"{field}: expected a mapping from names to values, got {value!r}")
     found: dict[str, Any] = {}
     for item in items:
-        if (
-            not isinstance(item, tuple | list)
-            or len(item) != 2
-            or not isinstance(item[0], str)
-            or not item[0]
-        ):
+        if not isinstance(item, tuple | list) or len(item) != 2 or not isinstance(item[0], str) or not item[0]:
             raise TypeError(f"{field}: expected (name, value) pairs with string names, got {item!r}")
         if item[0] in found:
             raise ValueError(f"{field}: the name {item[0]!r} is given twice; give each name once")
@@ -171,17 +166,13 @@ def encode(policy: Policy) -> str:
         "positions": policy.positions,
         "salient_fraction": policy.salient_fraction,
         "pruned": {
-            group: {module: list(policy.pruned_layers(group, module)) for module in MODULES}
-            for group in policy.groups
+            group: {module: list(policy.pruned_layers(group, module)) for module in MODULES} for group in policy.groups
         },
         "provenance": source
-        and {name: getattr(source, name) for name in _PROVENANCE_FIELDS}
-        | {"versions": dict(source.versions)},
+        and {name: getattr(source, name) for name in _PROVENANCE_FIELDS} | {"versions": dict(source.versions)},
     }
     text = json.dumps(document, indent=2, allow_nan=False)
-    return _LAYER_LIST.sub(
-        lambda match: re.sub(r"\s+", " ", match[0]).replace("[ ", "[").replace(" ]", "]"), text
-    )
+    return _LAYER_LIST.sub(lambda match: re.sub(r"\s+", " ", match[0]).replace("[ ", "[").replace(" ]", "]"), text)
 
 
 def decode(text: str, where: str) -> Policy:
@@ -193,21 +184,15 @@ def decode(text: str, where: str) -> Policy:
     try:
         document = _object("document", _parse(text), None)
         if document.get("format") != FORMAT:
-            raise ValueError(
-                f"format: expected {FORMAT!r}, got {document.get('format')!r}; this is not a policy file"
-            )
+            raise ValueError(f"format: expected {FORMAT!r}, got {document.get('format')!r}; this is not a policy file")
         version = document.get("version")
         if version != VERSION or type(version) is not int:
-            raise ValueError(
-                f"version: this release reads version {VERSION}, got {version!r}; save the policy again"
-            )
+            raise ValueError(f"version: this release reads version {VERSION}, got {version!r}; save the policy again")
         _object("document", document, _FIELDS)
         source = document["provenance"]
         if source is not None:
             versions = _object("provenance", source, _PROVENANCE_FIELDS)["versions"]
-            source = Provenance(
-                **source | {"versions": pairs("versions", _object("versions", versions, None))}
-            )
+            source = Provenance(**source | {"versions": pairs("versions", _object("versions", versions, None))})
         options = _object("reducer_options", document["reducer_options"], None)
         fields = {name: document[name] for name in _FIELDS[2:-2] if name != "reducer_options"}
         policy = Policy(**fields, reducer_options=pairs("reducer_options", options), provenance=source)

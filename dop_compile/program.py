@@ -89,6 +89,7 @@ class Program:
         self.universe = graph.universe
         self.blocks = tuple(graph.blocks)
         self.reports = tuple(graph.reports)
+        self.output_tokens = graph.output_tokens
         self.output_class = graph.traced.output_class
         self.layer_keys: dict[int, TokenSet] = {
             block.layer: block.keys for block in self.blocks if block.update is not None

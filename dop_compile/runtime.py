@@ -1,6 +1,6 @@
 """One forward call of a compiled decoder: group, reduce, pick the program, run it, put rows where the caller wants them.
 
-    inputs_embeds --groups--> codes --reduce--> slots --program--> rows of requested slots --scatter--> caller's rows
+inputs_embeds --groups--> codes --reduce--> slots --program--> rows of requested slots --scatter--> caller's rows
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dop_compile.outer_masks import DeferredMask
 from dop_compile.policy import Policy
 from dop_compile.program import Program
 from dop_compile.prompt import Prompt, Reduction, make_reducer, reduce_prompt
-from dop_compile.tokens import Universe
+from dop_compile.tokens import TokenSet, Universe
 from dop_compile.trace import DecoderInputs
 
 __all__ = ["Call", "run_decoder"]
@@ -101,7 +101,13 @@ def _check_arguments(decoder: nn.Module, call: Call, kwargs: dict[str, Any]) -> 
         )
     packed = kwargs.pop(PACKED_INPUT, None) or ()
     arguments = _Arguments(
-        embeds, mask, masks, kwargs.pop("position_ids", None), cache, tuple(packed), kwargs.pop(PACKED_MASK, None),
+        embeds,
+        mask,
+        masks,
+        kwargs.pop("position_ids", None),
+        cache,
+        tuple(packed),
+        kwargs.pop(PACKED_MASK, None),
         tuple(sorted((name, value) for name, value in kwargs.items() if value is not None)),
     )
     for name, value in arguments.constants:
@@ -354,25 +360,28 @@ def run_decoder(compiled: Any, decoder: nn.Module, call: Call, **kwargs: Any) ->
     }
     hidden = program(values, lambda spec: index[spec.kind](spec))
     slots.commit(program, selector)
-    hidden = _caller_rows(compiled, arguments, slots, layout, hidden)
+    hidden = _caller_rows(compiled, arguments, slots, layout, program.output_tokens, hidden)
     output_class = program.output_class
     if output_class is None:
         return (hidden, cache)
     return output_class(last_hidden_state=hidden, past_key_values=cache)
 
 
-def _caller_rows(compiled: Any, arguments: _Arguments, slots: _Slots, layout: TokenLayout, hidden: Tensor) -> Tensor:
+def _caller_rows(
+    compiled: Any, arguments: _Arguments, slots: _Slots, layout: TokenLayout, held: TokenSet, hidden: Tensor
+) -> Tensor:
     """Rows in the caller's columns; a removed token's row is the final norm of its projected embedding."""
     rows = slots.call.rows if layout.universe.requested_groups is not None else slots.tokens
     if slots.columns is None and rows == slots.tokens:
         return hidden
-    grid, valid = layout.slots(layout.universe.requested)
+    grid, valid = layout.slots(held)
     if slots.reduction is not None and slots.reduction.columns is not None:
         columns = slots.reduction.columns.gather(1, grid)
         valid = valid & (columns >= 0)
     else:
         columns = grid
     first = slots.tokens - rows
+    valid = valid & (columns >= first)
     if grid.shape[1] == rows and bool(valid.all()) and bool((columns == torch.arange(first, slots.tokens)).all()):
         return hidden
     source = torch.zeros(slots.batch, rows, dtype=torch.long)

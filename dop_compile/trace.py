@@ -31,7 +31,16 @@ from transformers import PreTrainedConfig, masking_utils
 from dop_compile import ops
 from dop_compile.errors import UnsupportedModelError
 
-__all__ = ["BATCH", "CACHE_INPUT", "TOKENS", "DecoderInputs", "TracedDecoder", "find_layers", "is_packed", "trace_decoder"]
+__all__ = [
+    "BATCH",
+    "CACHE_INPUT",
+    "TOKENS",
+    "DecoderInputs",
+    "TracedDecoder",
+    "find_layers",
+    "is_packed",
+    "trace_decoder",
+]
 
 BATCH = 100_003
 TOKENS = 1_000_003

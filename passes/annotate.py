@@ -135,7 +135,9 @@ class _StreamFinder:
         earlier = [
             other
             for other in self.nodes[: self.position[node]]
-            if self.is_before(other, node) and is_add(other) and self.is_stream(other)
+            if self.is_before(other, node)
+            and is_add(other)
+            and self.is_stream(other)
             and self.target.traced.layer_of(other) is not None
         ]
         if not earlier:

@@ -122,6 +122,10 @@ class DecoderGraph:
     indices: dict[IndexSpec, fx.Node] = field(default_factory=dict)
     diffs: dict[str, str] = field(default_factory=dict)
     reports: list[PassReport] = field(default_factory=list)
+    output_tokens: TokenSet = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.output_tokens = self.universe.all
 
     @property
     def graph(self) -> fx.Graph:

@@ -85,11 +85,10 @@ class _Narrowing:
         self.old = graph.graph
         self.new: dict[fx.Node, fx.Node] = {}
         self.streams: dict[fx.Node, _Streams] = {}
-        self.steps = {junction.out: (number, junction) for number, junction in enumerate(graph.junctions)}
+        # A junction that adds nothing has its stream as its output: what follows reads as before it
+        self.steps = {j.out: number for number, j in enumerate(graph.junctions) if j.out is not j.stream}
         self.partial = {
-            node: number
-            for number, junction in enumerate(graph.junctions)
-            for node in _additions(junction)
+            node: number for number, junction in enumerate(graph.junctions) for node in _additions(junction)
         }
         self.splits = 0
 
@@ -113,7 +112,7 @@ class _Narrowing:
                 self.streams[node] = self._split(_Streams([(self.everything, self.new[node])]), 0)
             elif node in self.steps and node not in self.streams:
                 held = _Streams([(self.everything, self.new[node])])
-                self.streams[node] = self._split(held, self.steps[node][0] + 1)
+                self.streams[node] = self._split(held, self.steps[node] + 1)
         for spec in [spec for spec, node in graph.indices.items() if not node.users]:
             graph.graph.erase_node(graph.indices.pop(spec))
         eliminate_dead_nodes(graph.graph)
@@ -131,7 +130,8 @@ class _Narrowing:
         stream, branch = node.args[0], self.new[node.args[1]]  # type: ignore[index]
         streams = self.streams[stream]  # type: ignore[index]
         written: TokenSet = node.meta["written"]
-        if written <= self.schedule.active(number + 1):
+        all_written = self.graph.junctions[number].writes
+        if all_written is not None and all_written <= self.schedule.active(number + 1):
             streams = self._split(streams, number + 1)
         held, active = streams.active
         graph = self.graph.graph
@@ -178,17 +178,16 @@ def _additions(junction: Junction) -> list[fx.Node]:
     """The additions of a sliced junction, first to last; none if it was left as traced."""
     additions = []
     node = junction.out
-    while "written" in node.meta and junction.blocks:
+    while "written" in node.meta and node is not junction.stream:
         additions.append(node)
         node = node.args[0]  # type: ignore[assignment]
-        if node is junction.stream:
-            break
     return additions
 
 
 def _narrow_residual(graph: DecoderGraph, report: PassReport) -> None:
     narrowing = _Narrowing(graph)
     narrowing.run()
+    graph.output_tokens = graph.universe.requested
     report.rewritten = narrowing.splits
 
 

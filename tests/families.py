@@ -166,9 +166,7 @@ def _join_per_row(visuals: list[list[Visual]]) -> dict[str, Tensor]:
     """As `_join`, with a batch dimension and zeros for the rows without images."""
     empty = {n: torch.zeros_like(t) for row in visuals for visual in row for n, t in visual.tensors.items()}
     return {
-        name: _cat_padded(
-            [torch.cat([visual.tensors[name] for visual in row] or [zeros])[None] for row in visuals]
-        )
+        name: _cat_padded([torch.cat([visual.tensors[name] for visual in row] or [zeros])[None] for row in visuals])
         for name, zeros in empty.items()
     }
 
@@ -289,9 +287,7 @@ def _llava_next() -> hf.PreTrainedConfig:
 
 def _video_llava() -> hf.PreTrainedConfig:
     text, tower = _text(hf.LlamaConfig, num_key_value_heads=HEADS), _tower(hf.CLIPVisionConfig, patch=8)
-    return hf.VideoLlavaConfig(
-        text_config=text, vision_config=tower, image_token_index=IMAGE, video_token_index=VIDEO
-    )
+    return hf.VideoLlavaConfig(text_config=text, vision_config=tower, image_token_index=IMAGE, video_token_index=VIDEO)
 
 
 _QWEN_TOWER = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 4}

@@ -323,9 +323,7 @@ def _pruned_layer(
     def zero_keyless(_: nn.Module, args: tuple) -> tuple:
         return (args[0].masked_fill(keyless[:, None], 0.0), *args[1:])
 
-    branch: list[
-        tuple[Tensor, Tensor]
-    ] = []  # the newest tensor of the branch being computed, and its pruned tokens
+    branch: list[tuple[Tensor, Tensor]] = []  # the newest tensor of the branch being computed, and its pruned tokens
 
     def zero_branch(pruned: Tensor) -> Callable[..., Any]:
         def hook(_: nn.Module, args: tuple, output: Any) -> Any:
@@ -348,9 +346,7 @@ def _pruned_layer(
         attention.register_forward_hook(zero_branch(~kept("mha_query"))),
         mlp.register_forward_hook(zero_branch(~kept("mlp"))),
     ]
-    handles += [
-        c.register_forward_hook(zero_post_norm) for c in layer.children() if c not in (attention, mlp)
-    ]
+    handles += [c.register_forward_hook(zero_post_norm) for c in layer.children() if c not in (attention, mlp)]
     try:
         yield
     finally:

@@ -58,14 +58,10 @@ def policies(
         names = ("mha_depth", "mlp_depth", "mha_query_depth", "mha_key_value_depth")
         names += ("system_mha_depth", "system_mlp_depth")
         depths = {name: draw(depth) for name in names}
-        policy = Policy.depthwise(
-            num_layers, visual_tokens=visual_tokens, positions=positions, **depths, **extra
-        )
+        policy = Policy.depthwise(num_layers, visual_tokens=visual_tokens, positions=positions, **depths, **extra)
         return policy.replace(salient_fraction=fraction)
     groups = ("system", *SPLIT_VISUAL_GROUPS, "text") if is_split else PROMPT_GROUPS
-    operation = st.builds(
-        Operation, st.sampled_from(groups), st.integers(0, num_layers - 1), st.sampled_from(MODULES)
-    )
+    operation = st.builds(Operation, st.sampled_from(groups), st.integers(0, num_layers - 1), st.sampled_from(MODULES))
     return Policy.from_operations(
         num_layers,
         draw(st.frozensets(operation, max_size=3 * num_layers)),

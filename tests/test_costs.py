@@ -79,9 +79,7 @@ def test_layer_flops_grow_with_every_count(dims: DecoderDims, n: LayerTokens, fi
 @given(
     decoder_dims(),
     st.builds(LayerTokens, *[st.integers(1, 40)] * 3),
-    st.sampled_from(
-        ["hidden_size", "head_dim", "num_heads", "intermediate_sizes", "active_experts", "gated"]
-    ),
+    st.sampled_from(["hidden_size", "head_dim", "num_heads", "intermediate_sizes", "active_experts", "gated"]),
 )
 def test_layer_flops_grow_with_every_size(dims: DecoderDims, n: LayerTokens, field: str) -> None:
     small = dataclasses.replace(dims, gated=False)
@@ -285,9 +283,7 @@ def test_half_a_salient_token_is_rounded_up(visual: int, salient: int) -> None:
 
 
 @given(decoder_dims(4), policies(4, split=None), COUNTS, COUNTS, st.integers(1, 40))
-def test_a_budget_is_a_fraction(
-    dims: DecoderDims, policy: Policy, system: int, visual: int, text: int
-) -> None:
+def test_a_budget_is_a_fraction(dims: DecoderDims, policy: Policy, system: int, visual: int, text: int) -> None:
     ratio = prefill_flops_ratio(dims, policy, system, visual, text)
     assert 0 <= ratio <= 1
     assert prefill_flops_ratio(dims, Policy.full(4), system, visual, text) == 1.0
@@ -338,9 +334,7 @@ def test_kv_bytes_are_those_of_the_key_tokens(dims: DecoderDims, policy: Policy,
 
 # --- the published numbers
 
-VICUNA_7B = hf.LlamaConfig(
-    num_hidden_layers=32, hidden_size=4096, intermediate_size=11008, num_attention_heads=32
-)
+VICUNA_7B = hf.LlamaConfig(num_hidden_layers=32, hidden_size=4096, intermediate_size=11008, num_attention_heads=32)
 QWEN2_7B = hf.Qwen2Config(
     num_hidden_layers=28,
     hidden_size=3584,

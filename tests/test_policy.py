@@ -127,9 +127,7 @@ def test_mha_is_both_attention_parts() -> None:
 
 
 def test_visual_is_both_parts_of_a_split_group() -> None:
-    policy = Policy.from_operations(
-        4, [("visual", 1, "mlp"), ("visual_rest", 2, "mlp")], salient_fraction=0.25
-    )
+    policy = Policy.from_operations(4, [("visual", 1, "mlp"), ("visual_rest", 2, "mlp")], salient_fraction=0.25)
     assert policy.groups == ("system", "visual_salient", "visual_rest", "text")
     assert policy.pruned_layers("visual_salient", "mlp") == (1,)
     assert policy.pruned_layers("visual_rest", "mlp") == (1, 2)

@@ -73,9 +73,7 @@ def head_of(model: nn.Module, embeds: Tensor) -> Tensor:
 
 def state(model: nn.Module) -> list[object]:
     """Everything that a forgotten hook or patch would change. The first forward adds hooks of HF's own."""
-    modules = [
-        (sorted(m.__dict__), len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()
-    ]
+    modules = [(sorted(m.__dict__), len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
     return [modules, id(getattr(model.base_model, "rope_deltas", None))]
 
 
@@ -195,9 +193,7 @@ def test_kept_tokens_are_a_shorter_sequence_and_removed_ones_bypass_it(name: str
     with torch.no_grad():
         if family.has_deepstack:
             reduced["visual_pos_masks"] = visual_positions(inputs)[None, entering]
-            reduced["deepstack_visual_embeds"] = [
-                level[kept] for level in given[0]["deepstack_visual_embeds"]
-            ]
+            reduced["deepstack_visual_embeds"] = [level[kept] for level in given[0]["deepstack_visual_embeds"]]
             expected = model.lm_head(decoder(**reduced).last_hidden_state)[0]
         else:
             if family.has_bidirectional_images:
@@ -261,9 +257,7 @@ def test_query_without_keys_gets_exactly_the_bypass(name: str, attn: str) -> Non
     nothing = reference_logits(model, inputs, stub(family, everywhere(family, groups, MODULES)))
     for logits, row in zip(nothing, split_rows(model, inputs), strict=True):
         text = ~visual_positions(row.inputs)
-        assert_close(
-            logits[text], head_of(model, model.get_input_embeddings()(row.inputs["input_ids"]))[text]
-        )
+        assert_close(logits[text], head_of(model, model.get_input_embeddings()(row.inputs["input_ids"]))[text])
 
 
 def test_against_hand_written_layers() -> None:
@@ -297,9 +291,7 @@ def test_against_hand_written_layers() -> None:
                 key = key * cos[keys][:, None] + rotate(key) * sin[keys][:, None]
                 value = attention.v_proj(normed[keys]).view(len(keys), 2, 16).repeat_interleave(2, 1)
                 scores = torch.einsum("hd,khd->hk", query, key) / 4
-                update[i] = attention.o_proj(
-                    torch.einsum("hk,khd->hd", scores.softmax(-1), value).reshape(-1)
-                )
+                update[i] = attention.o_proj(torch.einsum("hk,khd->hd", scores.softmax(-1), value).reshape(-1))
             hidden = hidden + update
             mlp = torch.tensor(takes["mlp"], dtype=torch.long)
             hidden = hidden.index_add(0, mlp, layer.mlp(layer.post_attention_layernorm(hidden[mlp])))
@@ -353,9 +345,7 @@ def test_rows_of_a_batch_have_their_own_kept_tokens() -> None:
     policy = stub(family, [("visual", 1, "mha_key_value")], visual_tokens=3, positions="compact")
     together = reference_logits(model, inputs, policy, kept=kept)
     for index, row in enumerate(split_rows(model, inputs)):
-        assert torch.equal(
-            reference_logits(model, row.inputs, policy, kept=[kept[index]])[0], together[index]
-        )
+        assert torch.equal(reference_logits(model, row.inputs, policy, kept=[kept[index]])[0], together[index])
     with pytest.raises(ValueError, match="increasing ordinals below 9"):
         reference_logits(model, inputs, policy, kept=[[3, 2], [], []])
 

@@ -35,9 +35,7 @@ class GivenReducer:
 
     def __init__(self, indices: Sequence[Sequence[int] | Tensor] | Tensor) -> None:
         if isinstance(indices, str) or not isinstance(indices, Sequence | Tensor):
-            raise TypeError(
-                f"reducer 'given': indices must be one sequence per sample, not {type(indices).__name__}"
-            )
+            raise TypeError(f"reducer 'given': indices must be one sequence per sample, not {type(indices).__name__}")
         object.__setattr__(self, "indices", tuple(_row(number, row) for number, row in enumerate(indices)))
 
     @property
@@ -53,9 +51,7 @@ class GivenReducer:
         """
         sample = context.sample_index
         if not 0 <= sample < len(self.indices):
-            raise ValueError(
-                f"reducer 'given': indices for {len(self.indices)} samples, none for sample {sample}"
-            )
+            raise ValueError(f"reducer 'given': indices for {len(self.indices)} samples, none for sample {sample}")
         row = self.indices[sample]
         if len(row) != count:
             raise ValueError(
@@ -64,8 +60,7 @@ class GivenReducer:
             )
         if row and max(row) >= context.tokens:
             raise ValueError(
-                f"reducer 'given': index {max(row)} for sample {sample}, which has only "
-                f"{context.tokens} visual tokens"
+                f"reducer 'given': index {max(row)} for sample {sample}, which has only {context.tokens} visual tokens"
             )
         return Selection(torch.tensor(row, dtype=torch.long, device=context.projected.device))
 

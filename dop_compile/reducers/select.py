@@ -51,9 +51,7 @@ def select_tokens(reducer: Reducer, context: VisualContext, count: int) -> Selec
         raise ValueError("segments must not be negative")
     sizes = torch.bincount(segments).tolist()
     if context.grid is not None and len(context.grid) < len(sizes):
-        raise ValueError(
-            f"grid must have an entry for each of {len(sizes)} segments, not {len(context.grid)}"
-        )
+        raise ValueError(f"grid must have an entry for each of {len(sizes)} segments, not {len(context.grid)}")
     if len(sizes) == 1:
         return _checked(reducer, context, count)
 
@@ -168,8 +166,7 @@ def _check_features(what: str, value: object, context: VisualContext, count: int
     like = context.projected
     if value.dtype != like.dtype or value.device != like.device:
         raise ValueError(
-            f"{what} must be {like.dtype} on {like.device}, as `projected` is, "
-            f"not {value.dtype} on {value.device}"
+            f"{what} must be {like.dtype} on {like.device}, as `projected` is, not {value.dtype} on {value.device}"
         )
     # A NaN that was there before the reducer is not its fault, and passes through as in the original.
     if bool(value.isnan().any()) and not bool(like.isnan().any()):

@@ -34,9 +34,7 @@ def test_keeps_distinct_tokens_and_a_smaller_count_keeps_a_prefix(tokens, data, 
 def test_a_row_selects_the_same_wherever_it_stands_and_whatever_it_shows(sample, content, global_seed):
     torch.manual_seed(global_seed)
     before = torch.random.get_rng_state()
-    assert kept(RandomReducer(5), 40, count=7, sample=sample, content=content) == kept(
-        RandomReducer(5), 40, count=7
-    )
+    assert kept(RandomReducer(5), 40, count=7, sample=sample, content=content) == kept(RandomReducer(5), 40, count=7)
     assert torch.equal(torch.random.get_rng_state(), before), "the global generator was advanced"
 
 

@@ -109,9 +109,7 @@ def test_an_entry_point_that_cannot_be_loaded_is_named(installed, value):
         create("broken")
 
 
-@pytest.mark.parametrize(
-    ("name", "hint"), [("unifrom", "did you mean 'uniform'"), ("Random", "did you mean 'random'")]
-)
+@pytest.mark.parametrize(("name", "hint"), [("unifrom", "did you mean 'uniform'"), ("Random", "did you mean 'random'")])
 def test_an_unknown_name_gets_the_nearest_one(name, hint):
     with pytest.raises(ValueError, match=f"unknown reducer '{name}'; {hint}.*given, random, uniform"):
         create(name)
