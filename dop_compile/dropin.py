@@ -21,7 +21,8 @@ from transformers import PreTrainedModel
 from dop_compile.cache import PrunedCache
 from dop_compile.errors import UnsupportedUsageError
 from dop_compile.outer_masks import builds_masks, deferring_forward
-from dop_compile.runtime import Call, run_decoder
+from dop_compile.runtime import run_decoder
+from dop_compile.slots import Call
 
 __all__ = ["decoder_path", "drop_in"]
 
