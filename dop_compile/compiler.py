@@ -18,6 +18,7 @@ from dop_compile.dropin import _copy_path, decoder_path, drop_in
 from dop_compile.errors import UnsupportedModelError
 from dop_compile.fingerprint import model_fingerprint
 from dop_compile.keep import KeepTable
+from dop_compile.local_sizes import localise_sizes
 from dop_compile.passes import PIPELINE, DecoderGraph, check_graph, run_passes
 from dop_compile.passes.annotate import ANNOTATE
 from dop_compile.passes.infra import eliminate_dead_nodes
@@ -53,7 +54,9 @@ def build_graph(
         debug: verify after every pass and keep a diff of each.
     """
     inputs = inputs or DecoderInputs()
-    graph = DecoderGraph(trace_decoder(decoder, inputs), keep, universe, inputs.cached)
+    traced = trace_decoder(decoder, inputs)
+    localise_sizes(traced.graph)
+    graph = DecoderGraph(traced, keep, universe, inputs.cached)
     return run_passes(graph, PIPELINE, disable=disable, check=check_graph if debug else None, diff=debug)
 
 

@@ -29,9 +29,13 @@ def token_slice(x: Tensor, index: Tensor, batch_dim: int = 0, token_dim: int = 1
     if x.dim() == 3 and (batch_dim, token_dim) == (0, 1):
         offset = torch.arange(x.shape[0], device=index.device)[:, None] * x.shape[1]
         return F.embedding(index + offset, x.flatten(0, 1))
-    shape = [1] * x.dim()
-    shape[batch_dim], shape[token_dim] = index.shape[0], index.shape[1]
-    return torch.take_along_dim(x, index.view(shape), dim=token_dim)
+    batch, count = index.shape
+    shape, target = [1] * x.dim(), list(x.shape)
+    shape[batch_dim], shape[token_dim] = batch, count
+    target[batch_dim] = batch
+    x = x.expand(target)  # rotary tables of positions that all rows share have one row
+    target[token_dim] = count
+    return x.gather(token_dim, index.view(shape).expand(target))
 
 
 def token_add(x: Tensor, update: Tensor, index: Tensor) -> Tensor:

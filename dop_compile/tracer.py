@@ -1,0 +1,385 @@
+"""The fx tracer behind `dop_compile.trace`: traces a *copy* of a decoder whose calls become nodes.
+
+Nothing that other threads can see is changed. `torch.fx.Tracer.trace` patches `nn.Module` for the whole process while
+it runs; here the module tree is copied instead (parameters and buffers shared), every copy's `__call__` goes to the
+tracer, and forwards that call mask builders or attention kernels run with a namespace of their own in which those are
+nodes.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import operator
+import types
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PreTrainedConfig, masking_utils
+
+from dop_compile import ops
+from dop_compile.proxies import BATCH, OPAQUE, PACKED, TOKENS, Refused, ValueProxy, flatten, is_dynamic, map_nested
+
+__all__ = ["ATTENTION_REGISTRY", "CACHE_INPUT", "MASK_BUILDERS", "DecoderInputs", "DecoderTracer", "ModuleTracer"]
+
+ATTENTION_REGISTRY = "ALL_ATTENTION_FUNCTIONS"
+CACHE_INPUT = "past_key_values"
+MASK_BUILDERS = frozenset(
+    function
+    for name, function in vars(masking_utils).items()
+    if name.startswith("create_") and inspect.isfunction(function)
+)
+
+
+@dataclass(frozen=True)
+class DecoderInputs:
+    """Which optional inputs the outer model hands to its decoder; one graph is traced per combination.
+
+    Args:
+        position_rows: leading size of `position_ids` (rows, batch, tokens); None for (batch, tokens).
+        masks: keys of the mask dictionary that the outer model builds itself; None if the decoder builds the mask.
+        cached: whether keys and values are stored.
+        packed: how many tensors of packed per-visual-token features (DeepStack) are handed over.
+        constants: other keyword arguments, all of them plain Python values.
+    """
+
+    position_rows: int | None = None
+    masks: tuple[str, ...] | None = None
+    cached: bool = True
+    packed: int = 0
+    constants: tuple[tuple[str, Any], ...] = ()
+
+
+class ModuleTracer(fx.Tracer):
+    """Traces one module's forward; modules in `opened` (by id) are traced through, all others are nodes."""
+
+    def __init__(self, root: nn.Module, opened: Collection[int]):
+        super().__init__()
+        self.root = root
+        self.graph = fx.Graph()
+        self.tensor_attrs = {}
+        self._opened = frozenset(opened)
+        self._paths: dict[int, str] = {}
+        self._classes: dict[type, type] = {}
+        self._parameters: dict[int, Any] = {}
+        self._namespaces: dict[int, dict[str, Any]] = {}
+        self._calls = 0
+        self.copy = self._copy(root, "")
+
+    # --- the copied module tree -----------------------------------------------------------------------------------
+
+    def _copy(self, module: nn.Module, path: str) -> nn.Module:
+        duplicate = copy.copy(module)
+        vars(duplicate)["_modules"] = {
+            name: None if child is None else self._copy(child, f"{path}.{name}" if path else name)
+            for name, child in module._modules.items()
+        }
+        if not isinstance(module, nn.ModuleList | nn.ModuleDict):
+            duplicate.__class__ = self._class(type(module))
+        self._paths[id(module)] = self._paths[id(duplicate)] = path
+        return duplicate
+
+    def _class(self, kind: type) -> type:
+        """A class like `kind` whose instances report to the tracer when they are called or read for a parameter."""
+        if kind not in self._classes:
+            tracer = self
+
+            def __call__(module: Any, *args: Any, **kwargs: Any) -> Any:
+                return tracer._call(module, args, kwargs)
+
+            def __getattr__(module: Any, name: str) -> Any:
+                return tracer._read(kind.__getattr__(module, name))  # type: ignore[attr-defined]
+
+            members: dict[str, Any] = {"__call__": __call__, "__getattr__": __getattr__, "__module__": kind.__module__}
+            for name in dir(kind):
+                method = inspect.getattr_static(kind, name)
+                if inspect.isfunction(method) and (rebuilt := self._rebuilt(method)) is not None:
+                    members[name] = rebuilt
+            self._classes[kind] = type(kind.__name__, (kind,), members)
+        return self._classes[kind]
+
+    def _call(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        if not any(isinstance(a, fx.Proxy) for a in flatten((args, kwargs))):
+            return type(module).__mro__[1].__call__(module, *args, **kwargs)
+        path = self._paths[id(module)]
+        key = f"{path}@{self._calls}"
+        self._calls += 1
+        self.module_stack[key] = (path, type(module).__mro__[1])
+        try:
+            if self._is_opened(path):
+                return module.forward(*args, **kwargs)
+            return self.create_proxy("call_module", path, args, kwargs)
+        finally:
+            del self.module_stack[key]
+
+    def _is_opened(self, path: str) -> bool:
+        return id(self.root.get_submodule(path)) in self._opened
+
+    def _read(self, value: Any) -> Any:
+        """A parameter that opened code reads becomes a node, so that the graph follows changes of it."""
+        if not isinstance(value, nn.Parameter):
+            return value
+        if id(value) not in self._parameters:
+            name = next(name for name, parameter in self.root.named_parameters() if parameter is value)
+            self._parameters[id(value)] = self.create_proxy("get_attr", name, (), {})
+        return self._parameters[id(value)]
+
+    # --- functions that call what has to become a node ------------------------------------------------------------
+
+    def replacement(self, name: str, value: Any) -> Any:
+        """What traced code sees under a global name in place of `value`; None to leave it."""
+        return None
+
+    def _namespace(self, namespace: dict[str, Any]) -> dict[str, Any]:
+        """A module's globals with replacements, and with copies of the functions that use them."""
+        if id(namespace) in self._namespaces:
+            return self._namespaces[id(namespace)]
+        own: dict[str, Any] = {}
+        self._namespaces[id(namespace)] = own
+        for name, value in list(namespace.items()):
+            if (new := self.replacement(name, value)) is not None:
+                own[name] = new
+        if not own:
+            return own
+        replaced = set(own)
+        plain = {n: v for n, v in namespace.items() if inspect.isfunction(v) and v.__globals__ is namespace}
+        while users := {n for n, v in plain.items() if n not in replaced and replaced & set(v.__code__.co_names)}:
+            replaced |= users
+        shared = {**namespace, **own}
+        for name in replaced - set(own):
+            shared[name] = _with_globals(plain[name], shared)
+        self._namespaces[id(namespace)] = shared
+        self._replaced = getattr(self, "_replaced", {}) | {id(shared): replaced}
+        return shared
+
+    def _rebuilt(self, function: Callable[..., Any]) -> Callable[..., Any] | None:
+        """The function in its own namespace; None if it uses nothing that is replaced."""
+        inner = inspect.unwrap(function)
+        if not isinstance(inner, types.FunctionType):
+            return None
+        namespace = self._namespace(inner.__globals__)
+        if not namespace or not self._replaced[id(namespace)] & set(inner.__code__.co_names):
+            return None
+        return _with_globals(inner, namespace)
+
+    # --- arguments and tracing ------------------------------------------------------------------------------------
+
+    def create_arg(self, a: Any) -> Any:
+        if isinstance(a, nn.Module):
+            return self.create_node("get_attr", self._paths[id(a)], (), {})
+        if isinstance(a, PreTrainedConfig):
+            return a
+        try:
+            return super().create_arg(a)
+        except NotImplementedError:
+            return a  # a configuration or a mask function: carried as it is by the nodes that the runtime interprets
+
+    def record(self, function: Callable[[nn.Module], Any]) -> fx.Graph:
+        """The graph of `function` of the copied module, whose result is the graph's output."""
+        self.create_node("output", "output", (self.create_arg(function(self.copy)),), {})
+        return self.graph
+
+
+def _with_globals(function: types.FunctionType, namespace: dict[str, Any]) -> types.FunctionType:
+    made = types.FunctionType(
+        function.__code__, namespace, function.__name__, function.__defaults__, function.__closure__
+    )
+    made.__kwdefaults__ = function.__kwdefaults__
+    return made
+
+
+class DecoderTracer(ModuleTracer):
+    """Traces a decoder with example values; mask builders and attention kernels become single nodes.
+
+    Args:
+        decoder: the text decoder; it is not changed.
+        opened: ids of the modules to trace through.
+        inputs: the optional inputs of the graph.
+        dtype, device: of the embeddings.
+    """
+
+    def __init__(self, decoder: nn.Module, opened: Collection[int], inputs: DecoderInputs, dtype: Any, device: Any):
+        self._fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self._memo: dict[Any, Any] = {}
+        self._inputs = inputs
+        self._example = (decoder.config.hidden_size, dtype, device)
+        root = nn.Module()
+        root.decoder = decoder
+        root.training = decoder.training
+        super().__init__(root, opened)
+
+    def trace_decoder(self) -> tuple[fx.Graph, type | None]:
+        """The graph, and the class of the decoder's output; None for a tuple."""
+        output_class: list[type] = []
+
+        def forward(root: Any) -> Any:
+            # The decorators around a text model's forward fill in defaults and collect outputs: done by the runtime
+            decoder = root.decoder
+            function = inspect.unwrap(type(decoder).forward)
+            output = function(decoder, **self._arguments())
+            if isinstance(output, tuple):
+                return output[0]
+            output_class.append(type(output))
+            return output.last_hidden_state
+
+        graph = self.record(forward)
+        return graph, output_class[0] if output_class else None
+
+    def _arguments(self) -> dict[str, Any]:
+        hidden, dtype, device = self._example
+        arguments: dict[str, Any] = dict(self._inputs.constants)
+        with self._fake:
+            embeds = torch.empty(BATCH, TOKENS, hidden, dtype=dtype, device=device)
+            rows = self._inputs.position_rows
+            shape = (BATCH, TOKENS) if rows is None else (rows, BATCH, TOKENS)
+            positions = torch.empty(shape, dtype=torch.long, device=device)
+            visual = torch.empty(BATCH, TOKENS, dtype=torch.bool, device=device)
+            packed = torch.empty(PACKED, hidden, dtype=dtype, device=device)
+        arguments["inputs_embeds"] = self._placeholder("inputs_embeds", embeds)
+        arguments["position_ids"] = self._placeholder("position_ids", positions)
+        if self._inputs.masks is None:
+            arguments["attention_mask"] = self._placeholder("attention_mask", OPAQUE)
+        else:
+            arguments["attention_mask"] = {
+                key: self._placeholder(f"attention_mask_{key}", OPAQUE) for key in self._inputs.masks
+            }
+        arguments[CACHE_INPUT] = self._placeholder(CACHE_INPUT, OPAQUE) if self._inputs.cached else None
+        if self._inputs.packed:
+            arguments["visual_pos_masks"] = self._placeholder("visual_pos_masks", visual)
+            arguments["deepstack_visual_embeds"] = [
+                self._placeholder(f"packed_{index}", packed) for index in range(self._inputs.packed)
+            ]
+        return arguments
+
+    def _placeholder(self, name: str, value: Any) -> Any:
+        proxy = self.create_proxy("placeholder", name, (), {})
+        proxy.node.meta["val"] = value
+        return proxy
+
+    # --- what becomes a single node -------------------------------------------------------------------------------
+
+    def replacement(self, name: str, value: Any) -> Any:
+        if name == ATTENTION_REGISTRY:
+            return _KernelRegistry(value, self)
+        if inspect.isfunction(value) and value in MASK_BUILDERS:
+
+            def build(*args: Any, **kwargs: Any) -> Any:
+                if any(isinstance(a, ValueProxy) for a in flatten((args, kwargs))):
+                    return self.create_proxy("call_function", value, args, kwargs)
+                return value(*args, **kwargs)
+
+            return build
+        return None
+
+    def attention(self, kernel: Callable[..., Any], module: nn.Module, *tensors: Any, **kwargs: Any) -> Any:
+        """The node of an attention kernel; its output is (batch, queries, heads, head dimension) and weights."""
+        query, key, value, *rest = tensors
+        mask = rest[0] if rest else kwargs.pop("attention_mask", None)
+        proxy = super().create_proxy("call_function", kernel, (module, query, key, value, mask), kwargs)
+        q, v = query.value, value.value
+        with self._fake:
+            out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[-1])
+        proxy.node.meta["val"] = (out, None)
+        proxy.node.meta["attention"] = True
+        return proxy
+
+    # --- example values -------------------------------------------------------------------------------------------
+
+    def proxy(self, node: fx.Node) -> ValueProxy:
+        return ValueProxy(node, self)
+
+    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **named: Any) -> Any:
+        proxy = super().create_proxy(kind, target, args, kwargs, *rest, **named)
+        if kind not in ("placeholder", "output"):
+            self._note_value(proxy.node, kind, target, args, kwargs)
+        return proxy
+
+    def _note_value(self, node: fx.Node, kind: str, target: Any, args: Any, kwargs: Any) -> None:
+        proxies = [a for a in flatten((args, kwargs)) if isinstance(a, ValueProxy)]
+        plain = map_nested((args, kwargs), lambda a: a.value if isinstance(a, ValueProxy) else a)
+        value = self._value(kind, target, *plain)
+        node.meta["val"] = value
+        if isinstance(value, bool | int | float):
+            node.meta["dynamic"] = is_dynamic(value) or any(proxy.node.meta.get("dynamic") for proxy in proxies)
+
+    def _value(self, kind: str, target: Any, args: Any, kwargs: Any) -> Any:
+        if kind == "get_attr":
+            return self._fake.from_tensor(self.root.get_parameter(target))
+        if kind == "call_method" and target == "update":
+            return (args[1], args[2])
+        if target is ops.masked_assign:
+            return args[0]
+        if target is operator.getitem and isinstance(args[0], Tensor) and _is_mask(args[1]):
+            with self._fake:
+                return args[0].new_empty(PACKED, *args[0].shape[2:])
+        if target in MASK_BUILDERS or any(a is OPAQUE for a in flatten((args, kwargs))):
+            return OPAQUE
+        key = self._key(kind, target, args, kwargs)
+        if key is not None and key in self._memo:
+            return self._memo[key]
+        value = self._evaluate(kind, target, args, kwargs)
+        if key is not None:
+            self._memo[key] = value
+        return value
+
+    def _evaluate(self, kind: str, target: Any, args: Any, kwargs: Any) -> Any:
+        try:
+            with self._fake, torch.no_grad():
+                if kind == "call_module":
+                    return self.root.get_submodule(target)(*args, **kwargs)
+                if kind == "call_method":
+                    return getattr(args[0], target)(*args[1:], **kwargs)
+                return target(*args, **kwargs)
+        except Exception as error:
+            if kind == "call_module":  # mixtures route by content: their output still has their input's shape
+                return next((a for a in flatten((args, kwargs)) if isinstance(a, Tensor)), OPAQUE)
+            raise Refused(f"{target} cannot be evaluated on example values: {error}") from error
+
+    def _key(self, kind: str, target: Any, args: Any, kwargs: Any) -> Any:
+        """What decides an example value: layers repeat, so most are found again; None if it cannot be told."""
+
+        def describe(a: Any) -> Any:
+            return (tuple(a.shape), a.dtype, str(a.device)) if isinstance(a, Tensor) else a
+
+        if kind == "call_module":
+            module = self.root.get_submodule(target)
+            weights = tuple((name, tuple(p.shape), p.dtype) for name, p in module.named_parameters())
+            target = (type(module), weights, module.training)
+        key = (kind, target, repr(map_nested((args, kwargs), describe)))
+        try:
+            hash(key)
+        except TypeError:
+            return None
+        return key
+
+
+def _is_mask(index: Any) -> bool:
+    """Whether an index selects (batch, tokens) positions by a boolean mask, which packs them."""
+    return any(isinstance(part, Tensor) and part.dtype == torch.bool for part in flatten(index))
+
+
+class _KernelRegistry:
+    """Stands in for Hugging Face's attention registry in traced code: every kernel becomes one node."""
+
+    def __init__(self, registry: Any, tracer: DecoderTracer):
+        self._registry = registry
+        self._tracer = tracer
+
+    def get_interface(self, implementation: str, default: Callable[..., Any]) -> Callable[..., Any]:
+        return self._leaf(self._registry.get_interface(implementation, default))
+
+    def __getitem__(self, implementation: str) -> Callable[..., Any]:
+        return self._leaf(self._registry[implementation])
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._registry, name)
+
+    def _leaf(self, kernel: Callable[..., Any]) -> Callable[..., Any]:
+        def attention(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return self._tracer.attention(kernel, module, *args, **kwargs)
+
+        return attention
