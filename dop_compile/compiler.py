@@ -21,7 +21,7 @@ from dop_compile.keep import KeepTable
 from dop_compile.local_sizes import localise_sizes
 from dop_compile.passes import PIPELINE, DecoderGraph, check_graph, run_passes
 from dop_compile.passes.annotate import ANNOTATE
-from dop_compile.passes.infra import eliminate_dead_nodes
+from dop_compile.passes.cleanup import eliminate_dead_nodes
 from dop_compile.policy import Policy
 from dop_compile.program import PieceLibrary, Program
 from dop_compile.reducers import known
@@ -85,7 +85,7 @@ class CompiledState:
         self._structure = self._current_structure()
 
     @property
-    def decoder(self) -> nn.Module:
+    def decoder(self) -> Any:
         return self.base.get_submodule(self.decoder_path)
 
     @property
@@ -150,7 +150,7 @@ class CompiledState:
 
 
 def _check_model(model: PreTrainedModel) -> None:
-    decoder = model.get_submodule(decoder_path(model))
+    decoder: Any = model.get_submodule(decoder_path(model))
     implementation = decoder.config._attn_implementation
     if implementation not in ATTENTION_IMPLEMENTATIONS:
         raise UnsupportedModelError(

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = [
     "DecoderDims",
     "LayerTokens",
+    "group_counts",
     "kv_cache_bytes",
     "layer_flops",
     "policy_tokens",
@@ -135,21 +136,25 @@ def layer_flops(dims: DecoderDims, tokens: LayerTokens, layer: int) -> int:
     return projections + scores + 2 * matrices * tokens.mlp * dims.hidden_size * dims.mlp_widths[layer]
 
 
-def policy_tokens(policy: Policy, system: int, visual: int, text: int) -> tuple[LayerTokens, ...]:
-    """Per layer, the tokens of one sample that take part; counts given before reduction.
+def group_counts(policy: Policy, system: int, visual: int, text: int) -> dict[str, int]:
+    """Tokens of one sample that enter the decoder, by group in sequence order; counts given before reduction.
 
     Without visual tokens the whole prompt is text, whatever `system` says: only a text policy prunes it.
     """
     system, text = integer("system", system, low=0), integer("text", text, low=0)
     given = integer("visual", visual, low=0)
-    counts = {"system": system, "text": text} if given else {"text": system + text}
     entering = given if policy.visual_tokens is None else min(given, policy.visual_tokens)
-    if policy.salient_fraction is None:
-        counts["visual"] = entering
-    else:
+    parts = {"visual": entering}
+    if policy.salient_fraction is not None:
         # Half up, as round() would make the count depend on whether its neighbour is even.
         salient = min(entering, math.floor(policy.salient_fraction * entering + 0.5))
-        counts |= {"visual_salient": salient, "visual_rest": entering - salient}
+        parts = {"visual_salient": salient, "visual_rest": entering - salient}
+    return {"system": system, **parts, "text": text} if given else {"system": 0, **parts, "text": system + text}
+
+
+def policy_tokens(policy: Policy, system: int, visual: int, text: int) -> tuple[LayerTokens, ...]:
+    """Per layer, the tokens of one sample that take part; counts given before reduction, as in `group_counts`."""
+    counts = group_counts(policy, system, visual, text)
     dropped = {(op.layer, op.module, op.group) for op in policy.pruned}
 
     def taking_part(layer: int, module: str) -> int:

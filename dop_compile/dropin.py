@@ -238,7 +238,8 @@ def drop_in(state: Any, base: nn.Module, tier: str) -> Any:
     """An object of the model's class that runs `tier` unless a call names another.
 
     Adds to the class's own interface: `forward` and `generate` take `tier`, `visual_indices` and `token_groups`;
-    `tier(name)` is a view with another default, usable from any thread; `dop` is the `CompiledState`.
+    `tier(name)` is a view with another default, usable from any thread; `dop` is the `CompiledState` and `dop_tier` the
+    default tier.
     """
     view = _shallow(base, own_children=False)
 
@@ -258,4 +259,5 @@ def drop_in(state: Any, base: nn.Module, tier: str) -> Any:
     view.generate = _presented_as(state.model_class.generate, generate)
     view.tier = lambda name: drop_in(state, base, state.check_tier(name))
     view.dop = state
+    view.dop_tier = tier
     return view

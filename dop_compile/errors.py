@@ -16,14 +16,26 @@ class PassError(RuntimeError):
 
     Attributes:
         pass_name: the pass that failed.
+        reason: what is wrong, without the place.
         node: name of the offending node, if there is one.
+        layer: the layer it belongs to, if it belongs to one.
         finished: names of the passes that ran before it.
     """
 
-    def __init__(self, pass_name: str, message: str, *, node: str | None = None, finished: tuple[str, ...] = ()):
+    def __init__(
+        self,
+        pass_name: str,
+        reason: str,
+        *,
+        node: str | None = None,
+        layer: int | None = None,
+        finished: tuple[str, ...] = (),
+    ):
         self.pass_name = pass_name
+        self.reason = reason
         self.node = node
+        self.layer = layer
         self.finished = finished
-        where = f" at node {node!r}" if node else ""
+        where = ("" if layer is None else f", layer {layer}") + (f", node {node!r}" if node else "")
         before = f" (after {', '.join(finished)})" if finished else ""
-        super().__init__(f"pass {pass_name!r}{where}{before}: {message}")
+        super().__init__(f"pass {pass_name!r}{where}{before}: {reason}")

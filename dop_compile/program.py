@@ -8,6 +8,7 @@ compile does not grow with its depth.
 
 from __future__ import annotations
 
+import functools
 import operator
 import threading
 from collections.abc import Callable
@@ -15,14 +16,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.fx.experimental._config
 from torch import fx, nn
 
 from dop_compile import ops
-from dop_compile.passes.infra import DecoderGraph, IndexSpec
+from dop_compile.passes.graph import DecoderGraph, IndexSpec
 from dop_compile.tokens import TokenSet
 from dop_compile.trace import MASK_BUILDERS, is_packed
 
 __all__ = ["PieceLibrary", "Program"]
+
+# Two token counts that happen to be equal in the first call are not equal in every call
+_NO_DUCK_SHAPES = functools.partial(torch.fx.experimental._config.patch, use_duck_shape=False)
 
 _RUNTIME_TARGETS = {ops.update_cache, ops.select_attention_mask, ops.zero_keyless}
 
@@ -43,7 +48,7 @@ class PieceLibrary:
         self.backend = backend
         self._options = options or {}
         self._functions: dict[str, Callable[..., Any]] = {}
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
 
     def __len__(self) -> int:
         return len(self._functions)
@@ -52,17 +57,37 @@ class PieceLibrary:
         """Forget all functions: modules have changed in ways that compiled code does not look for."""
         self._functions.clear()
 
-    def function(self, kind: str, graph: fx.Graph) -> Callable[..., Any]:
+    def function(self, kind: str, graph: fx.Graph, probe: int) -> Callable[..., Any]:
+        """The function of a kind; `probe` is the position of an argument whose sizes tell its calls apart."""
         with self._lock:
             if kind not in self._functions:
-                plain = fx.GraphModule(nn.Module(), graph, class_name="Piece")
-                self._functions[kind] = plain.forward if self.backend == "eager" else self._compile(plain)
+                plain = fx.GraphModule(nn.Module(), graph, class_name="Piece").forward
+                self._functions[kind] = plain if self.backend == "eager" else self._by_unit_sizes(graph, probe)
             return self._functions[kind]
 
-    def _compile(self, piece: fx.GraphModule) -> Callable[..., Any]:
+    def _by_unit_sizes(self, graph: fx.Graph, probe: int) -> Callable[..., Any]:
+        """One compiled function for each of "one row or more" and "one token or more".
+
+        torch.compile always specialises sizes of one. Kept apart, each function compiles once, and nobody comes near
+        the limit of recompilations of a function, behind which torch.compile refuses to go on.
+        """
+        variants: dict[tuple[bool, ...], Callable[..., Any]] = {}
         settings = {"dynamic": True, "fullgraph": True, **self._options}
-        compiled: Callable[..., Any] = torch.compile(piece, backend=self.backend, **settings)
-        return compiled
+
+        def piece(*args: Any) -> Any:
+            sizes = tuple(size == 1 for size in args[probe].shape[:2])
+            if sizes in variants:
+                return variants[sizes](*args)
+            with self._lock, _NO_DUCK_SHAPES():
+                if sizes not in variants:
+                    fresh = fx.GraphModule(nn.Module(), graph, class_name="Piece")
+                    compiled = torch.compile(fresh, backend=self.backend, **settings)
+                    result = compiled(*args)
+                    variants[sizes] = compiled
+                    return result
+            return variants[sizes](*args)
+
+        return piece
 
 
 @dataclass
@@ -75,6 +100,7 @@ class _Step:
     outputs: tuple[int, ...]
     release: tuple[int, ...] = ()
     is_piece: bool = False
+    feeds_piece: bool = False
 
 
 @dataclass(frozen=True)
@@ -162,7 +188,9 @@ class Program:
                 return modules[n] if n in modules else _Register(self._register(n))
 
             args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), refer)
-            self._steps.append(_Step(_callable(node, self._root), args, kwargs, (self._register(node),)))
+            step = _Step(_callable(node, self._root), args, kwargs, (self._register(node),))
+            step.feeds_piece = any(not self._is_runtime(user) for user in node.users)
+            self._steps.append(step)
         piece.clear()
         waiting.clear()
 
@@ -195,7 +223,8 @@ class Program:
         _placeholders_first(graph)
         kind = _canonical(graph) + "\n" + "\n".join(described)
         self.pieces.append(kind)
-        function = self._library.function(kind, graph)
+        probe = next((number for number, slot in enumerate(slots) if isinstance(slot, _Register)), 0)
+        function = self._library.function(kind, graph, probe)
         outputs = tuple(self._register(node) for node in results)
         self._steps.append(_Step(function, tuple(slots), {}, outputs, is_piece=True))
 
@@ -203,12 +232,8 @@ class Program:
         """Free every intermediate after its last use, as Python locals of the original forward would be."""
         last: dict[int, int] = {}
         for number, step in enumerate(self._steps):
-            fx.node.map_aggregate(
-                (step.args, step.kwargs),
-                lambda a, n=number: last.__setitem__(a.number, n) if isinstance(a, _Register) else a,
-            )
-            for register in step.outputs:
-                last.setdefault(register, number)
+            for register in (*_read_registers((step.args, step.kwargs)), *step.outputs):
+                last[register] = number
         for register, number in last.items():
             if register != self._output:
                 self._steps[number].release += (register,)
@@ -240,11 +265,37 @@ class Program:
                 del values
             else:
                 args, kwargs = fx.node.map_aggregate((step.args, step.kwargs), read)
-                registers[step.outputs[0]] = step.function(*args, **kwargs)
-                del args, kwargs
+                result = step.function(*args, **kwargs)
+                registers[step.outputs[0]] = _canonical_strides(result) if step.feeds_piece else result
+                del args, kwargs, result
             for number in step.release:
                 del registers[number]
         return registers[self._output]
+
+
+def _read_registers(arguments: Any) -> list[int]:
+    found: list[int] = []
+
+    def note(a: Any) -> Any:
+        if isinstance(a, _Register):
+            found.append(a.number)
+        return a
+
+    fx.node.map_aggregate(arguments, note)
+    return found
+
+
+def _canonical_strides(value: Any) -> Any:
+    """The same tensor with the strides of its shape: kernels leave odd ones on sizes of one, which are guarded on."""
+    if not isinstance(value, torch.Tensor) or not value.is_contiguous():
+        return value
+    strides: list[int] = []
+    step = 1
+    for size in reversed(value.shape):
+        strides.append(step)
+        step *= max(size, 1)
+    wanted = tuple(reversed(strides))
+    return value if value.stride() == wanted else value.as_strided(value.shape, wanted)
 
 
 def _callable(node: fx.Node, root: nn.Module) -> Callable[..., Any]:

@@ -7,6 +7,7 @@ they divide is known to be dynamic, and control flow over such a size is refused
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -126,10 +127,12 @@ class ValueProxy(fx.Proxy):
     def __iter__(self) -> Iterator[Any]:
         value = self.value
         if isinstance(value, tuple | list):
-            return iter([self[index] for index in range(len(value))])
-        if isinstance(value, Tensor) and not is_dynamic(value.shape[0]):
-            return iter([self[index] for index in range(value.shape[0])])
-        raise Refused(f"iterates over {self.node}, whose length is only known at run time")
+            length = len(value)
+        elif isinstance(value, Tensor) and not is_dynamic(value.shape[0]):
+            length = value.shape[0]
+        else:
+            raise Refused(f"iterates over {self.node}, whose length is only known at run time")
+        return iter([operator.getitem(self, index) for index in range(length)])
 
     def __bool__(self) -> bool:
         value = self.value

@@ -13,7 +13,6 @@ from __future__ import annotations
 import inspect
 import operator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import fx, nn
@@ -52,7 +51,9 @@ class TracedDecoder:
     output_class: type | None = None
 
     def layer_of(self, node: fx.Node) -> int | None:
-        """The layer whose forward created the node."""
+        """The layer whose forward created the node, or for which a pass inserted it."""
+        if "layer" in node.meta:
+            return int(node.meta["layer"])
         for path, _ in reversed((node.meta.get("nn_module_stack") or {}).values()):
             if path.startswith(self.layer_prefix + "."):
                 return int(path[len(self.layer_prefix) + 1 :].split(".")[0])
@@ -121,7 +122,7 @@ def trace_decoder(decoder: nn.Module, inputs: DecoderInputs | None = None) -> Tr
     try:
         graph, output_class = tracer.trace_decoder()
     except Exception as error:  # whatever a forward does with a proxy that it cannot do
-        where = tracer.location
+        where = f", in {tracer.failed_in}" if tracer.failed_in else ""
         raise UnsupportedModelError(f"{type(decoder).__name__} cannot be traced{where}: {error}") from error
     for node in graph.nodes:
         if node.op == "call_method" and node.target == "update":

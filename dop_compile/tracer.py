@@ -8,7 +8,6 @@ nodes.
 
 from __future__ import annotations
 
-import copy
 import inspect
 import operator
 import types
@@ -66,14 +65,16 @@ class ModuleTracer(fx.Tracer):
         self._paths: dict[int, str] = {}
         self._classes: dict[type, type] = {}
         self._parameters: dict[int, Any] = {}
-        self._namespaces: dict[int, dict[str, Any]] = {}
+        self._namespaces: dict[int, tuple[dict[str, Any], set[str]]] = {}
         self._calls = 0
+        self.failed_in: str | None = None
         self.copy = self._copy(root, "")
 
     # --- the copied module tree -----------------------------------------------------------------------------------
 
     def _copy(self, module: nn.Module, path: str) -> nn.Module:
-        duplicate = copy.copy(module)
+        duplicate: nn.Module = object.__new__(type(module))
+        vars(duplicate).update(vars(module))
         vars(duplicate)["_modules"] = {
             name: None if child is None else self._copy(child, f"{path}.{name}" if path else name)
             for name, child in module._modules.items()
@@ -113,6 +114,9 @@ class ModuleTracer(fx.Tracer):
             if self._is_opened(path):
                 return module.forward(*args, **kwargs)
             return self.create_proxy("call_module", path, args, kwargs)
+        except Exception:
+            self.failed_in = self.failed_in or path
+            raise
         finally:
             del self.module_stack[key]
 
@@ -134,37 +138,26 @@ class ModuleTracer(fx.Tracer):
         """What traced code sees under a global name in place of `value`; None to leave it."""
         return None
 
-    def _namespace(self, namespace: dict[str, Any]) -> dict[str, Any]:
-        """A module's globals with replacements, and with copies of the functions that use them."""
-        if id(namespace) in self._namespaces:
-            return self._namespaces[id(namespace)]
-        own: dict[str, Any] = {}
-        self._namespaces[id(namespace)] = own
-        for name, value in list(namespace.items()):
-            if (new := self.replacement(name, value)) is not None:
-                own[name] = new
-        if not own:
-            return own
-        replaced = set(own)
-        plain = {n: v for n, v in namespace.items() if inspect.isfunction(v) and v.__globals__ is namespace}
-        while users := {n for n, v in plain.items() if n not in replaced and replaced & set(v.__code__.co_names)}:
-            replaced |= users
-        shared = {**namespace, **own}
-        for name in replaced - set(own):
-            shared[name] = _with_globals(plain[name], shared)
-        self._namespaces[id(namespace)] = shared
-        self._replaced = getattr(self, "_replaced", {}) | {id(shared): replaced}
-        return shared
+    def _namespace(self, namespace: dict[str, Any]) -> tuple[dict[str, Any], set[str]]:
+        """A module's globals with replacements and with copies of the functions that use them, and their names."""
+        if id(namespace) not in self._namespaces:
+            own = {name: new for name, v in list(namespace.items()) if (new := self.replacement(name, v)) is not None}
+            shared, names = {**namespace, **own}, set(own)
+            plain = {n: v for n, v in shared.items() if inspect.isfunction(v) and v.__globals__ is namespace}
+            while users := {n for n, v in plain.items() if n not in names and names & set(v.__code__.co_names)}:
+                names |= users
+            for name in names - set(own):
+                shared[name] = _with_globals(plain[name], shared)
+            self._namespaces[id(namespace)] = shared, names
+        return self._namespaces[id(namespace)]
 
     def _rebuilt(self, function: Callable[..., Any]) -> Callable[..., Any] | None:
         """The function in its own namespace; None if it uses nothing that is replaced."""
         inner = inspect.unwrap(function)
         if not isinstance(inner, types.FunctionType):
             return None
-        namespace = self._namespace(inner.__globals__)
-        if not namespace or not self._replaced[id(namespace)] & set(inner.__code__.co_names):
-            return None
-        return _with_globals(inner, namespace)
+        namespace, names = self._namespace(inner.__globals__)
+        return _with_globals(inner, namespace) if names & set(inner.__code__.co_names) else None
 
     # --- arguments and tracing ------------------------------------------------------------------------------------
 
@@ -206,7 +199,8 @@ class DecoderTracer(ModuleTracer):
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         self._memo: dict[Any, Any] = {}
         self._inputs = inputs
-        self._example = (decoder.config.hidden_size, dtype, device)
+        config: Any = decoder.config
+        self._example = (int(config.hidden_size), dtype, device)
         root = nn.Module()
         root.decoder = decoder
         root.training = decoder.training

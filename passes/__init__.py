@@ -1,14 +1,25 @@
 """Graph passes: from a traced decoder and a keep table to a decoder that computes only what the policy keeps."""
 
 from dop_compile.passes.annotate import ANNOTATE
-from dop_compile.passes.infra import DecoderGraph, Pass, PassReport, dump, run_passes
+from dop_compile.passes.dump import dump
+from dop_compile.passes.graph import DecoderGraph
+from dop_compile.passes.infra import Pass, PassReport, describe_passes, run_passes
 from dop_compile.passes.narrow_residual import NARROW_RESIDUAL
 from dop_compile.passes.remove_dead import REMOVE_DEAD
 from dop_compile.passes.share_frozen import SHARE_FROZEN
 from dop_compile.passes.slice_operations import SLICE_OPERATIONS
 from dop_compile.passes.verify import VERIFY, check_graph
 
-__all__ = ["PIPELINE", "DecoderGraph", "Pass", "PassReport", "check_graph", "dump", "run_passes"]
+__all__ = [
+    "PIPELINE",
+    "DecoderGraph",
+    "Pass",
+    "PassReport",
+    "check_graph",
+    "describe_passes",
+    "dump",
+    "run_passes",
+]
 
 PIPELINE: tuple[Pass, ...] = (
     ANNOTATE,  # find the blocks: everything after works on them

@@ -22,20 +22,10 @@ from torch import Tensor, fx
 
 from dop_compile import ops
 from dop_compile.errors import PassError
-from dop_compile.passes.infra import (
-    MHA,
-    MLP,
-    Block,
-    DecoderGraph,
-    Junction,
-    Pass,
-    PassReport,
-    depends_on,
-    eliminate_dead_nodes,
-    eliminate_duplicates,
-    is_add,
-)
-from dop_compile.trace import BATCH, MASK_BUILDERS, TOKENS
+from dop_compile.passes.cleanup import eliminate_dead_nodes, eliminate_duplicates
+from dop_compile.passes.graph import MHA, MLP, Block, DecoderGraph, Junction, depends_on, is_add
+from dop_compile.passes.infra import Pass, PassReport
+from dop_compile.trace import BATCH, CACHE_INPUT, MASK_BUILDERS, TOKENS
 
 __all__ = ["ANNOTATE"]
 
@@ -68,9 +58,10 @@ class _StreamFinder:
         return not any(bits >> number & 1 for number in self._streams)
 
     def last(self) -> fx.Node:
-        for node in reversed(self.nodes):
-            if is_add(node) and self.is_stream(node) and self.target.traced.layer_of(node) is not None:
-                return node
+        layer_of = self.target.traced.layer_of
+        ends: list[fx.Node] = [n for n in self.nodes if is_add(n) and self.is_stream(n) and layer_of(n) is not None]
+        if ends:
+            return ends[-1]
         raise PassError("annotate", "no addition to a residual stream was found in any layer")
 
     def terms(self, node: fx.Node) -> list[fx.Node]:
@@ -78,7 +69,12 @@ class _StreamFinder:
         leaves: list[fx.Node] = []
         for operand in node.args[:2]:
             if not isinstance(operand, fx.Node):
-                raise PassError("annotate", f"adds the constant {operand!r} to the residual stream", node=node.name)
+                raise PassError(
+                    "annotate",
+                    f"adds the constant {operand!r} to the residual stream",
+                    node=node.name,
+                    layer=self.target.traced.layer_of(node),
+                )
             inner = is_add(operand) and self.is_stream(operand) and len(operand.users) == 1
             if inner and self.target.traced.layer_of(operand) == self.target.traced.layer_of(node):
                 leaves.extend(self.terms(operand))
@@ -111,6 +107,7 @@ class _StreamFinder:
                 f"the branch holds {len(kernels)} attention kernels of layers {sorted(map(str, layers))}; expected at "
                 "most one kernel, of one layer",
                 node=branch.name,
+                layer=self.target.traced.layer_of(branch),
             )
         layer = next(iter(layers))
         assert layer is not None
@@ -155,7 +152,7 @@ def _annotate(graph: DecoderGraph, report: PassReport) -> None:
     _use_reduced_lengths_in_masks(graph)
     finder = _StreamFinder(graph)
     # Every layer unpacks the same rotary tables: once is enough
-    eliminate_duplicates(graph.graph, finder.is_positional)
+    eliminate_duplicates(graph.graph, finder.is_positional, training=graph.traced.root.training)
     finder = _StreamFinder(graph)
     current = finder.last()
     junctions: list[Junction] = []
@@ -179,7 +176,7 @@ def _annotate(graph: DecoderGraph, report: PassReport) -> None:
     report.rewritten = len(found[MHA]) + len(found[MLP])
     for step in graph.junctions:
         if not step.blocks:
-            report.kept.append(f"{step.out.name}: replaces the stream between layers")
+            report.kept.append(f"{step.out.name}: replaces the residual stream, for all tokens")
 
 
 def _use_reduced_lengths_in_masks(graph: DecoderGraph) -> None:
@@ -189,11 +186,11 @@ def _use_reduced_lengths_in_masks(graph: DecoderGraph) -> None:
     builders = [node for node in graph.graph.nodes if node.target in MASK_BUILDERS]
     if not builders:
         return
-    cache = next(node for node in graph.graph.nodes if node.name == "past_key_values")
+    cache = next(node for node in graph.graph.nodes if node.name == CACHE_INPUT)
     with graph.graph.inserting_after(cache):
         view = graph.graph.placeholder("cache_view")
     for node in builders:
         node.replace_input_with(cache, view)
 
 
-ANNOTATE = Pass("annotate", _annotate, optional=False)
+ANNOTATE = Pass("annotate", _annotate, optional=False, before=("slice_operations",))

@@ -16,13 +16,16 @@ transform of the stream, which needs all tokens.
 
 from __future__ import annotations
 
+import functools
 import operator
 from dataclasses import dataclass
 
 from torch import fx
 
 from dop_compile import ops
-from dop_compile.passes.infra import DecoderGraph, Junction, Pass, PassReport, eliminate_dead_nodes
+from dop_compile.passes.cleanup import eliminate_dead_nodes
+from dop_compile.passes.graph import DecoderGraph, Junction
+from dop_compile.passes.infra import Pass, PassReport
 from dop_compile.tokens import Atom, TokenSet
 
 __all__ = ["NARROW_RESIDUAL"]
@@ -90,6 +93,7 @@ class _Narrowing:
         self.partial = {
             node: number for number, junction in enumerate(graph.junctions) for node in _additions(junction)
         }
+        self.tail = _ancestors(graph.output)
         self.splits = 0
 
     def run(self) -> None:
@@ -97,7 +101,8 @@ class _Narrowing:
         old_indices = {node: spec for spec, node in graph.indices.items()}
         graph.traced.graph = fx.Graph()
         graph.indices = {}
-        last = graph.junctions[-1].out
+        last, entry = graph.junctions[-1].out, graph.entry
+        assert entry is not None
         for node in self.old.nodes:
             spec = old_indices.get(node)
             if spec is not None:
@@ -107,23 +112,38 @@ class _Narrowing:
             elif node.target is ops.token_slice and node.args[0] in self.streams and "source" in node.meta:
                 self.new[node] = self._read(self.streams[node.args[0]], node.meta["tokens"])
             else:
-                self.new[node] = graph.graph.node_copy(node, lambda n, user=node: self._argument(n, user, last))
-            if node is graph.entry:
-                self.streams[node] = self._split(_Streams([(self.everything, self.new[node])]), 0)
+                self.new[node] = graph.graph.node_copy(node, functools.partial(self._argument, user=node, last=last))
+            if node is entry:
+                self.streams[entry] = self._split(_Streams([(self.everything, self.new[entry])]), 0)
             elif node in self.steps and node not in self.streams:
                 held = _Streams([(self.everything, self.new[node])])
                 self.streams[node] = self._split(held, self.steps[node] + 1)
+        self._update_junctions()
         for spec in [spec for spec, node in graph.indices.items() if not node.users]:
             graph.graph.erase_node(graph.indices.pop(spec))
         eliminate_dead_nodes(graph.graph)
 
+    def _update_junctions(self) -> None:
+        """Junctions and blocks name nodes of the new graph from here on."""
+        if self.graph.entry is not None:
+            self.graph.entry = self.new[self.graph.entry]
+        for junction in self.graph.junctions:
+            junction.stream, junction.out = self.new[junction.stream], self.new[junction.out]
+            for block in junction.blocks:
+                block.branch = None if block.branch is None else self.new[block.branch]
+                block.attention = None if block.attention is None else self.new[block.attention]
+                block.update = None if block.update is None else self.new[block.update]
+                block.nodes = tuple(self.new[node] for node in block.nodes if node in self.new)
+
     def _argument(self, node: fx.Node, user: fx.Node, last: fx.Node) -> fx.Node:
         """What an ordinary node reads in place of a stream value."""
-        before_layers = node is self.graph.entry and self.graph.traced.layer_of(user) is None
-        if node not in self.streams or before_layers:  # masks and rotary tables take the embeddings as they came
-            return self.new[node]
-        wanted = self.graph.universe.requested if node is last else self.everything
-        return self._read(self.streams[node], wanted)
+        outside = self.graph.traced.layer_of(user) is None
+        # Where nothing is left to add, the last stream is an earlier one, which layers read for keys and values too
+        if node is last and outside and user in self.tail:
+            return self._read(self.streams[node], self.graph.universe.requested)
+        if node not in self.streams or (node is self.graph.entry and outside):
+            return self.new[node]  # masks and rotary tables take the embeddings as they came
+        return self._read(self.streams[node], self.everything)
 
     def _add(self, node: fx.Node, number: int) -> None:
         """One addition of a sliced branch: to the tokens that stay, before or after the others leave."""
@@ -134,13 +154,13 @@ class _Narrowing:
         if all_written is not None and all_written <= self.schedule.active(number + 1):
             streams = self._split(streams, number + 1)
         held, active = streams.active
-        graph = self.graph.graph
+        graph = self.graph
         if written == held:
-            out = graph.call_function(operator.add, (active, branch))
+            out = graph.call(operator.add, (active, branch), name=node.name)
         else:
-            out = graph.call_function(ops.token_add, (active, branch, self.graph.index("scatter", written, held)))
+            index = graph.index("scatter", written, held)
+            out = graph.call(ops.token_add, (active, branch, index), name=node.name)
         out.meta = {**node.meta, "tokens": held}
-        out.name = graph._graph_namespace.create_name(node.name, None)
         self.new[node] = out
         streams = _Streams([(held, out), *streams.parts[1:]])
         is_last = node in self.steps
@@ -157,9 +177,8 @@ class _Narrowing:
         for user in nodes[0].users:
             if user.target is ops.token_merge and user.args == (index, *nodes):
                 return user
-        merged = self.graph.graph.call_function(ops.token_merge, (index, *nodes))
-        merged.meta = {"tokens": tokens, "sources": tuple(held for held, _ in sources), "val": nodes[0].meta["val"]}
-        return merged
+        sets = {"tokens": tokens, "sources": tuple(held for held, _ in sources)}
+        return self.graph.call(ops.token_merge, (index, *nodes), name=f"{nodes[0].name}_merge", like=nodes[0], **sets)
 
     def _split(self, streams: _Streams, number: int) -> _Streams:
         """The streams right before junction `number`: what is no longer active leaves the active stream."""
@@ -170,8 +189,19 @@ class _Narrowing:
             self.splits += 1
         parts = [(active & held, self.graph.slice(node, active & held, held))]
         if leaving:
-            parts.append((leaving, self.graph.slice(node, leaving, held, "frozen")))
+            parts.append((leaving, self.graph.slice(node, leaving, held, f"frozen_{leaving}", frozen=True)))
         return _Streams(parts + [part for part in frozen if part[0] & needed])
+
+
+def _ancestors(node: fx.Node) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    stack = [node]
+    while stack:
+        for source in stack.pop().all_input_nodes:
+            if source not in found:
+                found.add(source)
+                stack.append(source)
+    return found
 
 
 def _additions(junction: Junction) -> list[fx.Node]:
@@ -191,4 +221,4 @@ def _narrow_residual(graph: DecoderGraph, report: PassReport) -> None:
     report.rewritten = narrowing.splits
 
 
-NARROW_RESIDUAL = Pass("narrow_residual", _narrow_residual)
+NARROW_RESIDUAL = Pass("narrow_residual", _narrow_residual, after=("slice_operations",), before=("share_frozen",))

@@ -11,30 +11,48 @@ token by token (DeepStack) stay as they are.  Kept: 5. rows before any other tra
 
 from __future__ import annotations
 
-from dop_compile.passes.infra import MHA, DecoderGraph, Pass, PassReport
+from dop_compile.passes.graph import MHA, Block, DecoderGraph
+from dop_compile.passes.infra import Pass, PassReport
+from dop_compile.tokens import TokenSet
 
-__all__ = ["REMOVE_DEAD"]
+__all__ = ["REMOVE_DEAD", "find_live"]
 
 
-def _remove_dead(graph: DecoderGraph, report: PassReport) -> None:
+def find_live(graph: DecoderGraph, sets: dict[str, tuple[TokenSet, TokenSet]]) -> dict[str, tuple[TokenSet, TokenSet]]:
+    """What is live of each block's (tokens, keys), by block name."""
     needed = graph.universe.requested
+    live: dict[str, tuple[TokenSet, TokenSet]] = {}
     for junction in reversed(graph.junctions):
         if not junction.blocks:
-            if not junction.token_wise:
-                needed = graph.universe.all
-                report.kept.append(f"{junction.out.name}: may mix tokens, everything before it is live")
+            needed = needed if junction.token_wise else graph.universe.all
             continue
         after = needed
         for block in junction.blocks:
-            tokens, keys = block.tokens & after, block.keys
+            tokens, keys = sets[block.name]
+            tokens = tokens & after
             if block.kind == MHA and not graph.cached and not tokens:
                 keys = graph.universe.none
-            if (tokens, keys) == (block.tokens, block.keys):
-                report.kept.append(f"{block.name}: every operation is live")
-            else:
-                block.tokens, block.keys = tokens, keys
-                report.rewritten += 1
+            live[block.name] = tokens, keys
             needed = needed | tokens | keys
+    return live
 
 
-REMOVE_DEAD = Pass("remove_dead", _remove_dead)
+def _remove_dead(graph: DecoderGraph, report: PassReport) -> None:
+    live = find_live(graph, {block.name: (block.tokens, block.keys) for block in graph.blocks})
+    for junction in graph.junctions:
+        if not junction.blocks and not junction.token_wise:
+            report.kept.append(f"{junction.out.name}: may mix tokens, so everything before it is live")
+    for block in graph.blocks:
+        if _shrink(block, *live[block.name]):
+            report.rewritten += 1
+        else:
+            report.kept.append(f"{block.name}: every operation is live")
+
+
+def _shrink(block: Block, tokens: TokenSet, keys: TokenSet) -> bool:
+    changed = (tokens, keys) != (block.tokens, block.keys)
+    block.tokens, block.keys = tokens, keys
+    return changed
+
+
+REMOVE_DEAD = Pass("remove_dead", _remove_dead, after=("annotate",), before=("slice_operations",))

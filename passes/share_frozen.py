@@ -20,7 +20,11 @@ from typing import Any
 from torch import fx, nn
 
 from dop_compile import ops
-from dop_compile.passes.infra import DecoderGraph, Pass, PassReport, eliminate_dead_nodes, eliminate_duplicates
+from dop_compile.passes.cleanup import eliminate_dead_nodes, eliminate_duplicates
+from dop_compile.passes.graph import DecoderGraph
+from dop_compile.passes.infra import Pass, PassReport
+from dop_compile.tokens import TokenSet
+from dop_compile.tracer import ModuleTracer
 
 __all__ = ["SHARE_FROZEN"]
 
@@ -31,24 +35,29 @@ def _is_norm(module: nn.Module, hidden: int) -> bool:
     return plain and bool(parameters) and "norm" in type(module).__name__.lower()
 
 
-class _NormTracer(fx.Tracer):
-    """Traces one norm; `x.dtype` and the like stay nodes, so the result is right for any dtype."""
+def _trace_norm(module: nn.Module) -> fx.Graph | None:
+    """The norm's own operations, of one input; `x.dtype` and the like stay nodes, so that it is right for any dtype."""
+    container = nn.Module()
+    container.norm = module
+    tracer = ModuleTracer(container, {id(module)})
+    try:
+        x = tracer.create_proxy("placeholder", "x", (), {})
+        return tracer.record(lambda copy: copy.norm(x))  # type: ignore[operator]
+    except Exception:  # whatever its forward does that a proxy does not
+        return None
 
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return False
 
-
-def _open_norm(graph: DecoderGraph, path: str, x: fx.Node) -> fx.Node | None:
-    """Emit the norm's own operations on x; None if its forward cannot be traced."""
+def _open_norm(graph: DecoderGraph, norm: fx.Node, x: fx.Node, tokens: TokenSet) -> fx.Node | None:
+    """Emit the operations of a norm's node on x; None if they cannot be told."""
+    path = str(norm.target)
     module = graph.traced.root.get_submodule(path)
     if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
         return None
-    parameters = [p for p in inspect.signature(module.forward).parameters.values() if p.default is p.empty]
-    if len(parameters) != 1 or type(module).__module__.startswith("torch.nn"):
+    required = [p for p in inspect.signature(module.forward).parameters.values() if p.default is p.empty]
+    if len(required) != 1 or type(module).__module__.startswith("torch.nn"):
         return None
-    try:
-        body = _NormTracer().trace(module)
-    except (fx.proxy.TraceError, TypeError, RuntimeError):
+    body = _trace_norm(module)
+    if body is None:
         return None
     new: dict[fx.Node, Any] = {}
     for node in body.nodes:
@@ -60,38 +69,42 @@ def _open_norm(graph: DecoderGraph, path: str, x: fx.Node) -> fx.Node | None:
             return result
         else:
             copy = graph.graph.node_copy(node, new.__getitem__)
-            copy.meta = {}
+            copy.meta = {"layer": graph.traced.layer_of(norm), "tokens": tokens}
             if node.op == "get_attr":
-                copy.target = f"{path}.{node.target}"
-            new[node] = copy
+                copy.target = path + str(node.target).removeprefix("norm")
+            new[node] = graph.rename(copy, f"{x.name}_{node.name}")
     return None
 
 
+def _call_norm(graph: DecoderGraph, norm: fx.Node, x: fx.Node, tokens: TokenSet) -> fx.Node:
+    node = graph.graph.call_module(str(norm.target), (x,))
+    node.meta = {**norm.meta, "tokens": tokens}
+    return graph.rename(node, f"{norm.name}_{tokens}")
+
+
 def _share_frozen(graph: DecoderGraph, report: PassReport) -> None:
-    hidden = graph.traced.root.get_submodule("decoder").config.hidden_size
+    config: Any = graph.traced.root.get_submodule("decoder").config
     for merge in [node for node in graph.graph.nodes if node.target is ops.token_merge]:
         for norm in [user for user in merge.users if user.op == "call_module"]:
             module = graph.traced.root.get_submodule(str(norm.target))
-            if not _is_norm(module, hidden):
+            if not _is_norm(module, config.hidden_size):
                 continue
             index, active, *frozen = merge.args
             with graph.graph.inserting_before(norm):
-                parts = [graph.graph.call_module(norm.target, (active,))]
-                parts[0].meta = dict(norm.meta)
-                for source in frozen:
-                    opened = _open_norm(graph, str(norm.target), source)
+                parts = [_call_norm(graph, norm, active, merge.meta["sources"][0])]
+                for source, tokens in zip(frozen, merge.meta["sources"][1:], strict=True):
+                    opened = _open_norm(graph, norm, source, tokens)
                     if opened is None:
                         report.kept.append(f"{norm.name}: {type(module).__name__} cannot be opened")
-                        opened = graph.graph.call_module(norm.target, (source,))
-                        opened.meta = dict(norm.meta)
+                        opened = _call_norm(graph, norm, source, tokens)
                     parts.append(opened)
-                merged = graph.graph.call_function(ops.token_merge, (index, *parts))
-            merged.meta = {**norm.meta, "tokens": merge.meta["tokens"], "sources": merge.meta["sources"]}
+                sets = {"tokens": merge.meta["tokens"], "sources": merge.meta["sources"]}
+                merged = graph.call(ops.token_merge, (index, *parts), name=f"{norm.name}_merge", like=norm, **sets)
             norm.replace_all_uses_with(merged)
             report.rewritten += 1
     _read_sources_directly(graph)
     eliminate_dead_nodes(graph.graph)
-    eliminate_duplicates(graph.graph)
+    eliminate_duplicates(graph.graph, training=graph.traced.root.training)
 
 
 def _read_sources_directly(graph: DecoderGraph) -> None:
@@ -102,9 +115,9 @@ def _read_sources_directly(graph: DecoderGraph) -> None:
         if merge.target is not ops.token_merge:
             continue
         for held, source in zip(merge.meta["sources"], merge.args[1:], strict=True):
-            if node.meta["tokens"] <= held:
+            if isinstance(source, fx.Node) and node.meta["tokens"] <= held:
                 node.replace_all_uses_with(graph.slice(source, node.meta["tokens"], held))
                 break
 
 
-SHARE_FROZEN = Pass("share_frozen", _share_frozen)
+SHARE_FROZEN = Pass("share_frozen", _share_frozen, after=("slice_operations",))

@@ -23,16 +23,9 @@ from torch import Tensor, fx
 
 from dop_compile import ops
 from dop_compile.errors import PassError
-from dop_compile.passes.infra import (
-    MHA,
-    Block,
-    DecoderGraph,
-    Junction,
-    Pass,
-    PassReport,
-    eliminate_dead_nodes,
-    has_tokens,
-)
+from dop_compile.passes.cleanup import eliminate_dead_nodes
+from dop_compile.passes.graph import MHA, Block, DecoderGraph, Junction, has_tokens
+from dop_compile.passes.infra import Pass, PassReport
 from dop_compile.tokens import TokenSet
 
 __all__ = ["SLICE_OPERATIONS"]
@@ -61,10 +54,11 @@ class _View:
         return self.graph.slice(node, self.tokens, self.graph.universe.all) if has_tokens(node) else node
 
     def _emit(self, node: fx.Node, args: Any, kwargs: Any) -> fx.Node:
-        copy = self.graph.graph.create_node(node.op, node.target, args, kwargs, name=f"{self.block.name}_{node.name}")
-        copy.meta = dict(node.meta)
-        copy.meta["tokens"] = self.tokens
-        return copy
+        copy = self.graph.graph.create_node(node.op, node.target, args, kwargs)
+        copy.meta = {**node.meta, "tokens": self.tokens, "layer": self.block.layer}
+        prefix = f"{self.graph.traced.layer_prefix}.{self.block.layer}."
+        name = str(node.target).removeprefix(prefix).replace(".", "_") if node.op == "call_module" else node.name
+        return self.graph.rename(copy, f"{self.block.name}_{name}")
 
 
 def _ancestors_inside(block: Block, targets: list[fx.Node]) -> set[fx.Node]:
@@ -81,7 +75,9 @@ def _attention_arguments(block: Block) -> tuple[fx.Node, fx.Node, fx.Node, Any]:
     assert block.attention is not None
     _, query, key, value, mask = block.attention.args
     if isinstance(mask, fx.Node) and mask in block.nodes:
-        raise PassError("slice_operations", "the attention mask depends on the hidden states", node=mask.name)
+        raise PassError(
+            "slice_operations", "the attention mask depends on the hidden states", node=mask.name, layer=block.layer
+        )
     return query, key, value, mask  # type: ignore[return-value]
 
 
@@ -102,12 +98,29 @@ def _sides(graph: DecoderGraph, block: Block, stream: fx.Node) -> tuple[_View, _
         for node in (stream, *block.nodes)
         if (node is stream or node in shared) and any(user not in shared for user in node.users if user in block.nodes)
     ]
-    block.fused = any(node.op == "call_module" and "norm" not in str(node.target) and node in shared for node in shared)
+    block.fused = any(node.op == "call_module" and _has_matrix(graph, node) for node in shared)
     views = []
     for tokens in (block.tokens, block.keys):
         known = {node: graph.slice(common.get(node), tokens, block.reads) for node in frontier}
         views.append(_View(graph, block, tokens, known))
     return views[0], views[1]
+
+
+def _has_matrix(graph: DecoderGraph, node: fx.Node) -> bool:
+    """Whether a module projects (a norm does not)."""
+    return any(p.dim() > 1 for p in graph.traced.root.get_submodule(str(node.target)).parameters())
+
+
+def _select_mask(graph: DecoderGraph, block: Block, mask: Any) -> tuple[fx.Node, fx.Node]:
+    """The layer's part of the model's mask, and which queries see a key."""
+    name, layer = block.name, block.layer
+    arguments = (mask, graph.masks, layer, block.tokens, block.keys)
+    selected = graph.call(ops.select_attention_mask, arguments, name=f"{name}_select_mask", layer=layer)
+    parts = [
+        graph.call(operator.getitem, (selected, number), name=f"{name}_{part}", layer=layer)
+        for number, part in enumerate(("mask", "visible"))
+    ]
+    return parts[0], parts[1]
 
 
 def _emit_attention(graph: DecoderGraph, block: Block, stream: fx.Node) -> fx.Node | None:
@@ -116,26 +129,26 @@ def _emit_attention(graph: DecoderGraph, block: Block, stream: fx.Node) -> fx.No
     kernel = block.attention
     assert kernel is not None
     if block.update is not None:
-        keys.get(block.update)
+        stored = keys.get(block.update)
         block.update.meta.pop("effect")  # the copy stores the keys and values now
+        block.update = stored
     if not block.tokens:
+        block.attention = None
         return None
-    module = kernel.args[0]
-    selected = graph.graph.call_function(
-        ops.select_attention_mask, (mask, graph.masks, block.layer, block.tokens, block.keys)
-    )
-    pieces = [graph.graph.call_function(operator.getitem, (selected, number)) for number in (0, 1)]
-    arguments = (module, queries.get(query), keys.get(key), keys.get(value), pieces[0])
+    selected, visible = _select_mask(graph, block, mask)
+    arguments = (kernel.args[0], queries.get(query), keys.get(key), keys.get(value), selected)
     attention = graph.graph.create_node("call_function", kernel.target, arguments, dict(kernel.kwargs))
-    attention.meta = {**kernel.meta, "layer": block.layer}
+    attention.meta = {**kernel.meta, "layer": block.layer, "tokens": block.tokens}
+    graph.rename(attention, f"{block.name}_attention")
+    meta = {"tokens": block.tokens, "layer": block.layer}
     for user in list(kernel.users):
-        taken = graph.graph.call_function(operator.getitem, (attention, user.args[1]))
-        taken.meta = dict(user.meta)
+        name = f"{block.name}_attention_{'out' if user.args[1] == 0 else 'weights'}"
+        taken = graph.call(operator.getitem, (attention, user.args[1]), name=name, like=user, **meta)
         if user.args[1] == 0:
-            out = graph.graph.call_function(ops.zero_keyless, (taken, pieces[1]))
-            out.meta = dict(user.meta)
-            taken = out
+            taken = graph.call(ops.zero_keyless, (taken, visible), name=f"{name}_keyless_zero", like=user, **meta)
         queries.known[user] = taken
+    block.attention = attention
+    assert block.branch is not None
     branch: fx.Node = queries.get(block.branch)
     return branch
 
@@ -143,6 +156,7 @@ def _emit_attention(graph: DecoderGraph, block: Block, stream: fx.Node) -> fx.No
 def _emit_mlp(graph: DecoderGraph, block: Block, stream: fx.Node) -> fx.Node | None:
     if not block.tokens:
         return None
+    assert block.branch is not None
     sliced = graph.slice(stream, block.tokens, graph.universe.all, f"{block.name}_slice")
     branch: fx.Node = _View(graph, block, block.tokens, {stream: sliced}).get(block.branch)
     return branch
@@ -153,20 +167,18 @@ def _rewrite(graph: DecoderGraph, junction: Junction) -> None:
     with graph.graph.inserting_before(junction.out):
         current = junction.stream
         for block in junction.blocks:
-            whole = block.tokens.is_all and (block.kind != MHA or block.keys.is_all)
-            emit = _emit_attention if block.kind == MHA else _emit_mlp
-            branch = block.branch if whole else emit(graph, block, junction.stream)
+            branch = block.branch
+            if not block.is_whole:
+                branch = (_emit_attention if block.kind == MHA else _emit_mlp)(graph, block, junction.stream)
+                block.branch = branch
             if branch is None:
                 continue
+            name, meta = f"{block.name}_out", {"tokens": everything, "written": block.tokens, "layer": block.layer}
             if block.tokens.is_all:
-                added = graph.graph.call_function(operator.add, (current, branch))
+                current = graph.call(operator.add, (current, branch), name=name, like=junction.out, **meta)
             else:
                 index = graph.index("scatter", block.tokens, everything)
-                added = graph.graph.call_function(ops.token_add, (current, branch, index))
-            added.meta = {**junction.out.meta, "tokens": everything, "written": block.tokens}
-            added.name = graph.graph._graph_namespace.create_name(f"{block.name}_out", None)
-            block.branch = branch
-            current = added
+                current = graph.call(ops.token_add, (current, branch, index), name=name, like=junction.out, **meta)
     junction.out.replace_all_uses_with(current)
     for other in graph.junctions:
         if other.stream is junction.out:
@@ -176,14 +188,14 @@ def _rewrite(graph: DecoderGraph, junction: Junction) -> None:
 
 def _slice_operations(graph: DecoderGraph, report: PassReport) -> None:
     for block in list(graph.blocks):
-        if block.kind == MHA and graph.cached and block.tokens.is_all and block.keys.is_all:
+        if block.kind == MHA and graph.cached and block.is_whole:
             _follow_cache(graph, block)
     for junction in graph.junctions:
-        partial = [b for b in junction.blocks if not (b.tokens.is_all and (b.kind != MHA or b.keys.is_all))]
+        partial = [block for block in junction.blocks if not block.is_whole]
         if partial:
             _rewrite(graph, junction)
         report.rewritten += len(partial)
-        report.kept += [f"{b.name}: every token takes part" for b in junction.blocks if b not in partial]
+        report.kept += [f"{block.name}: every token takes part" for block in junction.blocks if block.is_whole]
     eliminate_dead_nodes(graph.graph)
 
 
@@ -193,10 +205,7 @@ def _follow_cache(graph: DecoderGraph, block: Block) -> None:
     assert kernel is not None
     _, _, _, mask = _attention_arguments(block)
     with graph.graph.inserting_before(kernel):
-        selected = graph.graph.call_function(
-            ops.select_attention_mask, (mask, graph.masks, block.layer, block.tokens, block.keys)
-        )
-        kernel.update_arg(4, graph.graph.call_function(operator.getitem, (selected, 0)))
+        kernel.update_arg(4, _select_mask(graph, block, mask)[0])
 
 
-SLICE_OPERATIONS = Pass("slice_operations", _slice_operations, optional=False)
+SLICE_OPERATIONS = Pass("slice_operations", _slice_operations, optional=False, after=("annotate",))

@@ -24,7 +24,9 @@ _TRAITS = {
 
 def _checked(family: Family) -> str:
     kinds = [name for name, takes in (("images", family.image), ("videos", family.video)) if takes is not None]
-    return ", ".join([*(kinds or ["`token_groups`"]), *(text for flag, text in _TRAITS.items() if getattr(family, flag))])
+    return ", ".join(
+        [*(kinds or ["`token_groups`"]), *(text for flag, text in _TRAITS.items() if getattr(family, flag))]
+    )
 
 
 def supported_models_table() -> str:

@@ -196,8 +196,10 @@ def random_operations(
 
 def uniform_kept(batch: Batch, count: int) -> list[list[int]]:
     """What a uniform stride keeps: images share `count` by largest remainder, each takes the middles of stretches."""
-    placeholders = batch.visual if batch.groups is not None else torch.isin(
-        batch.inputs["input_ids"], torch.tensor([IMAGE, VIDEO])
+    placeholders = (
+        batch.visual
+        if batch.groups is not None
+        else torch.isin(batch.inputs["input_ids"], torch.tensor([IMAGE, VIDEO]))
     )
     kept = []
     for row, counted in zip(placeholders.tolist(), batch.visual.tolist(), strict=True):
@@ -262,4 +264,3 @@ def original_decoder_forbidden(model: nn.Module) -> Iterator[None]:
 
 def without(inputs: dict[str, Tensor], *names: str) -> dict[str, Tensor]:
     return {name: value for name, value in inputs.items() if name not in names}
-

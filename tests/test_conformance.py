@@ -80,18 +80,13 @@ def test_pruned_model_is_the_reference(name: str, policy_name: str) -> None:
 def test_a_row_of_a_left_padded_batch_is_as_if_alone(name: str) -> None:
     batch = make_batch(name)
     policy, kept = fixed_policies(batch)["given_scattered"]
-    compiled = compile_eagerly(batch.model, policy)
-    together = compiled(**batch.inputs, **batch.call_arguments(kept)).logits
-    generated = compiled.generate(**batch.inputs, **batch.call_arguments(kept), max_new_tokens=4, do_sample=False)
     assert kept is not None
+    compiled = compile_eagerly(batch.model, policy, debug=False)
+    together = compiled(**batch.inputs, **batch.call_arguments(kept)).logits
     for index, row in enumerate(split_rows(batch.model, batch.inputs, kept, batch.groups)):
-        own = {"visual_indices": [kept[index]]}
-        if row.groups is not None:
-            own["token_groups"] = row.groups[None]
-        alone = compiled(**row.inputs, **own).logits[0]
+        own = {} if row.groups is None else {"token_groups": row.groups[None]}
+        alone = compiled(**row.inputs, **own, visual_indices=[kept[index]]).logits[0]
         assert_close(together[index, batch.mask[index]], alone)
-        tokens = compiled.generate(**row.inputs, **own, max_new_tokens=4, do_sample=False)[0, -4:]
-        assert torch.equal(generated[index, -4:], tokens)
 
 
 def test_readme_lists_the_families_that_are_tested() -> None:

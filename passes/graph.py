@@ -1,0 +1,243 @@
+"""The decoder graph as the passes see it: junctions on a residual stream, and the blocks between them.
+
+A *junction* is an addition to the residual stream (or a step that replaces it); a *block* is one MHA or MLP branch of
+a junction, with the token sets it computes for. Index tensors that move tokens between sets are inputs of the graph,
+described by an `IndexSpec`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx
+
+from dop_compile import ops
+from dop_compile.errors import PassError
+from dop_compile.keep import KeepTable
+from dop_compile.proxies import BATCH, TOKENS
+from dop_compile.tokens import TokenSet, Universe
+from dop_compile.trace import TracedDecoder
+
+if TYPE_CHECKING:
+    from dop_compile.passes.infra import PassReport
+
+__all__ = [
+    "MHA",
+    "MLP",
+    "Block",
+    "DecoderGraph",
+    "IndexSpec",
+    "Junction",
+    "depends_on",
+    "has_tokens",
+    "is_add",
+    "token_dims",
+]
+
+MHA, MLP = "mha", "mlp"
+
+
+@dataclass(frozen=True)
+class IndexSpec:
+    """An index tensor that the graph takes as an input and `TokenLayout` computes for each batch."""
+
+    kind: str  # "gather", "scatter" or "merge"
+    tokens: TokenSet
+    others: tuple[TokenSet, ...]
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}_{self.tokens}_in_{'_and_'.join(str(other) for other in self.others)}"
+
+
+@dataclass
+class Block:
+    """A residual branch: everything between a stream value and the addition of the branch to the stream.
+
+    For attention `tokens` are the queries and `keys` the tokens that supply keys and values; for an MLP `keys` is
+    empty. `branch` is None once no token is left to compute for. `fused` says that queries, keys and values come from
+    one projection, which therefore runs for all tokens that are any of them.
+    """
+
+    kind: str
+    layer: int
+    branch: fx.Node | None
+    nodes: tuple[fx.Node, ...]
+    tokens: TokenSet
+    keys: TokenSet
+    attention: fx.Node | None = None
+    update: fx.Node | None = None
+    fused: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"L{self.layer:02d}_{self.kind}"
+
+    @property
+    def reads(self) -> TokenSet:
+        return self.tokens | self.keys
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every token takes part in every way."""
+        return self.tokens.is_all and (self.kind != MHA or self.keys.is_all)
+
+
+@dataclass
+class Junction:
+    """``out = stream + sum of branches``; parallel MHA and MLP share one. A transform replaces the stream instead."""
+
+    stream: fx.Node
+    out: fx.Node
+    blocks: tuple[Block, ...]
+    token_wise: bool = True
+
+    @property
+    def writes(self) -> TokenSet | None:
+        sets = [block.tokens for block in self.blocks]
+        return None if not sets else _union(sets)
+
+    @property
+    def reads(self) -> TokenSet | None:
+        sets = [block.reads for block in self.blocks]
+        return None if not sets else _union(sets)
+
+
+def _union(sets: Sequence[TokenSet]) -> TokenSet:
+    result = sets[0]
+    for tokens in sets[1:]:
+        result = result | tokens
+    return result
+
+
+@dataclass
+class DecoderGraph:
+    """A decoder graph on its way through the pipeline."""
+
+    traced: TracedDecoder
+    keep: KeepTable
+    universe: Universe
+    cached: bool
+    junctions: list[Junction] = field(default_factory=list)
+    entry: fx.Node | None = None
+    indices: dict[IndexSpec, fx.Node] = field(default_factory=dict)
+    diffs: dict[str, str] = field(default_factory=dict)
+    reports: list[PassReport] = field(default_factory=list)
+    output_tokens: TokenSet = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.output_tokens = self.universe.all
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.traced.graph
+
+    @property
+    def output(self) -> fx.Node:
+        return self.graph.output_node()
+
+    def has_run(self, name: str) -> bool:
+        return any(report.name == name for report in self.reports)
+
+    @property
+    def blocks(self) -> Iterator[Block]:
+        return (block for junction in self.junctions for block in junction.blocks)
+
+    @property
+    def masks(self) -> fx.Node:
+        """The graph input that selects rows and columns of attention masks; made on first use."""
+        found: list[fx.Node] = self.graph.find_nodes(op="placeholder", target="masks")
+        if not found:
+            with self._after_inputs():
+                found = [self.graph.placeholder("masks")]
+        return found[0]
+
+    def _after_inputs(self) -> Any:
+        """Insert where the graph's inputs end."""
+        first = next((node for node in self.graph.nodes if node.op != "placeholder"), None)
+        return self.graph.inserting_before(first) if first is not None else contextlib.nullcontext()
+
+    def index(self, kind: str, tokens: TokenSet, *others: TokenSet) -> fx.Node:
+        """The graph input that holds an index tensor; made on first use."""
+        spec = IndexSpec(kind, tokens, tuple(others))
+        if spec not in self.indices:
+            with self._after_inputs():
+                node: fx.Node = self.graph.placeholder(spec.name)
+            node.meta["index"] = spec
+            self.indices[spec] = node
+        return self.indices[spec]
+
+    def call(
+        self, target: Any, args: tuple[Any, ...], *, name: str, like: fx.Node | None = None, **meta: Any
+    ) -> fx.Node:
+        """A new call of a function, named for what it does; its value looks like that of `like`."""
+        node = self.graph.call_function(target, args)
+        node.meta = {**({} if like is None else _kept_meta(like)), **meta}
+        return self.rename(node, name)
+
+    def rename(self, node: fx.Node, name: str) -> fx.Node:
+        node.name = self.graph._graph_namespace.create_name(name, None)
+        node.meta.setdefault("pass", self.reports[-1].name if self.reports else "")
+        return node
+
+    def slice(self, node: fx.Node, tokens: TokenSet, source: TokenSet, name: str = "", **meta: Any) -> fx.Node:
+        """`node`, laid out as `source`, narrowed to `tokens`; made once, right after `node`."""
+        if tokens == source:
+            return node
+        batch_dim, token_dim = token_dims(node)
+        index = self.index("gather", tokens, source)
+        for user in node.users:
+            if user.target is ops.token_slice and user.args[:2] == (node, index):
+                return user
+        with self._after_inputs() if node.op == "placeholder" else self.graph.inserting_after(node):
+            extra = () if (batch_dim, token_dim) == (0, 1) else (batch_dim, token_dim)
+            arguments = (node, index, *extra)
+            name = name or f"{node.name}_{tokens}"
+            return self.call(ops.token_slice, arguments, name=name, like=node, tokens=tokens, source=source, **meta)
+
+
+def _kept_meta(node: fx.Node) -> dict[str, Any]:
+    return {key: node.meta[key] for key in ("val", "nn_module_stack", "layer") if key in node.meta}
+
+
+def token_dims(node: fx.Node) -> tuple[int, int]:
+    """Batch and token dimension of a node's value, read off its example value."""
+    value = node.meta.get("val")
+    if isinstance(value, Tensor):
+        sizes = list(value.shape)
+        if sizes.count(BATCH) == 1 and sizes.count(TOKENS) == 1:
+            return sizes.index(BATCH), sizes.index(TOKENS)
+    raise PassError(
+        "slice_operations",
+        f"the value {tuple(value.shape) if isinstance(value, Tensor) else value} has no batch and token dimension to "
+        "slice along",
+        node=node.name,
+    )
+
+
+def has_tokens(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and TOKENS in value.shape
+
+
+def depends_on(graph: fx.Graph, cut: Collection[fx.Node] = ()) -> tuple[dict[fx.Node, int], dict[fx.Node, int]]:
+    """Position of each node and its ancestors (itself included) as a bit set; nodes in `cut` count as inputs."""
+    position: dict[fx.Node, int] = {}
+    ancestors: dict[fx.Node, int] = {}
+    for number, node in enumerate(graph.nodes):
+        position[node] = number
+        bits = 1 << number
+        if node not in cut:
+            for source in node.all_input_nodes:
+                bits |= ancestors[source]
+        ancestors[node] = bits
+    return position, ancestors
+
+
+def is_add(node: Any) -> bool:
+    return isinstance(node, fx.Node) and node.op == "call_function" and node.target in (operator.add, torch.add)
