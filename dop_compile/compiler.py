@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dop_compile.dropin import _copy_path, decoder_path, drop_in
+from dop_compile.dropin import copy_path, decoder_path, drop_in, placeholder_ids
 from dop_compile.errors import UnsupportedModelError
 from dop_compile.fingerprint import model_fingerprint
 from dop_compile.keep import KeepTable
@@ -74,7 +74,7 @@ class CompiledState:
     ):
         self.model_class = type(model)
         self.decoder_path = decoder_path(model)
-        self.base = _copy_path(model, self.decoder_path)[0]
+        self.base = copy_path(model, self.decoder_path)[0]
         self.tiers = dict(tiers)
         self.token_groups = token_groups
         self.library = library
@@ -149,13 +149,20 @@ class CompiledState:
         return hooks, decoder.training, decoder.config._attn_implementation, weight.dtype, weight.device
 
 
-def _check_model(model: PreTrainedModel) -> None:
+def _check_model(model: PreTrainedModel, has_groups: bool) -> None:
     decoder: Any = model.get_submodule(decoder_path(model))
     implementation = decoder.config._attn_implementation
     if implementation not in ATTENTION_IMPLEMENTATIONS:
         raise UnsupportedModelError(
             f"attention implementation {implementation!r} is not supported; load the model with attn_implementation="
             f"{' or '.join(map(repr, ATTENTION_IMPLEMENTATIONS))}"
+        )
+    multimodal = model.config.get_text_config(decoder=True) is not model.config
+    says = any(hasattr(type(module), "get_placeholder_mask") for module in copy_path(model, decoder_path(model)))
+    if multimodal and not says and not placeholder_ids(model.config) and not has_groups:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} does not say which tokens are visual (no get_placeholder_mask, no placeholder id in "
+            "its configuration); pass token_groups"
         )
     devices = {parameter.device for parameter in decoder.parameters()}
     if len(devices) > 1:
@@ -222,7 +229,7 @@ def dop_compile(
     decoder_path(model)
     for tier, value in tiers.items():
         _check_policy(model, tier, value)
-    _check_model(model)
+    _check_model(model, token_groups is not None)
     library = PieceLibrary(backend, dict(compile_options or {}))
     state = CompiledState(model, tiers, library, token_groups, disable_passes, debug)
     # Built now and not on the first call, so that a model that cannot be compiled is refused here

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -24,7 +25,7 @@ from dop_compile.outer_masks import builds_masks, deferring_forward
 from dop_compile.runtime import run_decoder
 from dop_compile.slots import Call
 
-__all__ = ["decoder_path", "drop_in"]
+__all__ = ["copy_path", "decoder_path", "drop_in", "placeholder_ids"]
 
 CONVERSATION_ATTRIBUTES = ("rope_deltas",)
 """Attributes that Hugging Face's outer models keep between calls on the module; here they live in the cache."""
@@ -32,18 +33,23 @@ CONVERSATION_ATTRIBUTES = ("rope_deltas",)
 NEWLINE_EMBEDDINGS = ("image_newline",)
 """Embeddings that a model inserts inside image placeholders: visual, never dropped, not counted."""
 
+PLACEHOLDER_IDS = ("image_token_id", "video_token_id", "image_token_index", "video_token_index")
+"""Where configurations name placeholder ids, for models that cannot say themselves which positions are visual."""
+
 CALL_ARGUMENTS = ("tier", "visual_indices", "token_groups")
 
 
 @dataclass
 class _Session:
-    """One `generate`, or one plain forward call: its tier and what the caller said about its tokens."""
+    """One `generate`, or one plain forward call: its tier and what the caller said about its tokens.
+
+    `prompt_columns` is where the prompt ends in a `generate`: what stands in later columns was generated.
+    """
 
     tier: str
     visual_indices: Any = None
     token_groups: Any = None
-    generating: bool = False
-    first_iteration: bool = True
+    prompt_columns: int | None = None
 
 
 def decoder_path(model: PreTrainedModel) -> str:
@@ -77,6 +83,11 @@ def decoder_path(model: PreTrainedModel) -> str:
     return found[-1]
 
 
+def placeholder_ids(config: Any) -> list[int]:
+    """Ids of image and video placeholders that a configuration names."""
+    return [value for name in PLACEHOLDER_IDS if isinstance(value := getattr(config, name, None), int)]
+
+
 def _presented_as(method: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` with the name, docstring and signature of a class's method, for code that inspects them."""
 
@@ -97,7 +108,7 @@ def _shallow(module: nn.Module, *, own_children: bool) -> Any:
     return copy
 
 
-def _copy_path(root: nn.Module, path: str) -> list[Any]:
+def copy_path(root: nn.Module, path: str) -> list[Any]:
     """Shallow copies of the modules from `root` down to `path`, linked to each other."""
     chain = [_shallow(root, own_children=True)]
     for name in path.split("."):
@@ -113,7 +124,7 @@ class _Frame:
     def __init__(self, state: Any, root: nn.Module, session: _Session):
         self.state = state
         self.session = session
-        self.chain = _copy_path(root, state.decoder_path)
+        self.chain = copy_path(root, state.decoder_path)
         self.root, self.decoder = self.chain[0], self.chain[-1]
         self._restored = False
         for module in self.chain[:-1]:
@@ -134,9 +145,9 @@ class _Frame:
             if hasattr(type(module), "get_placeholder_mask"):
                 module.get_placeholder_mask = self._note_placeholders(call, type(module), module)
         output = self.state.model_class.forward(self.root, *args, **kwargs)
-        returned = cache if cache is not None else getattr(output, "past_key_values", None)
-        if isinstance(returned, PrunedCache):
-            returned.conversation = self._conversation()
+        for value in output if isinstance(output, tuple) else (cache, getattr(output, "past_key_values", None)):
+            if isinstance(value, PrunedCache):
+                value.conversation = self._conversation(call.batch)
         return output
 
     def _call(self, named: dict[str, Any]) -> Call:
@@ -145,19 +156,25 @@ class _Frame:
         cache = named.get("past_key_values")
         tokens = named.get("inputs_embeds") if named.get("input_ids") is None else named["input_ids"]
         past = cache.get_seq_length() if cache is not None else 0
-        if session.generating:
-            generated = not session.first_iteration
-        else:
-            generated = past > 0 and tokens is not None and tokens.shape[1] == 1
+        length = 0 if tokens is None else tokens.shape[1]
+        if session.prompt_columns is None:
+            prompt = 0 if past and length == 1 else length
+        else:  # without a cache, and with looked-up candidates, one call holds both prompt and generated tokens
+            prompt = min(max(session.prompt_columns - past, 0), length)
         call = Call(
             tier=session.tier,
             policy=self.state.tiers[session.tier],
             rows=rows if isinstance(rows, int) and named.get("labels") is None else 0,
-            generated=generated,
+            prompt_tokens=prompt,
+            batch=1 if tokens is None else tokens.shape[0],
             given=session.visual_indices,
         )
-        if not generated and tokens is not None:
-            call.token_groups = self._token_groups(named.get("input_ids"), tokens, past)
+        if prompt and tokens is not None:
+            ids = named.get("input_ids")
+            groups = self._token_groups(None if ids is None else ids[:, :prompt], tokens[:, :prompt], past)
+            call.token_groups = None if groups is None else F.pad(groups, (0, length - prompt))
+            if not any(hasattr(type(module), "get_placeholder_mask") for module in self.chain):
+                call.visual.extend(self._placeholders_by_id(named))
         for module in self.chain[:-1]:
             for name in NEWLINE_EMBEDDINGS:
                 newline = getattr(module, name, None)
@@ -179,8 +196,8 @@ class _Frame:
         batch, length = tokens.shape[:2]
         if groups.dim() != 2:
             raise ValueError(f"token_groups must be (batch, tokens), got {tuple(groups.shape)}")
-        if groups.shape[1] == past + length:
-            groups = groups[:, past:]
+        if groups.shape[1] in (past + length, self.session.prompt_columns):
+            groups = groups[:, past : past + length]
         if groups.shape[0] != batch and batch % groups.shape[0] == 0:
             groups = groups.repeat_interleave(batch // groups.shape[0], dim=0)
         if groups.shape != (batch, length):
@@ -188,6 +205,17 @@ class _Frame:
         if not bool(((groups >= 0) & (groups <= 2)).all()):
             raise ValueError("token_groups: values are 0 (text), 1 (visual) and 2 (system)")
         return groups
+
+    def _placeholders_by_id(self, named: dict[str, Any]) -> list[Tensor]:
+        """Placeholder positions by their ids, where images or videos are handed in."""
+        if not any("pixel_values" in name and value is not None for name, value in named.items()):
+            return []
+        if named.get("input_ids") is None:
+            raise UnsupportedUsageError(
+                f"{type(self.root).__name__} cannot tell which positions of inputs_embeds are visual; pass input_ids, or "
+                "token_groups"
+            )
+        return [named["input_ids"] == number for number in placeholder_ids(self.root.config)]
 
     def _note_placeholders(self, call: Call, kind: type, module: nn.Module) -> Callable[..., Any]:
         original = kind.get_placeholder_mask  # type: ignore[attr-defined]
@@ -212,9 +240,14 @@ class _Frame:
                 if name in vars(module):
                     setattr(module, name, known.get(f"{number}.{name}"))
 
-    def _conversation(self) -> dict[str, Any]:
+    def _conversation(self, batch: int) -> dict[str, Any]:
+        def per_row(value: Any) -> Any:  # beams repeat the rows after some models computed this for the prompts
+            if isinstance(value, Tensor) and value.dim() and batch % value.shape[0] == 0:
+                return value.repeat_interleave(batch // value.shape[0], dim=0)
+            return value
+
         return {
-            f"{number}.{name}": vars(module)[name]
+            f"{number}.{name}": per_row(vars(module)[name])
             for number, module in enumerate(self.chain)
             for name in CONVERSATION_ATTRIBUTES
             if vars(module).get(name) is not None
@@ -224,13 +257,10 @@ class _Frame:
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         self.restore(kwargs.get("past_key_values"))
-        prepare = self.state.model_class.prepare_inputs_for_generation
-
-        def prepare_inputs(*a: Any, **k: Any) -> Any:
-            self.session.first_iteration = bool(k.get("is_first_iteration", False))
-            return prepare(self.root, *a, **k)
-
-        self.root.prepare_inputs_for_generation = _presented_as(prepare, prepare_inputs)
+        # The mask covers the whole conversation also where only the new tokens are passed
+        given = (kwargs.get(name) for name in ("attention_mask", "inputs_embeds", "input_ids", "inputs"))
+        prompt = next((value for value in (*given, *args[:1]) if isinstance(value, Tensor)), None)
+        self.session.prompt_columns = 1 if prompt is None else prompt.shape[1]
         return self.state.model_class.generate(self.root, *args, **kwargs)
 
 
@@ -243,17 +273,17 @@ def drop_in(state: Any, base: nn.Module, tier: str) -> Any:
     """
     view = _shallow(base, own_children=False)
 
-    def session(kwargs: dict[str, Any], generating: bool) -> _Session:
+    def session(kwargs: dict[str, Any]) -> _Session:
         values = {name: kwargs.pop(name, None) for name in CALL_ARGUMENTS}
         chosen = values.pop("tier") or tier
         state.check_tier(chosen)
-        return _Session(chosen, generating=generating, **values)
+        return _Session(chosen, **values)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        return _Frame(state, view, session(kwargs, False)).forward(*args, **kwargs)
+        return _Frame(state, view, session(kwargs)).forward(*args, **kwargs)
 
     def generate(*args: Any, **kwargs: Any) -> Any:
-        return _Frame(state, view, session(kwargs, True)).generate(*args, **kwargs)
+        return _Frame(state, view, session(kwargs)).generate(*args, **kwargs)
 
     view.forward = _presented_as(state.model_class.forward, forward)
     view.generate = _presented_as(state.model_class.generate, generate)

@@ -16,32 +16,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from dop_compile.compiler import CompiledState
-from dop_compile.costs import DecoderDims, LayerTokens, group_counts, kv_cache_bytes, layer_flops, prefill_flops
+from dop_compile.costs import DecoderDims, LayerTokens, group_counts, kv_cache_bytes, prefill_flops
+from dop_compile.executed import LayerCost, Prompt, layer_costs
 from dop_compile.explain_table import render
-from dop_compile.keep import ANY_GROUP, KeepTable
-from dop_compile.passes.graph import MHA, Block
 from dop_compile.policy import Policy
 from dop_compile.policy_json import integer
-from dop_compile.tokens import Atom, TokenSet, Universe
-from dop_compile.trace import DecoderInputs
 
 __all__ = ["Explanation", "LayerCost", "TierCost", "executed_flops", "explain"]
-
-
-@dataclass(frozen=True)
-class LayerCost:
-    """What one layer computes for one sample: token counts, FLOPs and stored KV bytes.
-
-    `flops` and `kv_bytes` are None where the model's sizes are not known (`Explanation.missing` says why).
-    """
-
-    layer: int
-    query: int
-    key_value: int
-    mlp: int
-    flops: int | None
-    kv_bytes: int | None
-    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -114,126 +95,6 @@ class Explanation:
         return render(self)
 
 
-@dataclass(frozen=True)
-class _Prompt:
-    system: int
-    visual: int
-    text: int
-    rows: int
-    use_cache: bool
-
-    @property
-    def total(self) -> int:
-        return self.system + self.visual + self.text
-
-
-class _Counter:
-    """Widths of token sets for one sample."""
-
-    def __init__(self, policy: Policy, prompt: _Prompt):
-        entering = group_counts(policy, prompt.system, prompt.visual, prompt.text)
-        present = {group: count for group, count in entering.items() if count}
-        if not present:
-            raise ValueError("system, visual, text: expected at least one token that enters the decoder, got none")
-        self.keep = KeepTable.from_policy(policy, tuple(present))
-        self.length = sum(present.values())
-        self.universe = Universe(self.keep.groups)
-        wanted: dict[str, int] = {}
-        if 0 < prompt.rows < prompt.total:
-            reordered = policy.salient_fraction is not None or present.get("visual", 0) != prompt.visual
-            if prompt.visual and prompt.rows > prompt.text and reordered:
-                raise ValueError(
-                    f"rows: the last {prompt.rows} rows reach into the visual tokens, of which the reducer decides "
-                    f"which are left; ask for 1 to {prompt.text} rows, or 0 for all"
-                )
-            left = prompt.rows
-            for group in reversed(present):
-                wanted[group] = min(left, present[group])
-                left -= wanted[group]
-        if self.keep.is_dense:
-            present, wanted = {ANY_GROUP: self.length}, {ANY_GROUP: sum(wanted.values())} if wanted else {}
-        if wanted:
-            self.universe = Universe(self.keep.groups, frozenset(group for group, count in wanted.items() if count))
-            self._atoms = {Atom(group, True): wanted[group] for group in present}
-            self._atoms |= {Atom(group, False): present[group] - wanted[group] for group in present}
-        else:
-            self._atoms = {Atom(group, True): count for group, count in present.items()}
-
-    def tokens(self, tokens: TokenSet) -> int:
-        return sum(self._atoms[atom] for atom in tokens.atoms)
-
-    def width(self, tokens: TokenSet) -> int:
-        """What a matrix product runs over: an empty set is laid out as one position of padding."""
-        return max(self.tokens(tokens), 1)
-
-
-@dataclass
-class _Run:
-    """One tier's program for one prompt."""
-
-    policy: Policy
-    counter: _Counter
-    blocks: tuple[Block, ...]
-    dims: DecoderDims | None
-    dtype_bytes: int
-
-    def layers(self) -> tuple[LayerCost, ...]:
-        return tuple(self._layer(number) for number in range(self.policy.num_layers))
-
-    def _layer(self, layer: int) -> LayerCost:
-        blocks = [block for block in self.blocks if block.layer == layer]
-        mha = next(block for block in blocks if block.kind == MHA)
-        mlps = [block for block in blocks if block.kind != MHA]
-        none = self.counter.universe.none
-        mlp = next((block.tokens for block in mlps), none)
-        count = self.counter.tokens
-        # Without queries, keys and values are computed only to be cached
-        keys = mha.keys if mha.tokens or mha.update is not None else none
-        flops = kv_bytes = None
-        if self.dims is not None:
-            flops = self._mha_flops(self.dims, layer, mha)
-            flops += sum(self._mlp_flops(self.dims, layer, block) for block in mlps if block.tokens)
-            stored = self.counter.width(mha.keys) if mha.update is not None else 0
-            kv_bytes = 2 * stored * self.dims.num_key_value_heads * self.dims.head_dim * self.dtype_bytes
-        note = "; ".join(_notes(self.counter.universe, mha, keys, mlp))
-        return LayerCost(layer, count(mha.tokens), count(keys), count(mlp), flops, kv_bytes, note)
-
-    def _mha_flops(self, dims: DecoderDims, layer: int, block: Block) -> int:
-        if not block.tokens and block.update is None:
-            return 0
-        queries = self.counter.width(block.tokens) if block.tokens else 0
-        keys = self.counter.width(block.keys)
-        if not block.fused:
-            return layer_flops(dims, LayerTokens(queries, keys, 0), layer)
-        # One matrix gives queries, keys and values of every token that is either
-        d, d_kv = dims.num_heads * dims.head_dim, dims.num_key_value_heads * dims.head_dim
-        projections = 2 * dims.hidden_size * (self.counter.width(block.reads) * (d + 2 * d_kv) + queries * d)
-        return projections + 4 * queries * keys * d
-
-    def _mlp_flops(self, dims: DecoderDims, layer: int, block: Block) -> int:
-        return layer_flops(dims, LayerTokens(0, 0, self.counter.width(block.tokens)), layer)
-
-
-def _notes(universe: Universe, mha: Block, keys: TokenSet, mlp: TokenSet) -> list[str]:
-    notes = []
-    only_requested = not universe.all_requested and (mha.tokens | mlp) <= universe.requested
-    for group in universe.groups:
-        own = universe.groups_set([group])
-        if not universe.all_requested:
-            own = (own - universe.requested) or own
-        if group in ("text", ANY_GROUP) or own & (mha.tokens | mlp):
-            continue
-        if not own & keys:
-            notes.append(f"{group} absent")
-        elif group != "system" or not only_requested:
-            notes.append(f"{group} frozen: only keys and values")
-    if only_requested:
-        notes.append("updates requested rows only")
-    if mha.fused:
-        notes.append("fused projection: sliced after it")
-    return notes
-
-
 def _ratio(part: int | None, whole: int | None) -> float | None:
     return None if part is None or whole is None else part / whole
 
@@ -250,17 +111,14 @@ def _default_tier(compiled: Any) -> str:
     return name
 
 
-def _run(state: CompiledState, tier: str, prompt: _Prompt, dims: DecoderDims | None) -> _Run:
-    policy = state.tiers[tier]
-    counter = _Counter(policy, prompt)
-    program = state.program(counter.keep, counter.universe, DecoderInputs(cached=prompt.use_cache))
-    dtype: Any = state.decoder.dtype
-    return _Run(policy, counter, program.blocks, dims, dtype.itemsize)
-
-
-def _prompt(system: int, visual: int, text: int, rows: int, use_cache: bool) -> _Prompt:
-    counts = [integer(name, n, low=0) for name, n in (("system", system), ("visual", visual), ("text", text))]
-    return _Prompt(*counts, integer("rows", rows, low=0), use_cache)
+def _prompt(system: int, visual: int, text: int, rows: int, use_cache: bool) -> Prompt:
+    return Prompt(
+        integer("system", system, low=0),
+        integer("visual", visual, low=0),
+        integer("text", text, low=0),
+        integer("rows", rows, low=0),
+        use_cache,
+    )
 
 
 def executed_flops(
@@ -280,7 +138,7 @@ def executed_flops(
     state = _state(compiled)
     tier = state.check_tier(tier or _default_tier(compiled))
     dims = DecoderDims.from_config(state.base.config)
-    layers = _run(state, tier, _prompt(system, visual, text, rows, use_cache), dims).layers()
+    layers = layer_costs(state, tier, _prompt(system, visual, text, rows, use_cache), dims)
     return sum(layer.flops for layer in layers if layer.flops is not None)
 
 
@@ -299,7 +157,7 @@ def explain(
     Args:
         compiled: a model returned by `dop_compile`; it may be on the meta device.
         tier: the tier whose layers are shown; the model's default if None. Every tier is summed up.
-        system, visual, text: tokens of the sample, before reduction.
+        system, visual, text: tokens of the sample, before reduction; without visual tokens all of it is text.
         rows: how many last rows of logits are asked for, 0 for all; `generate` asks for 1.
         use_cache: whether keys and values are stored.
 
@@ -315,9 +173,8 @@ def explain(
         dims = DecoderDims.from_config(state.base.config)
     except ValueError as error:
         missing = str(error)
-    runs = {name: _run(state, name, prompt, dims) for name in state.tiers}
-    entering = group_counts(runs[tier].policy, system, visual, text)
-    layers = {name: run.layers() for name, run in runs.items()}
+    entering = group_counts(state.tiers[tier], system, visual, text)
+    layers = {name: layer_costs(state, name, prompt, dims) for name in state.tiers}
     return Explanation(
         model=state.model_class.__name__,
         tier=tier,
@@ -327,13 +184,15 @@ def explain(
         entering=sum(count for group, count in entering.items() if group.startswith("visual")),
         rows=min(prompt.rows, prompt.total),
         layers=layers[tier],
-        tiers=tuple(_summary(name, run, layers[name], prompt) for name, run in runs.items()),
+        tiers=tuple(_summary(state, name, costs, prompt, dims) for name, costs in layers.items()),
         missing=missing,
     )
 
 
-def _summary(tier: str, run: _Run, layers: Sequence[LayerCost], prompt: _Prompt) -> TierCost:
-    dims, policy = run.dims, run.policy
+def _summary(
+    state: CompiledState, tier: str, layers: Sequence[LayerCost], prompt: Prompt, dims: DecoderDims | None
+) -> TierCost:
+    policy = state.tiers[tier]
     if dims is None:
         return TierCost(tier, repr(policy), None, None, None, None, None)
 
@@ -341,6 +200,7 @@ def _summary(tier: str, run: _Run, layers: Sequence[LayerCost], prompt: _Prompt)
         return sum(field(layer) or 0 for layer in layers)
 
     counts = (prompt.system, prompt.visual, prompt.text)
+    dtype: Any = state.decoder.dtype
     everything = [LayerTokens(prompt.total, prompt.total, prompt.total)] * dims.num_layers
     return TierCost(
         tier,
@@ -349,5 +209,5 @@ def _summary(tier: str, run: _Run, layers: Sequence[LayerCost], prompt: _Prompt)
         executed_flops=total(lambda layer: layer.flops),
         original_flops=prefill_flops(dims, Policy.full(dims.num_layers), *counts),
         kv_bytes=total(lambda layer: layer.kv_bytes),
-        original_kv_bytes=kv_cache_bytes(dims, everything, run.dtype_bytes) if prompt.use_cache else 0,
+        original_kv_bytes=kv_cache_bytes(dims, everything, dtype.itemsize) if prompt.use_cache else 0,
     )

@@ -25,13 +25,10 @@ def show_percent(ratio: float | None) -> str:
 
 
 def _scaled(value: float, step: int, units: Sequence[str]) -> str:
-    for unit in units[:-1]:
-        if value < step:
-            break
-        value /= step
-    else:
-        unit = units[-1]
-    return f"{value:.0f} {unit}" if unit == units[0] or value >= 100 else f"{value:.3g} {unit}"
+    power = 0
+    while value >= step and power < len(units) - 1:
+        value, power = value / step, power + 1
+    return f"{value:.0f} {units[power]}" if power == 0 or value >= 100 else f"{value:.3g} {units[power]}"
 
 
 def columns(rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> list[str]:
@@ -76,7 +73,6 @@ def _tiers(tiers: Sequence[TierCost]) -> list[str]:
         flops = [show_flops(cost.eq11_flops), show_percent(cost.eq11_ratio)]
         executed = [show_flops(cost.executed_flops), show_percent(cost.executed_ratio)]
         rows.append([cost.tier, *flops, *executed, show_bytes(cost.kv_bytes), show_percent(cost.kv_ratio)])
-    original = tiers[0]
-    flops = show_flops(original.original_flops)
-    rows.append(["original", flops, "", flops, "", show_bytes(original.original_kv_bytes), ""])
+    whole = show_flops(tiers[0].original_flops)
+    rows.append(["original", whole, "", whole, "", show_bytes(tiers[0].original_kv_bytes), ""])
     return columns(rows)

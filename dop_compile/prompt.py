@@ -19,7 +19,7 @@ from dop_compile.layout import NO_TOKEN
 from dop_compile.policy import Policy
 from dop_compile.reducers import GivenReducer, Reducer, VisualContext, create, select_tokens
 
-__all__ = ["Prompt", "Reduction", "make_reducer", "reduce_prompt"]
+__all__ = ["Prompt", "Reduction", "call_groups", "make_reducer", "reduce_prompt"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class Prompt:
         visual: (batch, tokens) bool, image and video placeholders.
         newline: (batch, tokens) bool, the part of `visual` that is a newline embedding.
         system: (batch, tokens) bool.
+        output: (tokens,) bool, what was generated after the prompt and is computed again with it.
     """
 
     embeds: Tensor
@@ -39,6 +40,12 @@ class Prompt:
     visual: Tensor
     newline: Tensor
     system: Tensor
+    output: Tensor | None = None
+
+
+def call_groups(policy: Policy) -> tuple[str, ...]:
+    """The groups that the tokens of one call can have, in the order of their codes."""
+    return (*policy.groups, "output")
 
 
 @dataclass(frozen=True)
@@ -47,7 +54,7 @@ class Reduction:
 
     Args:
         columns: (batch, slots) caller's column of each slot, -1 for padding; None where every column is a slot.
-        codes: (batch, slots) index into the policy's groups, `NO_TOKEN` for padding.
+        codes: (batch, slots) index into `call_groups`, `NO_TOKEN` for padding.
         dropped_before: (batch, slots) tokens removed before each slot, for re-numbered positions.
         dropped: (batch, 1) tokens removed from each row.
         features: (batch row, slot, feature) replacements by a reducer that merges tokens.
@@ -106,9 +113,11 @@ def reduce_prompt(prompt: Prompt, policy: Policy, reducer: Reducer | None) -> Re
     Raises:
         ValueError: the reducer returned duplicates, indices out of range or a wrong number (see `select_tokens`).
     """
-    number = {group: index for index, group in enumerate(policy.groups)}
+    number = {group: index for index, group in enumerate(call_groups(policy))}
     codes = torch.full(prompt.valid.shape, number["text"])
     codes[prompt.system] = number["system"]
+    if prompt.output is not None:
+        codes[:, prompt.output] = number["output"]
     codes[prompt.visual] = number.get("visual", number.get("visual_rest", -1))
     codes[~prompt.valid] = NO_TOKEN
     if reducer is None:

@@ -85,6 +85,9 @@ def flatten(value: Any) -> Iterator[Any]:
 class ValueProxy(fx.Proxy):
     """An fx proxy that knows the rank, dtype and static sizes of what it stands for."""
 
+    view_of: tuple[ValueProxy, Any] | None = None
+    """What this is a part of, and the index."""
+
     @property
     def value(self) -> Any:
         return self.node.meta.get("val", OPAQUE)
@@ -97,7 +100,7 @@ class ValueProxy(fx.Proxy):
     def shape(self) -> Any:
         value = self.value
         if not isinstance(value, Tensor):
-            return super().__getattr__("shape")
+            return ValueAttribute(self, "shape")
         return tuple(
             self.tracer.create_proxy("call_method", "size", (self, dim), {}) if is_dynamic(size) else int(size)
             for dim, size in enumerate(value.shape)
@@ -132,7 +135,7 @@ class ValueProxy(fx.Proxy):
             length = value.shape[0]
         else:
             raise Refused(f"iterates over {self.node}, whose length is only known at run time")
-        return iter([operator.getitem(self, index) for index in range(length)])
+        return iter([self[index] for index in range(length)])
 
     def __bool__(self) -> bool:
         value = self.value
@@ -140,9 +143,34 @@ class ValueProxy(fx.Proxy):
             return value
         raise Refused(f"control flow depends on {self.node}, which is only known at run time")
 
+    def __getitem__(self, index: Any) -> Any:
+        part = self.tracer.create_proxy("call_function", operator.getitem, (self, index), {})
+        part.view_of = (self, index)
+        return part
+
     def __setitem__(self, index: Any, new: Any) -> None:
         # The Python variable goes on to mean the changed tensor, as it does for the caller
         self.node = self.tracer.create_proxy("call_function", ops.masked_assign, (self, index, new), {}).node
+
+    def __getattr__(self, name: str) -> Any:
+        return ValueAttribute(self, name)
+
+    def __hash__(self) -> int:
+        return id(self)
+
+
+class ValueAttribute(fx.proxy.Attribute, ValueProxy):
+    """An attribute of what a proxy stands for: a method if it is called, else a value (its node is made on first use)."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        name = self.attr
+        if name == "copy_" and self.root.view_of is not None:
+            whole, index = self.root.view_of
+            whole[index] = args[0]
+            return self.root
+        if name.endswith("_") and not name.endswith("__"):
+            raise Refused(f"{name} changes {self.root.node} in place; only assignment to a part of it can be followed")
+        return self.tracer.create_proxy("call_method", name, (self.root, *args), kwargs)
 
     def __hash__(self) -> int:
         return id(self)

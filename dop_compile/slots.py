@@ -17,7 +17,7 @@ from dop_compile.masks import MaskSelector
 from dop_compile.outer_masks import DeferredMask
 from dop_compile.policy import Policy
 from dop_compile.program import Program
-from dop_compile.prompt import Prompt, Reduction, make_reducer, reduce_prompt
+from dop_compile.prompt import Prompt, Reduction, call_groups, make_reducer, reduce_prompt
 from dop_compile.tokens import Universe
 
 __all__ = ["Arguments", "Call", "Slots"]
@@ -30,7 +30,9 @@ class Call:
     Args:
         tier, policy: what to run.
         rows: number of last rows whose output is wanted; 0 for all.
-        generated: whether the new tokens were generated (group `output`).
+        prompt_tokens: how many of the new tokens are the prompt's; those after them were generated (group `output`).
+            None: all.
+        batch: number of rows.
         visual: masks of placeholder positions, noted while the outer model merges features.
         newline: the embedding of newlines inside image placeholders, for models that have one.
         token_groups: the caller's groups for text-only models: 0 text, 1 visual, 2 system.
@@ -40,7 +42,8 @@ class Call:
     tier: str
     policy: Policy
     rows: int = 0
-    generated: bool = False
+    prompt_tokens: int | None = None
+    batch: int = 1
     visual: list[Tensor] = field(default_factory=list)
     newline: Tensor | None = None
     token_groups: Tensor | None = None
@@ -61,27 +64,29 @@ class Arguments:
     constants: tuple[tuple[str, Any], ...]
 
 
-def _visual_positions(call: Call, embeds: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """(batch, tokens) bool masks, on the CPU, of visual tokens and of newlines among them; None without any."""
+def _visual_positions(call: Call, embeds: Tensor, prompt: int) -> tuple[Tensor, Tensor]:
+    """(batch, tokens) bool masks, on the CPU, of the prompt's visual tokens and of newlines among them."""
     if call.token_groups is not None:
-        groups = call.token_groups
-        if groups.shape != embeds.shape[:2]:
-            raise ValueError(f"token_groups is {tuple(groups.shape)}, the prompt is {tuple(embeds.shape[:2])}")
-        visual = groups == 1
+        visual = call.token_groups == 1
     elif call.visual:
         visual = torch.stack([m.any(dim=-1) if m.dim() == 3 else m for m in call.visual]).any(dim=0)
     else:
-        return None, None
+        visual = torch.zeros(embeds.shape[:2], dtype=torch.bool)
+    visual = visual & (torch.arange(embeds.shape[1], device=visual.device) < prompt)
     newline = torch.zeros_like(visual)
-    if call.newline is not None:
+    if call.newline is not None and call.visual:
         newline = visual & (embeds == call.newline.to(embeds)).all(dim=-1)
-    visual = visual.cpu()
-    return (visual, newline.cpu()) if bool(visual.any()) else (None, None)
+    return visual.cpu(), newline.cpu()
 
 
-def _prompt(call: Call, arguments: Arguments, visual: Tensor, newline: Tensor) -> Prompt:
+def _prompt(call: Call, arguments: Arguments) -> Prompt | None:
+    """The prompt with its groups; None where all new tokens are of one group, text or output."""
     embeds, mask, cache = arguments.embeds, arguments.attention_mask, arguments.cache
     tokens = embeds.shape[1]
+    prompt = tokens if call.prompt_tokens is None else call.prompt_tokens
+    if prompt == 0:
+        return None
+    visual, newline = _visual_positions(call, embeds, prompt)
     valid = torch.ones(embeds.shape[:2], dtype=torch.bool) if mask is None else mask[:, -tokens:].bool().cpu()
     visual, newline = visual & valid, newline & valid
     if call.token_groups is not None:
@@ -90,7 +95,9 @@ def _prompt(call: Call, arguments: Arguments, visual: Tensor, newline: Tensor) -
         first = cache is None or cache.columns_seen == 0
         seen = visual.long().cumsum(dim=1)
         system = (seen == 0) & visual.any(dim=1, keepdim=True) & valid & first
-    return Prompt(embeds, valid, visual, newline, system)
+    if prompt == tokens and not bool((visual | system).any()):
+        return None
+    return Prompt(embeds, valid, visual, newline, system, torch.arange(tokens) >= prompt)
 
 
 class Slots:
@@ -100,17 +107,16 @@ class Slots:
         self.call, self.arguments, self.cache = call, arguments, arguments.cache
         self.device = arguments.embeds.device
         self.batch, self.tokens = arguments.embeds.shape[:2]
-        visual, newline = _visual_positions(call, arguments.embeds)
+        prompt = _prompt(call, arguments)
         self.reduction: Reduction | None = None
-        if visual is not None and newline is not None:
-            prompt = _prompt(call, arguments, visual, newline)
-            reducer = make_reducer(call.policy, call.given, self.batch)
+        if prompt is not None:
+            reducer = make_reducer(call.policy, call.given, self.batch) if bool(prompt.visual.any()) else None
             self.reduction = reduce_prompt(prompt, call.policy, reducer)
-            groups = tuple(g for i, g in enumerate(call.policy.groups) if bool((self.reduction.codes == i).any()))
-            self.keep = KeepTable.from_policy(call.policy, groups)
+            codes = self.reduction.codes
+            groups = tuple(g for i, g in enumerate(call_groups(call.policy)) if bool((codes == i).any()))
         else:
-            groups = ("output",) if call.generated else ("text",)
-            self.keep = KeepTable.from_policy(call.policy, groups)
+            groups = ("output",) if call.prompt_tokens == 0 else ("text",)
+        self.keep = KeepTable.from_policy(call.policy, groups)
         self._groups = groups
         columns = self.reduction.columns if self.reduction is not None else None
         self.columns = None if columns is None else columns.to(self.device)
@@ -136,7 +142,7 @@ class Slots:
         if self.reduction is not None:
             codes = self.reduction.codes
             if not self.keep.is_dense:
-                table = [self._groups.index(g) if g in self._groups else 0 for g in self.call.policy.groups]
+                table = [self._groups.index(g) if g in self._groups else 0 for g in call_groups(self.call.policy)]
                 codes = torch.where(codes == NO_TOKEN, NO_TOKEN, torch.tensor(table)[codes.clamp(min=0)])
             else:
                 codes = torch.where(codes == NO_TOKEN, NO_TOKEN, 0)

@@ -10,7 +10,6 @@ flow on token counts or tensor contents, attention that does not go through the 
 
 from __future__ import annotations
 
-import inspect
 import operator
 from dataclasses import dataclass
 
@@ -20,7 +19,7 @@ from torch import fx, nn
 from dop_compile import ops
 from dop_compile.errors import UnsupportedModelError
 from dop_compile.proxies import BATCH, TOKENS, is_packed
-from dop_compile.tracer import ATTENTION_REGISTRY, CACHE_INPUT, MASK_BUILDERS, DecoderInputs, DecoderTracer
+from dop_compile.tracer import ATTENTION_REGISTRY, CACHE_INPUT, MASK_BUILDERS, DecoderInputs, DecoderTracer, names_in
 
 __all__ = [
     "BATCH",
@@ -33,6 +32,15 @@ __all__ = [
     "is_packed",
     "trace_decoder",
 ]
+
+
+# `x += y` in a forward makes x a new value; what else may have named the old tensor is not followed
+_OUT_OF_PLACE = {
+    operator.iadd: operator.add,
+    operator.isub: operator.sub,
+    operator.imul: operator.mul,
+    operator.itruediv: operator.truediv,
+}
 
 
 @dataclass
@@ -73,7 +81,7 @@ def find_layers(decoder: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 def _is_attention(module: nn.Module) -> bool:
-    return ATTENTION_REGISTRY in inspect.unwrap(type(module).forward).__code__.co_names
+    return ATTENTION_REGISTRY in names_in(type(module).forward)
 
 
 def _check_openable(path: str, module: nn.Module) -> None:
@@ -128,8 +136,8 @@ def trace_decoder(decoder: nn.Module, inputs: DecoderInputs | None = None) -> Tr
         if node.op == "call_method" and node.target == "update":
             node.op, node.target = "call_function", ops.update_cache
             node.meta["effect"] = True
-        elif node.target is operator.iadd:
-            node.target = operator.add
+        elif node.target in _OUT_OF_PLACE:
+            node.target = _OUT_OF_PLACE[node.target]
     return TracedDecoder(
         graph,
         tracer.root,

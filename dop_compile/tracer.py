@@ -23,7 +23,15 @@ from transformers import PreTrainedConfig, masking_utils
 from dop_compile import ops
 from dop_compile.proxies import BATCH, OPAQUE, PACKED, TOKENS, Refused, ValueProxy, flatten, is_dynamic, map_nested
 
-__all__ = ["ATTENTION_REGISTRY", "CACHE_INPUT", "MASK_BUILDERS", "DecoderInputs", "DecoderTracer", "ModuleTracer"]
+__all__ = [
+    "ATTENTION_REGISTRY",
+    "CACHE_INPUT",
+    "MASK_BUILDERS",
+    "DecoderInputs",
+    "DecoderTracer",
+    "ModuleTracer",
+    "names_in",
+]
 
 ATTENTION_REGISTRY = "ALL_ATTENTION_FUNCTIONS"
 CACHE_INPUT = "past_key_values"
@@ -144,7 +152,7 @@ class ModuleTracer(fx.Tracer):
             own = {name: new for name, v in list(namespace.items()) if (new := self.replacement(name, v)) is not None}
             shared, names = {**namespace, **own}, set(own)
             plain = {n: v for n, v in shared.items() if inspect.isfunction(v) and v.__globals__ is namespace}
-            while users := {n for n, v in plain.items() if n not in names and names & set(v.__code__.co_names)}:
+            while users := {n for n, v in plain.items() if n not in names and names & names_in(v)}:
                 names |= users
             for name in names - set(own):
                 shared[name] = _with_globals(plain[name], shared)
@@ -157,7 +165,7 @@ class ModuleTracer(fx.Tracer):
         if not isinstance(inner, types.FunctionType):
             return None
         namespace, names = self._namespace(inner.__globals__)
-        return _with_globals(inner, namespace) if names & set(inner.__code__.co_names) else None
+        return _with_globals(inner, namespace) if names & names_in(inner) else None
 
     # --- arguments and tracing ------------------------------------------------------------------------------------
 
@@ -175,6 +183,17 @@ class ModuleTracer(fx.Tracer):
         """The graph of `function` of the copied module, whose result is the graph's output."""
         self.create_node("output", "output", (self.create_arg(function(self.copy)),), {})
         return self.graph
+
+
+def names_in(function: Any) -> set[str]:
+    """Global names and attributes that a function uses, and the functions written inside it."""
+    names: set[str] = set()
+    codes = [inspect.unwrap(function).__code__]
+    while codes:
+        code = codes.pop()
+        names.update(code.co_names)
+        codes += [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
+    return names
 
 
 def _with_globals(function: types.FunctionType, namespace: dict[str, Any]) -> types.FunctionType:
@@ -275,6 +294,8 @@ class DecoderTracer(ModuleTracer):
         mask = rest[0] if rest else kwargs.pop("attention_mask", None)
         proxy = super().create_proxy("call_function", kernel, (module, query, key, value, mask), kwargs)
         q, v = query.value, value.value
+        if not (isinstance(q, Tensor) and isinstance(v, Tensor)):
+            raise Refused(f"the shapes of the queries {query.node} and values {value.node} are not known")
         with self._fake:
             out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[-1])
         proxy.node.meta["val"] = (out, None)
@@ -305,13 +326,17 @@ class DecoderTracer(ModuleTracer):
             return self._fake.from_tensor(self.root.get_parameter(target))
         if kind == "call_method" and target == "update":
             return (args[1], args[2])
+        if kind == "call_method" and target == "get_seq_length":
+            return TOKENS
         if target is ops.masked_assign:
             return args[0]
         if target is operator.getitem and isinstance(args[0], Tensor) and _is_mask(args[1]):
             with self._fake:
                 return args[0].new_empty(PACKED, *args[0].shape[2:])
-        if target in MASK_BUILDERS or any(a is OPAQUE for a in flatten((args, kwargs))):
+        if target in MASK_BUILDERS:
             return OPAQUE
+        if any(a is OPAQUE for a in flatten((args, kwargs))):
+            return self._value_without_opaque(target, args, kwargs) if kind == "call_module" else OPAQUE
         key = self._key(kind, target, args, kwargs)
         if key is not None and key in self._memo:
             return self._memo[key]
@@ -319,6 +344,15 @@ class DecoderTracer(ModuleTracer):
         if key is not None:
             self._memo[key] = value
         return value
+
+    def _value_without_opaque(self, path: str, args: Any, kwargs: Any) -> Any:
+        """A module's value may not depend on a mask or cache that it is handed besides: try with None for those."""
+        plain = map_nested((args, kwargs), lambda a: None if a is OPAQUE else a)
+        try:
+            with self._fake, torch.no_grad():
+                return self.root.get_submodule(path)(*plain[0], **plain[1])
+        except Exception:
+            return OPAQUE
 
     def _evaluate(self, kind: str, target: Any, args: Any, kwargs: Any) -> Any:
         try:
@@ -329,9 +363,24 @@ class DecoderTracer(ModuleTracer):
                     return getattr(args[0], target)(*args[1:], **kwargs)
                 return target(*args, **kwargs)
         except Exception as error:
-            if kind == "call_module":  # mixtures route by content: their output still has their input's shape
-                return next((a for a in flatten((args, kwargs)) if isinstance(a, Tensor)), OPAQUE)
-            raise Refused(f"{target} cannot be evaluated on example values: {error}") from error
+            if kind == "call_module":
+                return self._value_by_parts(target, args, kwargs)
+            name = target if isinstance(target, str) else getattr(target, "__name__", target)
+            raise Refused(f"{name} cannot be evaluated on example values: {error}") from error
+
+    def _value_by_parts(self, path: str, args: Any, kwargs: Any) -> Any:
+        """Mixtures route by content: what their parts return tells what they return, else it is like their input."""
+        module = self.root.get_submodule(path)
+        fallback = next((a for a in flatten((args, kwargs)) if isinstance(a, Tensor)), OPAQUE)
+        if not list(module.children()):
+            return fallback
+        parts = _PartsTracer(module, self._fake)
+        try:
+            proxies = map_nested((args, kwargs), lambda a: parts._placeholder("x", a) if isinstance(a, Tensor) else a)
+            result = parts._call(parts.copy.get_submodule("part"), *proxies)
+        except Exception:
+            return fallback
+        return map_nested(result, lambda a: a.value if isinstance(a, ValueProxy) else a)
 
     def _key(self, kind: str, target: Any, args: Any, kwargs: Any) -> Any:
         """What decides an example value: layers repeat, so most are found again; None if it cannot be told."""
@@ -349,6 +398,17 @@ class DecoderTracer(ModuleTracer):
         except TypeError:
             return None
         return key
+
+
+class _PartsTracer(DecoderTracer):
+    """Traces one module for its example value alone."""
+
+    def __init__(self, module: nn.Module, fake: FakeTensorMode):
+        self._fake = fake
+        self._memo = {}
+        root = nn.Module()
+        root.part = module
+        ModuleTracer.__init__(self, root, {id(module)})
 
 
 def _is_mask(index: Any) -> bool:

@@ -9,8 +9,10 @@ A residual branch is what lies between x and ``add(x, branch)``, whatever norms 
 1. pre-norm, post-norm and sandwich-norm blocks;
 2. parallel MHA and MLP: ``x + mha(x) + mlp(x)`` in any order of addition is one junction with two branches;
 3. anything else that replaces the stream between layers (DeepStack adds visual features): a transform, kept whole.
-Refused: 4. a layer without an attention branch (linear attention needs every token); 5. a branch that reads two
-stream values; 6. more than one attention kernel in a branch.
+Refused: 4. no addition to a stream; 5. a constant added to it; 6. a branch with several attention kernels or of several
+layers; 7. a layer without an attention branch (linear attention needs every token); 8. a layer that replaces the stream
+by more than token-wise arithmetic, or goes on after its last addition (OPT's MLP on flattened tokens); 9. a branch
+that reads two stream values.
 """
 
 from __future__ import annotations
@@ -63,6 +65,19 @@ class _StreamFinder:
         if ends:
             return ends[-1]
         raise PassError("annotate", "no addition to a residual stream was found in any layer")
+
+    def check_end(self, last: fx.Node) -> None:
+        """Nothing that a layer does may come after the last addition."""
+        for node in self.nodes[self.position[last] + 1 :]:
+            layer = self.target.traced.layer_of(node)
+            if layer is not None and self.is_before(last, node):
+                raise PassError(
+                    "annotate",
+                    "the layer goes on after its last addition to the residual stream; only what is added to it can "
+                    "be pruned",
+                    node=node.name,
+                    layer=layer,
+                )
 
     def terms(self, node: fx.Node) -> list[fx.Node]:
         """Leaves of a tree of additions whose inner sums nobody else reads."""
@@ -144,6 +159,15 @@ class _StreamFinder:
         token_wise = all(
             n.target in _TOKEN_WISE or (n.op == "call_method" and n.target in _TOKEN_WISE_METHODS) for n in steps
         )
+        layer = self.target.traced.layer_of(node)
+        if layer is not None and not token_wise:
+            raise PassError(
+                "annotate",
+                "the residual stream is replaced by other means than adding a branch to it; what the layer does there "
+                "cannot be pruned",
+                node=node.name,
+                layer=layer,
+            )
         return Junction(stream, node, (), token_wise)
 
 
@@ -155,6 +179,7 @@ def _annotate(graph: DecoderGraph, report: PassReport) -> None:
     eliminate_duplicates(graph.graph, finder.is_positional, training=graph.traced.root.training)
     finder = _StreamFinder(graph)
     current = finder.last()
+    finder.check_end(current)
     junctions: list[Junction] = []
     while True:
         step = finder.junction(current) or finder.transform(current)

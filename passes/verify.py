@@ -141,7 +141,7 @@ class _Verifier:
             for source in kernel.args[2:4]:
                 if not stores:
                     self._expect(kernel, source, block.keys)
-                elif not isinstance(source, fx.Node) or stores[0] not in source.all_input_nodes:
+                elif not _comes_from(source, stores[0]):
                     self.fail(f"reads {source}, which is not what the layer stores", kernel, block)
             self._check_mask(kernel, block)
 
@@ -196,8 +196,8 @@ class _Verifier:
                     seen = {atom: names for part in parts for atom, names in part.items()}
                     writes[node] = {atom: seen[atom] for atom in self.layout[node].atoms if atom in seen}
             elif "written" in node.meta and node.args[0] in writes:
-                stream, branch = node.all_input_nodes[:2]
-                name, written, before = owner.get(branch, "?"), self.layout[branch], writes[stream]
+                stream, branch = node.args[:2]
+                name, written, before = owner.get(branch, str(branch)), self.layout[branch], writes[stream]
                 writes[node] = {a: (*names, name) if a in written.atoms else names for a, names in before.items()}
 
     def _sources(self, roots: list[fx.Node], inside: bool = True) -> list[fx.Node]:
@@ -230,6 +230,19 @@ class _Verifier:
                 read.add(atom)
         if roots and not set(tokens.atoms) <= read:
             self.fail(f"{reader} reads only {sorted(map(str, read))} of the tokens {tokens}", roots[0])
+
+
+def _comes_from(value: object, origin: fx.Node) -> bool:
+    """Whether a value is computed from another (an attention with latent keys expands what it stores)."""
+    seen, stack = set(), [value]
+    while stack:
+        node = stack.pop()
+        if node is origin:
+            return True
+        if isinstance(node, fx.Node) and node not in seen:
+            seen.add(node)
+            stack.extend(node.all_input_nodes)
+    return False
 
 
 def _union(spec: IndexSpec) -> TokenSet:

@@ -7,7 +7,7 @@ import functools
 import itertools
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
@@ -264,3 +264,13 @@ def original_decoder_forbidden(model: nn.Module) -> Iterator[None]:
 
 def without(inputs: dict[str, Tensor], *names: str) -> dict[str, Tensor]:
     return {name: value for name, value in inputs.items() if name not in names}
+
+
+def extended(batch: Batch, ids: Tensor) -> Batch:
+    """The batch with text appended to every row: ids (batch, count)."""
+    inputs = dict(batch.inputs)
+    for name, more in (("input_ids", ids), ("attention_mask", torch.ones_like(ids))):
+        inputs[name] = torch.cat([inputs[name], more], 1)
+    if batch.family.type_ids:
+        inputs[batch.family.type_ids] = torch.nn.functional.pad(inputs[batch.family.type_ids], (0, ids.shape[1]))
+    return replace(batch, inputs=inputs)

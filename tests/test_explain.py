@@ -35,7 +35,8 @@ def compiled_with(family: str, policy: Any) -> Any:
 
 
 def prompt(system: int, visual: int, text: int) -> dict[str, Tensor]:
-    groups = torch.tensor([[2] * system + [1] * visual + [0] * text])
+    # A vision-language model's prompt without visual tokens has no system part: the costs follow that rule
+    groups = torch.tensor([[2 if visual else 0] * system + [1] * visual + [0] * text])
     return {"input_ids": torch.arange(groups.shape[1])[None] % VOCAB, "token_groups": groups}
 
 

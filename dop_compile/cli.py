@@ -1,0 +1,183 @@
+"""The command line: ``dop-compile explain|run|demo``.
+
+Exit codes: 0 done; 2 wrong usage or bad input, with one line on stderr that says what; 1 any other failure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+__all__ = ["main"]
+
+DESCRIPTION = """\
+Compile a Hugging Face vision-language model so that its decoder skips the operations a policy prunes.
+
+A policy says how many visual tokens enter the decoder, and in how many of its layers they take part in
+attention and in the MLP. Each part is optional and keeps everything unless given:
+
+  --visual-tokens 97         97 visual tokens per sample enter, chosen by --reducer
+  --mha-depth 26             they take part in attention in layers 0 to 25
+  --mlp-depth 19             they take part in the MLP in layers 0 to 18
+  --mha-query-depth 8        from layer 8 on attention no longer updates them ...
+  --mha-key-value-depth 28   ... but the text still reads them, up to layer 27
+
+Text and generated tokens are always processed in full. Finer policies are written in Python
+(Policy.from_operations) and saved as JSON files, which --policy reads.
+"""
+EXAMPLES = """\
+examples:
+  dop-compile demo
+  dop-compile explain llava-hf/llava-1.5-7b-hf --mha-depth 26 --mlp-depth 19 --visual-tokens 97
+  dop-compile explain ./my-model --mha-query-depth 8 --mha-key-value-depth 28 --save-policy policy.json
+  dop-compile run ./my-model --image photo.jpg --prompt "What is this?" --policy policy.json --compare
+"""
+EXPLAIN = """\
+Print, per layer, how many tokens are queries, keys and in the MLP, the FLOPs and the KV cache, and a
+summary against the original. Only the model's configuration is read: no weights are needed.
+
+  eq. 11     the policy as written
+  executed   what is left when work that reaches no requested output is removed
+"""
+RUN = """\
+Answer a prompt about an image with a pruned model. The chat template of the model's processor is used
+where there is one; else the image token is put before the prompt, unless the prompt holds it.
+Several policies are tiers of one compiled model; the first is used unless --tier names another.
+"""
+DEMO = """\
+Build a LLaVA with random weights (nothing is downloaded), compile it under several policies, check that
+the 100 % tier equals the original, and print what each policy costs and how long its prefill takes.
+Needs scikit-image for its photograph, or --image.
+"""
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"expected a number >= 0, got {value}")
+    return value
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a number >= 1, got {value}")
+    return value
+
+
+_count.__name__ = _positive.__name__ = "whole number"  # argparse names the type in its messages
+
+
+def _policy_options() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(add_help=False)
+    group = parser.add_argument_group("policy")
+    group.add_argument(
+        "--policy",
+        action="append",
+        default=[],
+        metavar="[NAME=]FILE",
+        help="a policy saved as JSON; repeat for several tiers (the name is the file's unless given)",
+    )
+    group.add_argument("--tier", metavar="NAME", help="which of the policies to use; the first unless given")
+    for flag, text in (
+        ("--mha-depth", "layers in which visual tokens take part in attention"),
+        ("--mha-query-depth", "layers in which attention updates visual tokens (overrides --mha-depth)"),
+        ("--mha-key-value-depth", "layers in which visual tokens can be read (overrides --mha-depth)"),
+        ("--mlp-depth", "layers in which visual tokens pass the MLP"),
+        ("--system-mha-depth", "the same as --mha-depth for the tokens before the first visual one"),
+        ("--system-mlp-depth", "the same as --mlp-depth for the tokens before the first visual one"),
+        ("--visual-tokens", "visual tokens per sample that enter the decoder"),
+    ):
+        group.add_argument(flag, type=_count, metavar="N", help=text)
+    group.add_argument("--reducer", metavar="NAME", help="who chooses the visual tokens: uniform (default), random")
+    group.add_argument("--positions", choices=("original", "compact"), help="positions of kept tokens")
+    return parser
+
+
+def _parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("dop-compile", description=DESCRIPTION, epilog=EXAMPLES, formatter_class=raw)
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--debug", action="store_true", help="show a traceback where something fails")
+    policy = _policy_options()
+    commands = parser.add_subparsers(dest="command", required=True, metavar="explain|run|demo")
+
+    def command(name: str, summary: str, text: str, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        return commands.add_parser(
+            name, help=summary, description=text, epilog=EXAMPLES, formatter_class=raw, parents=[*parents, common]
+        )
+
+    dtypes = ("auto", "float32", "bfloat16", "float16")
+    backend = "eager (default), inductor (compiles first, then faster), or any backend of torch.compile"
+
+    one = command("explain", "what a policy costs, per layer", EXPLAIN, policy)
+    one.add_argument("model", metavar="MODEL", help="model directory, config.json, or hub id")
+    for group, default in (("system", 35), ("visual", 576), ("text", 100)):
+        help_text = f"{group} tokens of the prompt, before reduction (default {default})"
+        one.add_argument(f"--{group}", type=_count, default=default, metavar="N", help=help_text)
+    one.add_argument("--rows", type=_count, default=1, metavar="N", help="last rows of logits asked for; 0 for all")
+    one.add_argument("--dtype", choices=dtypes, default="auto", help="for the size of the KV cache")
+    one.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    one.add_argument("--save-policy", metavar="FILE", help="write the policy as JSON")
+
+    two = command("run", "answer a prompt about an image with a pruned model", RUN, policy)
+    two.add_argument("model", metavar="MODEL", help="model directory or hub id")
+    two.add_argument("--image", action="append", default=[], metavar="PATH", help="an image; repeat for several")
+    two.add_argument("--prompt", required=True, metavar="TEXT", help="what to ask")
+    two.add_argument("--backend", default="eager", metavar="NAME", help=backend)
+    two.add_argument("--dtype", choices=dtypes, default="auto", help="of the weights; auto: as saved")
+    two.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
+    two.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N", help="length of the answer (64)")
+    two.add_argument("--compare", action="store_true", help="also the original's answer, and times")
+
+    three = command("demo", "a pruned model on a photograph, without downloads", DEMO)
+    three.add_argument("--backend", default="eager", metavar="NAME", help=backend)
+    three.add_argument("--repeats", type=_positive, default=4, metavar="N", help="timed rounds (4)")
+    three.add_argument("--image", metavar="PATH", help="another photograph")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    try:
+        arguments = _parser().parse_args(argv)
+    except SystemExit as stop:  # --help, or wrong usage that argparse has already reported
+        return int(stop.code or 0)
+    # Imported late: --help and typing errors are answered at once
+    from transformers.utils import logging
+
+    from dop_compile import commands
+
+    if not arguments.debug:
+        logging.set_verbosity(40)  # errors only
+    run = {
+        "explain": commands.explain_command,
+        "run": commands.run_command,
+        "demo": commands.demo_command,
+    }
+    try:
+        run[arguments.command](arguments)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # `dop-compile explain ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except commands.UsageError as error:
+        if arguments.debug:
+            raise
+        print(f"dop-compile {arguments.command}: {error}", file=sys.stderr)
+        return 2
+    except Exception as error:
+        if arguments.debug:
+            raise
+        message = " ".join(str(error).split())
+        print(f"dop-compile {arguments.command}: {type(error).__name__}: {message}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

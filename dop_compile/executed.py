@@ -1,0 +1,167 @@
+"""What one compiled program runs for one sample: token counts, FLOPs and KV bytes per layer.
+
+Everything is read off the token sets that the program's own blocks have after the pipeline.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from dop_compile.compiler import CompiledState
+from dop_compile.costs import DecoderDims, LayerTokens, group_counts, layer_flops
+from dop_compile.keep import ANY_GROUP, KeepTable
+from dop_compile.passes.graph import MHA, Block
+from dop_compile.policy import Policy
+from dop_compile.tokens import Atom, TokenSet, Universe
+from dop_compile.trace import DecoderInputs
+
+__all__ = ["LayerCost", "Prompt", "layer_costs"]
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """What one layer computes for one sample: token counts, FLOPs and stored KV bytes.
+
+    `flops` and `kv_bytes` are None where the model's sizes are not known (`Explanation.missing` says why).
+    """
+
+    layer: int
+    query: int
+    key_value: int
+    mlp: int
+    flops: int | None
+    kv_bytes: int | None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One sample: tokens before reduction, last rows of logits asked for (0 for all), and whether it is cached."""
+
+    system: int
+    visual: int
+    text: int
+    rows: int
+    use_cache: bool
+
+    @property
+    def total(self) -> int:
+        return self.system + self.visual + self.text
+
+
+class _Counter:
+    """Widths of token sets for one sample."""
+
+    def __init__(self, policy: Policy, prompt: Prompt):
+        entering = group_counts(policy, prompt.system, prompt.visual, prompt.text)
+        present = {group: count for group, count in entering.items() if count}
+        if not present:
+            raise ValueError("system, visual, text: expected at least one token that enters the decoder, got none")
+        self.keep = KeepTable.from_policy(policy, tuple(present))
+        self.length = sum(present.values())
+        self.universe = Universe(self.keep.groups)
+        wanted: dict[str, int] = {}
+        if 0 < prompt.rows < prompt.total:
+            reordered = policy.salient_fraction is not None or present.get("visual", 0) != prompt.visual
+            if prompt.visual and prompt.rows > prompt.text and reordered:
+                raise ValueError(
+                    f"rows: the last {prompt.rows} rows reach into the visual tokens, of which the reducer decides "
+                    f"which are left; ask for 1 to {prompt.text} rows, or 0 for all"
+                )
+            left = prompt.rows
+            for group in reversed(present):
+                wanted[group] = min(left, present[group])
+                left -= wanted[group]
+        if self.keep.is_dense:
+            present, wanted = {ANY_GROUP: self.length}, {ANY_GROUP: sum(wanted.values())} if wanted else {}
+        if wanted:
+            self.universe = Universe(self.keep.groups, frozenset(group for group, count in wanted.items() if count))
+            self._atoms = {Atom(group, True): wanted[group] for group in present}
+            self._atoms |= {Atom(group, False): present[group] - wanted[group] for group in present}
+        else:
+            self._atoms = {Atom(group, True): count for group, count in present.items()}
+
+    def tokens(self, tokens: TokenSet) -> int:
+        return sum(self._atoms[atom] for atom in tokens.atoms)
+
+    def width(self, tokens: TokenSet) -> int:
+        """What a matrix product runs over: an empty set is laid out as one position of padding."""
+        return max(self.tokens(tokens), 1)
+
+
+@dataclass
+class _Run:
+    """One program for one prompt."""
+
+    counter: _Counter
+    blocks: tuple[Block, ...]
+    dims: DecoderDims | None
+    dtype_bytes: int
+
+    def layer(self, layer: int) -> LayerCost:
+        blocks = [block for block in self.blocks if block.layer == layer]
+        mha = next(block for block in blocks if block.kind == MHA)
+        mlps = [block for block in blocks if block.kind != MHA]
+        none = self.counter.universe.none
+        mlp = next((block.tokens for block in mlps), none)
+        count = self.counter.tokens
+        # Without queries, keys and values are computed only to be cached
+        keys = mha.keys if mha.tokens or mha.update is not None else none
+        flops = kv_bytes = None
+        if self.dims is not None:
+            flops = self._mha_flops(self.dims, layer, mha)
+            flops += sum(self._mlp_flops(self.dims, layer, block) for block in mlps if block.tokens)
+            stored = self.counter.width(mha.keys) if mha.update is not None else 0
+            kv_bytes = 2 * stored * self.dims.num_key_value_heads * self.dims.head_dim * self.dtype_bytes
+        note = "; ".join(_notes(self.counter.universe, mha, keys, mlp))
+        return LayerCost(layer, count(mha.tokens), count(keys), count(mlp), flops, kv_bytes, note)
+
+    def _mha_flops(self, dims: DecoderDims, layer: int, block: Block) -> int:
+        if not block.tokens and block.update is None:
+            return 0
+        queries = self.counter.width(block.tokens) if block.tokens else 0
+        keys = self.counter.width(block.keys)
+        if not block.fused:
+            return layer_flops(dims, LayerTokens(queries, keys, 0), layer)
+        # One matrix gives queries, keys and values of every token that is either
+        d, d_kv = dims.num_heads * dims.head_dim, dims.num_key_value_heads * dims.head_dim
+        projections = 2 * dims.hidden_size * (self.counter.width(block.reads) * (d + 2 * d_kv) + queries * d)
+        return projections + 4 * queries * keys * d
+
+    def _mlp_flops(self, dims: DecoderDims, layer: int, block: Block) -> int:
+        return layer_flops(dims, LayerTokens(0, 0, self.counter.width(block.tokens)), layer)
+
+
+def _notes(universe: Universe, mha: Block, keys: TokenSet, mlp: TokenSet) -> list[str]:
+    notes = []
+    only_requested = not universe.all_requested and (mha.tokens | mlp) <= universe.requested
+    for group in universe.groups:
+        own = universe.groups_set([group])
+        if not universe.all_requested:
+            own = (own - universe.requested) or own
+        if group in ("text", ANY_GROUP) or own & (mha.tokens | mlp):
+            continue
+        if not own & keys:
+            notes.append(f"{group} absent")
+        elif group != "system" or not only_requested:
+            notes.append(f"{group} frozen: only keys and values")
+    if only_requested:
+        notes.append("updates requested rows only")
+    if mha.fused:
+        notes.append("fused projection: sliced after it")
+    return notes
+
+
+def layer_costs(state: CompiledState, tier: str, prompt: Prompt, dims: DecoderDims | None) -> tuple[LayerCost, ...]:
+    """What a tier runs for a prompt, per layer; without `dims` only tokens are counted.
+
+    Raises:
+        ValueError: no token enters the decoder, or `rows` reach into visual tokens that the reducer picks.
+    """
+    policy = state.tiers[tier]
+    counter = _Counter(policy, prompt)
+    program = state.program(counter.keep, counter.universe, DecoderInputs(cached=prompt.use_cache))
+    dtype: Any = state.decoder.dtype
+    run = _Run(counter, program.blocks, dims, dtype.itemsize)
+    return tuple(run.layer(number) for number in range(policy.num_layers))

@@ -1,0 +1,106 @@
+"""Small decoder graphs, and running them: what the tests of the passes share."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from dop_compile import Policy
+from dop_compile.cache import PrunedCache, ReducedView
+from dop_compile.keep import KeepTable
+from dop_compile.layout import TokenLayout
+from dop_compile.masks import MaskSelector
+from dop_compile.passes import PIPELINE, DecoderGraph, Pass, check_graph, run_passes
+from dop_compile.program import PieceLibrary, Program
+from dop_compile.tokens import Universe
+from dop_compile.trace import DecoderInputs, trace_decoder
+from tests.families import FAMILIES, HIDDEN
+
+GROUPS = ("system", "visual", "text")
+SYSTEM, VISUAL, TEXT = range(3)
+LAYERS = 4
+
+
+@functools.cache
+def decoder(name: str = "llama") -> nn.Module:
+    """The text decoder of a tiny model; no test changes it."""
+    return FAMILIES[name].build().get_decoder()
+
+
+def kv_only_from(layer: int, layers: int = LAYERS) -> Policy:
+    """Visual tokens only supply keys and values from a layer on."""
+    return Policy.depthwise(layers, mha_query_depth=layer, mha_key_value_depth=layers, mlp_depth=layer)
+
+
+def build(
+    policy: Policy,
+    passes: Sequence[Pass] = PIPELINE,
+    *,
+    model: nn.Module | None = None,
+    groups: tuple[str, ...] = GROUPS,
+    requested: frozenset[str] | None = None,
+    cached: bool = True,
+    **run: Any,
+) -> DecoderGraph:
+    """A graph after some passes, verified after each. `requested`: groups of which some rows are; None for all rows."""
+    keep = KeepTable.from_policy(policy, groups)
+    inputs = DecoderInputs(cached=cached)
+    universe = Universe(keep.groups, requested if keep.groups == groups else requested and frozenset(keep.groups))
+    graph = DecoderGraph(trace_decoder(model or decoder(), inputs), keep, universe, cached)
+    return run_passes(graph, passes, **({"check": check_graph} | run))
+
+
+def codes_of(*rows: str) -> Tensor:
+    """(batch, tokens) group codes from text such as "ssvvvtt" ("." is padding)."""
+    return torch.tensor([[".svt".index(token) - 1 for token in row] for row in rows])
+
+
+def run_graph(graph: DecoderGraph, codes: Tensor, last_rows: int | None = None, seed: int = 0) -> tuple[Tensor, Any]:
+    """Hidden states (batch, requested, hidden) of random embeddings, and the cache, from the graph run eagerly.
+
+    The embeddings depend on the seed alone. `last_rows`: how many last rows are requested; None for all.
+    """
+    batch, length = codes.shape
+    embeds = torch.randn(batch, length, HIDDEN, generator=torch.Generator().manual_seed(seed))
+    requested = torch.ones_like(codes, dtype=torch.bool)
+    if last_rows is not None:
+        requested[:, : length - last_rows] = False
+    codes = codes.clamp(max=len(graph.universe.groups) - 1)
+    layout = TokenLayout(graph.universe, codes, requested & (codes >= 0), torch.device("cpu"))
+    mask = (codes >= 0).long() if bool((codes < 0).any()) else None
+    values = {
+        "inputs_embeds": embeds,
+        "position_ids": torch.arange(length).expand(batch, -1),
+        "attention_mask": mask,
+        "past_key_values": PrunedCache() if graph.cached else None,
+        "cache_view": ReducedView(0),
+        "masks": MaskSelector(layout, {}, 0),
+    }
+    index = {
+        "gather": lambda spec: layout.gather_index(spec.tokens, spec.others[0]),
+        "scatter": lambda spec: layout.scatter_index(spec.tokens, spec.others[0]),
+        "merge": lambda spec: layout.merge_index(spec.tokens, spec.others),
+    }
+    program = Program(graph, PieceLibrary("eager"))
+    with torch.no_grad():
+        hidden = program(values, lambda spec: index[spec.kind](spec))
+    return hidden, values["past_key_values"]
+
+
+def calls_of(graph: DecoderGraph, part: str, layer: int | None = None) -> list[fx.Node]:
+    """Calls of modules whose path ends in `part`, of one layer or of all."""
+    return [
+        node
+        for node in graph.graph.nodes
+        if node.op == "call_module"
+        and str(node.target).endswith(part)
+        and layer in (None, graph.traced.layer_of(node))
+    ]
+
+
+def targets(graph: DecoderGraph, function: Any) -> list[fx.Node]:
+    return [node for node in graph.graph.nodes if node.target is function]

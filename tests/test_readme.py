@@ -1,0 +1,102 @@
+"""What the README shows is what happens: its Python runs, its commands parse, its tables are today's."""
+
+from __future__ import annotations
+
+import functools
+import re
+import runpy
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+
+import dop_compile
+from dop_compile import explain
+from dop_compile.cli import _parser, main
+from dop_compile.demo import demo_model, demo_policies, demo_processor, photograph
+from dop_compile.explain_table import show_bytes, show_percent
+from dop_compile.reducers import registry
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+LAYERS = 32  # as LLaVA-1.5-7B has
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+
+
+def test_the_python_blocks_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In one namespace, top to bottom, with a tiny model where a checkpoint is named, and run eagerly."""
+    monkeypatch.chdir(tmp_path)
+    photograph().save("photo.jpg")
+    sizes: dict[str, Any] = {"layers": LAYERS, "hidden": 32, "image_size": 112}
+
+    def load_model(name: str, dtype: torch.dtype) -> Any:
+        return demo_model(**sizes).to(dtype)
+
+    monkeypatch.setattr(hf.LlavaForConditionalGeneration, "from_pretrained", load_model)
+    monkeypatch.setattr(hf.AutoProcessor, "from_pretrained", lambda name: demo_processor(112))
+    eagerly = functools.partial(dop_compile.dop_compile, backend="eager")
+    monkeypatch.setattr(dop_compile, "dop_compile", eagerly)
+    monkeypatch.setattr(registry, "_factories", dict(registry._factories))
+    config = hf.LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=LAYERS, num_attention_heads=2)
+    names: dict[str, Any] = {"text_model": hf.LlamaForCausalLM(config).eval(), "groups": torch.tensor([[2, 1, 1, 0]])}
+    sources = blocks("python")
+    assert len(sources) >= 6
+    for source in sources:
+        exec(compile(source, "README.md", "exec"), names)
+    assert "tier 'default'" in capsys.readouterr().out
+    # The reducer of one's own, which the README registers last, works
+    compiled = eagerly(names["model"], names["policy"])
+    assert compiled.generate(**names["inputs"], max_new_tokens=1).shape[1] == names["inputs"]["input_ids"].shape[1] + 1
+
+
+def test_the_commands_are_those_of_the_command_line() -> None:
+    lines = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("dop-compile")]
+    assert len(lines) >= 3
+    for line in lines:
+        assert _parser().parse_args(shlex.split(line)[1:]).command in line
+
+
+def test_the_make_targets_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    named = set(re.findall(r"`?make (?:PYTHON=\S+ )?([a-z]+)", "\n".join(re.findall(r"`[^`]*`", README))))
+    assert named >= {"demo", "test", "lint", "types", "bench"}
+    for target in named:
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_the_demo_table_has_todays_costs() -> None:
+    (table,) = re.findall(r"<!-- DEMO -->\n```text\n(.*?)```\n<!-- /DEMO -->", README, re.DOTALL)
+    with torch.device("meta"):
+        model = demo_model()
+    counts: Any = {"system": 22, "visual": 576, "text": 17}
+    compiled = dop_compile.dop_compile(model, demo_policies(model.config, **counts), backend="eager")
+    for cost in explain(compiled, **counts).tiers:
+        figures = f"{show_percent(cost.eq11_ratio)} {show_percent(cost.executed_ratio)} {show_bytes(cost.kv_bytes)}"
+        assert any(line.startswith(cost.tier) and figures in " ".join(line.split()) for line in table.splitlines()), (
+            f"{cost.tier}: {figures}"
+        )
+
+
+def test_the_explain_table_is_todays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    hf.LlavaConfig(dtype="float16").save_pretrained(tmp_path)  # the geometry of LLaVA-1.5-7B
+    argv = ["explain", str(tmp_path), "--mha-depth", "26", "--mlp-depth", "19", "--visual-tokens", "97"]
+    assert main(argv) == 0
+    assert capsys.readouterr().out in blocks("text")
+
+
+def test_the_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(ROOT / "examples" / "tiers.py"))
+    assert "visual frozen" in capsys.readouterr().out
+
+
+def test_the_prompt_counts_of_the_demo_are_its_processors() -> None:
+    inputs = demo_processor()(images=photograph(), text=dop_compile.demo.PROMPT, return_tensors="pt")
+    assert inputs["input_ids"].shape == (1, 22 + 576 + 17)
