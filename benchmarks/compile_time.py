@@ -1,6 +1,6 @@
 """What compiling costs: trace and rewrite, memory, and cold torch.compile against the number of layers.
 
-    python benchmarks/compile_time.py
+python benchmarks/compile_time.py
 """
 
 from __future__ import annotations

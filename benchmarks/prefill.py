@@ -194,7 +194,11 @@ def measure_apart(bench: Bench, rounds: int) -> dict[str, float]:
     tokens = min(policy.visual_tokens or geometry.visual for policy in policies(geometry).values())
     tiles = max(1, geometry.visual // 576)
     vision = CLIPVisionConfig(
-        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336,
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        image_size=336,
         patch_size=14,
     )
     with torch.device(bench.device):

@@ -218,7 +218,7 @@ def run_command(arguments: Namespace) -> None:
     compiled = _compile(model, tiers, arguments.backend)
     inputs = _prompt_inputs(processor, arguments.prompt, images).to(device, model.dtype)
     tier = arguments.tier or next(iter(tiers))
-    print(_answer(compiled, processor, inputs, tier, arguments.max_new_tokens, tier=next(iter(tiers))))
+    print(_answer(compiled, processor, inputs, tier, arguments.max_new_tokens, tier=tier))
     if arguments.compare:
         original = _answer(model, processor, inputs, "original", arguments.max_new_tokens)
         print(f"original: {original}")

@@ -22,8 +22,9 @@ from dop_compile.local_sizes import localise_sizes
 from dop_compile.passes import PIPELINE, DecoderGraph, check_graph, run_passes
 from dop_compile.passes.annotate import ANNOTATE
 from dop_compile.passes.cleanup import eliminate_dead_nodes
+from dop_compile.pieces import PieceLibrary
 from dop_compile.policy import Policy
-from dop_compile.program import PieceLibrary, Program
+from dop_compile.program import Program
 from dop_compile.reducers import known
 from dop_compile.tokens import Universe
 from dop_compile.trace import DecoderInputs, trace_decoder
@@ -161,8 +162,8 @@ def _check_model(model: PreTrainedModel, has_groups: bool) -> None:
     says = any(hasattr(type(module), "get_placeholder_mask") for module in copy_path(model, decoder_path(model)))
     if multimodal and not says and not placeholder_ids(model.config) and not has_groups:
         raise UnsupportedModelError(
-            f"{type(model).__name__} does not say which tokens are visual (no get_placeholder_mask, no placeholder id in "
-            "its configuration); pass token_groups"
+            f"{type(model).__name__} does not say which tokens are visual (no get_placeholder_mask, no placeholder id "
+            "in its configuration); pass token_groups"
         )
     devices = {parameter.device for parameter in decoder.parameters()}
     if len(devices) > 1:

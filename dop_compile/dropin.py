@@ -212,8 +212,8 @@ class _Frame:
             return []
         if named.get("input_ids") is None:
             raise UnsupportedUsageError(
-                f"{type(self.root).__name__} cannot tell which positions of inputs_embeds are visual; pass input_ids, or "
-                "token_groups"
+                f"{type(self.root).__name__} cannot tell which positions of inputs_embeds are visual; pass input_ids, "
+                "or token_groups"
             )
         return [named["input_ids"] == number for number in placeholder_ids(self.root.config)]
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
-from transformers.utils import can_return_tuple
+from transformers.utils.generic import can_return_tuple
 
 __all__ = ["DeferredMask", "builds_masks", "deferring_forward"]
 
@@ -89,4 +89,4 @@ def deferring_forward(module: nn.Module) -> Callable[..., Any]:
         function.__code__, namespace, function.__name__, function.__defaults__, function.__closure__
     )
     copy.__kwdefaults__ = function.__kwdefaults__
-    return types.MethodType(can_return_tuple(copy), module)
+    return types.MethodType(can_return_tuple(copy), module)  # type: ignore[no-untyped-call]

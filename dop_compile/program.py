@@ -8,86 +8,23 @@ compile does not grow with its depth.
 
 from __future__ import annotations
 
-import functools
 import operator
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.fx.experimental._config
 from torch import fx, nn
 
 from dop_compile import ops
 from dop_compile.passes.graph import DecoderGraph, IndexSpec
+from dop_compile.pieces import PieceLibrary, call_module, piece_kind
 from dop_compile.tokens import TokenSet
 from dop_compile.trace import MASK_BUILDERS, is_packed
 
-__all__ = ["PieceLibrary", "Program"]
-
-# Two token counts that happen to be equal in the first call are not equal in every call
-_NO_DUCK_SHAPES = functools.partial(torch.fx.experimental._config.patch, use_duck_shape=False)
+__all__ = ["Program"]
 
 _RUNTIME_TARGETS = {ops.update_cache, ops.select_attention_mask, ops.zero_keyless}
-
-
-def call_module(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    return module(*args, **kwargs)
-
-
-class PieceLibrary:
-    """Functions shared by all programs of one compiled model, one per kind of piece.
-
-    Args:
-        backend: "eager", or any backend of `torch.compile`.
-        options: further keyword arguments of `torch.compile`.
-    """
-
-    def __init__(self, backend: Any, options: dict[str, Any] | None = None):
-        self.backend = backend
-        self._options = options or {}
-        self._functions: dict[str, Callable[..., Any]] = {}
-        self._lock = threading.RLock()
-
-    def __len__(self) -> int:
-        return len(self._functions)
-
-    def clear(self) -> None:
-        """Forget all functions: modules have changed in ways that compiled code does not look for."""
-        self._functions.clear()
-
-    def function(self, kind: str, graph: fx.Graph, probe: int) -> Callable[..., Any]:
-        """The function of a kind; `probe` is the position of an argument whose sizes tell its calls apart."""
-        with self._lock:
-            if kind not in self._functions:
-                plain = fx.GraphModule(nn.Module(), graph, class_name="Piece").forward
-                self._functions[kind] = plain if self.backend == "eager" else self._by_unit_sizes(graph, probe)
-            return self._functions[kind]
-
-    def _by_unit_sizes(self, graph: fx.Graph, probe: int) -> Callable[..., Any]:
-        """One compiled function for each of "one row or more" and "one token or more".
-
-        torch.compile always specialises sizes of one. Kept apart, each function compiles once, and nobody comes near
-        the limit of recompilations of a function, behind which torch.compile refuses to go on.
-        """
-        variants: dict[tuple[bool, ...], Callable[..., Any]] = {}
-        settings = {"dynamic": True, "fullgraph": True, **self._options}
-
-        def piece(*args: Any) -> Any:
-            sizes = tuple(size == 1 for size in args[probe].shape[:2])
-            if sizes in variants:
-                return variants[sizes](*args)
-            with self._lock, _NO_DUCK_SHAPES():
-                if sizes not in variants:
-                    fresh = fx.GraphModule(nn.Module(), graph, class_name="Piece")
-                    compiled = torch.compile(fresh, backend=self.backend, **settings)
-                    result = compiled(*args)
-                    variants[sizes] = compiled
-                    return result
-            return variants[sizes](*args)
-
-        return piece
 
 
 @dataclass
@@ -200,7 +137,7 @@ class Program:
         graph = fx.Graph()
         new: dict[fx.Node, fx.Node] = {}
         slots: list[Any] = []
-        described: list[str] = []
+        held: dict[str, Any] = {}
         for node in nodes:
             for source in node.all_input_nodes:
                 if source not in inside and source not in new:
@@ -210,7 +147,7 @@ class Program:
                 value = _attribute(self._root, str(node.target))
                 holder = graph.placeholder(f"x{len(slots)}")
                 slots.append(value)
-                described.append(f"{holder.name}:{_structure(value)}")
+                held[holder.name] = value
                 if node.op == "get_attr":
                     new[node] = holder
                     continue
@@ -220,8 +157,7 @@ class Program:
             else:
                 new[node] = graph.node_copy(node, new.__getitem__)
         graph.output(tuple(new[node] for node in results))
-        _placeholders_first(graph)
-        kind = _canonical(graph) + "\n" + "\n".join(described)
+        kind = piece_kind(graph, held)
         self.pieces.append(kind)
         probe = next((number for number, slot in enumerate(slots) if isinstance(slot, _Register)), 0)
         function = self._library.function(kind, graph, probe)
@@ -314,39 +250,3 @@ def _attribute(root: nn.Module, path: str) -> Any:
     for name in path.split("."):
         value = getattr(value, name)
     return value
-
-
-def _structure(value: Any) -> str:
-    """What decides whether two modules can share a compiled function."""
-    if isinstance(value, torch.Tensor):
-        return f"{tuple(value.shape)}:{value.dtype}"
-    parts = [f"{name}{tuple(p.shape)}{p.dtype}" for name, p in value.named_parameters()]
-    kinds = [type(module).__qualname__ for module in value.modules()]
-    return f"{','.join(kinds)}|{','.join(parts)}|{value.training}"
-
-
-def _placeholders_first(graph: fx.Graph) -> None:
-    first = next((node for node in graph.nodes if node.op != "placeholder"), None)
-    if first is None:
-        return
-    for node in [node for node in graph.nodes if node.op == "placeholder"]:
-        if first < node:
-            first.prepend(node)
-
-
-def _canonical(graph: fx.Graph) -> str:
-    """Text of a piece with its nodes numbered, equal for equal pieces."""
-    number = {node: f"%{index}" for index, node in enumerate(graph.nodes)}
-    lines = []
-    for node in graph.nodes:
-        args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: _Name(number[n]))
-        target = node.target if isinstance(node.target, str) else getattr(node.target, "__qualname__", node.target)
-        lines.append(f"{node.op} {'' if node.op == 'placeholder' else target} {args} {kwargs}")
-    return "\n".join(lines)
-
-
-class _Name(str):
-    __slots__ = ()
-
-    def __repr__(self) -> str:
-        return str(self)

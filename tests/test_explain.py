@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -20,6 +20,7 @@ from tests.families import FAMILIES, HIDDEN, LAYERS, VOCAB
 from tests.strategies import policies
 
 SPLIT = {"mha_query_depth": 1, "mha_key_value_depth": 3, "mlp_depth": 1}
+NO_KEYS = Policy.from_operations(LAYERS, [(group, 2, "mha_key_value") for group in ("system", "visual", "text")])
 TEXT_ONLY = ("llama", "qwen2")
 DRAWN = settings(deadline=None, max_examples=25)  # every example is compiled
 COUNTS = st.tuples(st.integers(0, 6), st.integers(0, 9), st.integers(2, 7))
@@ -62,6 +63,8 @@ def run(compiled: Any, counts: tuple[int, int, int], rows: int, use_cache: bool 
     rows=st.sampled_from([0, 1, 2]),
     use_cache=st.booleans(),
 )
+@example(policy=NO_KEYS, counts=(2, 3, 4), rows=1, use_cache=True)
+@example(policy=NO_KEYS, counts=(2, 3, 4), rows=0, use_cache=False)
 def test_flops_and_bytes_are_those_that_pytorch_counts(
     family: str, policy: Policy, counts: tuple[int, int, int], rows: int, use_cache: bool
 ) -> None:
@@ -161,6 +164,14 @@ def test_a_fused_projection_is_named_and_paid_for_on_both_sides() -> None:
     result = explain(compiled, system=2, visual=5, text=4)
     assert result.summary.executed_flops == counter.get_total_flops() - 2 * 32 * 16
     assert "fused projection: sliced after it" in result.layers[1].note
+
+
+def test_keys_that_nobody_reads_or_stores_are_not_counted() -> None:
+    policy = Policy.from_operations(LAYERS, [(group, 1, "mha_query") for group in ("system", "visual", "text")])
+    compiled = dop_compile(model_of("llama"), policy, backend="eager", disable_passes=["remove_dead"])
+    counted, _ = run(compiled, (2, 3, 4), 0, use_cache=False)
+    result = explain(compiled, system=2, visual=3, text=4, rows=0, use_cache=False)
+    assert (result.layers[1].key_value, result.summary.executed_flops) == (0, counted)
 
 
 def test_a_prompt_without_visual_tokens_is_all_text() -> None:

@@ -15,7 +15,8 @@ from dop_compile.keep import KeepTable
 from dop_compile.layout import TokenLayout
 from dop_compile.masks import MaskSelector
 from dop_compile.passes import PIPELINE, DecoderGraph, Pass, check_graph, run_passes
-from dop_compile.program import PieceLibrary, Program
+from dop_compile.pieces import PieceLibrary
+from dop_compile.program import Program
 from dop_compile.tokens import Universe
 from dop_compile.trace import DecoderInputs, trace_decoder
 from tests.families import FAMILIES, HIDDEN
