@@ -122,6 +122,16 @@ class PrunedCache(DynamicCache):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.columns_seen
 
+    def get_mask_sizes(self, query_length: Any, layer_idx: int = 0) -> tuple[int, int]:
+        # The compiled decoder asks a `ReducedView`; who asks the cache itself is a model that knows nothing of pruning
+        if any(entries.count != self.columns_seen for entries in self.entries.values()):
+            raise UnsupportedUsageError(
+                f"past_key_values holds only what tier {self.tier!r} of a compiled model keeps; continue the "
+                "conversation with that model"
+            )
+        sizes: tuple[int, int] = super().get_mask_sizes(query_length, layer_idx)
+        return sizes
+
     @property
     def is_initialized(self) -> bool:
         return self.columns_seen > 0

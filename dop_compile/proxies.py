@@ -144,7 +144,7 @@ class ValueProxy(fx.Proxy):
         raise Refused(f"control flow depends on {self.node}, which is only known at run time")
 
     def __getitem__(self, index: Any) -> Any:
-        part = self.tracer.create_proxy("call_function", operator.getitem, (self, index), {})
+        part: Any = self.tracer.create_proxy("call_function", operator.getitem, (self, index), {})
         part.view_of = (self, index)
         return part
 
@@ -160,7 +160,7 @@ class ValueProxy(fx.Proxy):
 
 
 class ValueAttribute(fx.proxy.Attribute, ValueProxy):
-    """An attribute of what a proxy stands for: a method if it is called, else a value (its node is made on first use)."""
+    """An attribute of what a proxy stands for: a method if it is called, else a value."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         name = self.attr

@@ -92,6 +92,25 @@ def _check_past(call: Call, arguments: Arguments) -> None:
         )
 
 
+def _check_gaps(decoder: nn.Module, slots: Slots) -> None:
+    """In a later turn the padding of rows that lost more tokens than others stands inside the conversation."""
+    if slots.columns is None or slots.cache is None or not slots.cache.columns_seen:
+        return
+    mask = slots.arguments.attention_mask
+    tokens = torch.full((slots.batch,), slots.tokens) if mask is None else mask[:, -slots.tokens :].sum(dim=1).cpu()
+    gaps = (slots.columns < 0).sum(dim=1).cpu()
+    if bool((gaps > slots.tokens - tokens).any()) and _has_windows(decoder.config):
+        raise UnsupportedUsageError(
+            "the rows of this batch lose different numbers of visual tokens in a later turn of a conversation, and "
+            "this model's sliding windows would count the gaps; run the rows as conversations of their own"
+        )
+
+
+def _has_windows(config: Any) -> bool:
+    kinds = getattr(config, "layer_types", None)
+    return "sliding_attention" in kinds if kinds else getattr(config, "sliding_window", None) is not None
+
+
 def run_decoder(compiled: Any, decoder: nn.Module, call: Call, **kwargs: Any) -> Any:
     """The forward of a compiled model's decoder.
 
@@ -107,6 +126,7 @@ def run_decoder(compiled: Any, decoder: nn.Module, call: Call, **kwargs: Any) ->
     """
     arguments = _check_arguments(decoder, call, kwargs)
     slots = Slots(call, arguments)
+    _check_gaps(decoder, slots)
     layout = slots.layout()
     positions, cache, packed = slots.positions(), slots.cache, slots.packed()
     past = cache.slots_seen if cache is not None else 0

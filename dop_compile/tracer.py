@@ -9,7 +9,9 @@ nodes.
 from __future__ import annotations
 
 import inspect
+import logging
 import operator
+import threading
 import types
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -40,6 +42,11 @@ MASK_BUILDERS = frozenset(
     for name, function in vars(masking_utils).items()
     if name.startswith("create_") and inspect.isfunction(function)
 )
+
+
+# What a module cannot do with example values is no news to the user: PyTorch's log of it is dropped, in this thread
+_EVALUATING = threading.local()
+logging.getLogger("torch._subclasses.fake_tensor").addFilter(lambda record: not getattr(_EVALUATING, "active", False))
 
 
 @dataclass(frozen=True)
@@ -348,13 +355,17 @@ class DecoderTracer(ModuleTracer):
     def _value_without_opaque(self, path: str, args: Any, kwargs: Any) -> Any:
         """A module's value may not depend on a mask or cache that it is handed besides: try with None for those."""
         plain = map_nested((args, kwargs), lambda a: None if a is OPAQUE else a)
+        _EVALUATING.active = True
         try:
             with self._fake, torch.no_grad():
                 return self.root.get_submodule(path)(*plain[0], **plain[1])
         except Exception:
             return OPAQUE
+        finally:
+            _EVALUATING.active = False
 
     def _evaluate(self, kind: str, target: Any, args: Any, kwargs: Any) -> Any:
+        _EVALUATING.active = True
         try:
             with self._fake, torch.no_grad():
                 if kind == "call_module":
@@ -367,6 +378,8 @@ class DecoderTracer(ModuleTracer):
                 return self._value_by_parts(target, args, kwargs)
             name = target if isinstance(target, str) else getattr(target, "__name__", target)
             raise Refused(f"{name} cannot be evaluated on example values: {error}") from error
+        finally:
+            _EVALUATING.active = False
 
     def _value_by_parts(self, path: str, args: Any, kwargs: Any) -> Any:
         """Mixtures route by content: what their parts return tells what they return, else it is like their input."""

@@ -16,6 +16,7 @@ from transformers import DynamicCache
 
 from dop_compile import Policy
 from dop_compile.cache import PrunedCache
+from dop_compile.errors import UnsupportedUsageError
 from tests.families import FAMILIES, FIRST_ORDINARY_ID
 from tests.reference import reference_generate
 from tests.support import Batch, Rows, assert_close, compile_eagerly, extended, make_batch, operations, reference
@@ -97,7 +98,9 @@ def joined(first: Batch, second: Batch) -> Batch:
 @pytest.mark.parametrize("own_cache", [False, True])
 @pytest.mark.parametrize("name", NAMES)
 def test_second_turn_without_an_image(name: str, own_cache: bool) -> None:
-    """Also in a left-padded batch whose second turn is padded in its middle."""
+    """Also in a left-padded batch whose later turns are padded in the middle, where the original allows that:
+    a sliding window counts padding, and M-RoPE has one position axis for all rows.
+    """
     batch = conversation_batch(name, [*PROMPT, [("text", 2), ("image", 1), ("text", 2)]])
     policy = policy_for(name)
     cache = DynamicCache() if own_cache else None
@@ -107,7 +110,7 @@ def test_second_turn_without_an_image(name: str, own_cache: bool) -> None:
     assert cache is None or talk.cache is cache
     assert isinstance(talk.cache, PrunedCache)
     for length in (3, 1):
-        talk.say([[("text", length)], [("text", 2)]] if name != "qwen2_5_vl" else [[("text", length)]] * 2)
+        talk.say([[("text", length)], [("text", 2 if name == "llava" else length)]])
         found = talk.ask()
         assert found == reference_generate(batch.model, talk.asked.inputs, policy, 3, kept)
 
@@ -243,3 +246,26 @@ def test_selected_and_repeated_rows_continue_as_themselves() -> None:
         mask = whole.inputs["attention_mask"][order]
         logits = compiled(input_ids=new[order], attention_mask=mask, past_key_values=cache).logits
         assert_close(logits, expected[order])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llava", "gemma3"])
+def test_rows_that_lose_different_numbers_of_tokens_in_a_later_turn(name: str) -> None:
+    """The shorter row is padded inside the conversation; sliding windows would count that, so it is refused there."""
+    first = conversation_batch(name, [[("text", 6)], [("text", 6)]])
+    image: Rows = [[("text", 1), ("image",), ("text", 2)]]
+    length = make_batch(name, image).inputs["input_ids"].shape[1]
+    second = make_batch(name, [*image, [("text", length)]], model=first.model)
+    inputs = second.inputs
+    layers = first.family.num_layers
+    policy = Policy.depthwise(layers, mha_depth=3, visual_tokens=4, reducer="given")
+    compiled = compile_eagerly(first.model, policy)
+    cache = compiled(**first.inputs).past_key_values
+    whole = joined(first, second)
+    arguments = inputs | {"attention_mask": whole.inputs["attention_mask"], "past_key_values": cache}
+    if name == "gemma3":
+        with pytest.raises(UnsupportedUsageError, match="sliding windows would count the gaps"):
+            compiled(**arguments, visual_indices=[[0, 2, 4, 6], []])
+        return
+    logits = compiled(**arguments, visual_indices=[[0, 2, 4, 6], []]).logits
+    assert_close(logits, reference(whole, policy, [[0, 2, 4, 6], []])[:, 6:])

@@ -147,9 +147,7 @@ def test_reduced_prompts_in_beam_search_and_without_a_cache() -> None:
     compiled = compile_eagerly(batch.model, policy)
     expected = reference_generate(batch.model, batch.inputs, policy, 4, kept)
     for settings in ({"use_cache": False}, {"num_beams": 1, "num_return_sequences": 1}):
-        found = compiled.generate(
-            **batch.inputs, visual_indices=kept, max_new_tokens=4, do_sample=False, **settings
-        )
+        found = compiled.generate(**batch.inputs, visual_indices=kept, max_new_tokens=4, do_sample=False, **settings)
         assert new_tokens(batch, found) == expected
     # Beams repeat the rows, and with them what was given per sample
     beams = compiled.generate(**batch.inputs, visual_indices=kept, max_new_tokens=4, num_beams=2, do_sample=False)

@@ -1,0 +1,208 @@
+"""The compiled model is the original's class and weights; the original stays as it was; tiers; what is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import DynamicCache, GenerationConfig, StaticCache
+
+from dop_compile import Policy
+from dop_compile.errors import UnsupportedModelError, UnsupportedUsageError
+from tests.families import FAMILIES
+from tests.support import assert_close, compile_eagerly, make_batch, reference
+
+PRUNED = Policy.depthwise(4, mha_query_depth=1, mha_key_value_depth=3, mlp_depth=2)
+TIERS = {"100%": Policy.full(4), "pruned": PRUNED}
+NAMES = ("llava", "qwen2_5_vl", "llama")
+
+
+def everything(model: nn.Module) -> Any:
+    """What a forgotten change of a module would show in."""
+    return [
+        (name, {k: id(v) for k, v in vars(module).items()}, *(list(vars(module)[kind]) for kind in HOOKS))
+        for name, module in model.named_modules()
+    ]
+
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_modules", "_parameters", "_buffers")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_same_class_same_weights_and_an_untouched_original(name: str) -> None:
+    batch = make_batch(name, model=FAMILIES[name].build())
+    model = batch.model
+    with torch.no_grad():
+        output = model(**batch.inputs).logits
+    before = everything(model)
+    compiled = compile_eagerly(model, PRUNED)
+    compiled.generate(**batch.inputs, **batch.call_arguments(), max_new_tokens=3)
+    assert everything(model) == before
+    with torch.no_grad():
+        assert torch.equal(model(**batch.inputs).logits, output)
+
+    assert type(compiled) is type(model)
+    assert compiled.config is model.config
+    shared = dict(compiled.named_parameters())
+    assert list(shared) == [key for key, _ in model.named_parameters()]
+    for key, parameter in model.named_parameters():
+        assert shared[key].data_ptr() == parameter.data_ptr()
+    assert {id(b) for b in compiled.buffers()} == {id(b) for b in model.buffers()}
+
+
+@torch.no_grad()
+def test_tiers() -> None:
+    batch = make_batch("llava")
+    compiled = compile_eagerly(batch.model, TIERS)
+    fast = compiled.tier("pruned")
+    assert type(fast) is type(batch.model)
+    full, pruned = batch.model(**batch.inputs).logits, reference(batch, PRUNED)
+    assert torch.equal(compiled(**batch.inputs).logits, full)
+    for logits in (compiled(**batch.inputs, tier="pruned").logits, fast(**batch.inputs).logits):
+        assert_close(logits[batch.mask], pruned[batch.mask])
+    assert torch.equal(fast(**batch.inputs, tier="100%").logits, full)
+    assert torch.equal(fast.tier("100%")(**batch.inputs).logits, full)
+    assert fast.lm_head.weight is batch.model.lm_head.weight
+    assert fast.dop is compiled.dop
+
+
+@torch.no_grad()
+def test_a_conversation_stays_in_its_tier() -> None:
+    batch = make_batch("llava")
+    compiled = compile_eagerly(batch.model, TIERS | {"same": PRUNED})
+    cache = compiled(**batch.inputs, tier="pruned").past_key_values
+    token = batch.inputs["input_ids"][:, -1:]
+    mask = torch.nn.functional.pad(batch.inputs["attention_mask"], (0, 1), value=1)
+    with pytest.raises(UnsupportedUsageError, match="begun under tier 'pruned'.*'100%'"):
+        compiled(input_ids=token, attention_mask=mask, past_key_values=cache)
+    compiled(input_ids=token, attention_mask=mask, past_key_values=cache, tier="same")
+
+
+# The user's own changes.
+
+
+@torch.no_grad()
+def test_a_module_replaced_after_compilation_is_used() -> None:
+    batch = make_batch("llava", model=FAMILIES["llava"].build())
+    compiled = compile_eagerly(batch.model, PRUNED)
+    before = compiled(**batch.inputs).logits
+    layer = batch.model.get_decoder().layers[1]
+    other = FAMILIES["llava"].build(seed=7).get_decoder().layers[1]
+    for name in ("mlp", "input_layernorm"):
+        setattr(layer, name, getattr(other, name))
+        after = compiled(**batch.inputs).logits
+        assert not torch.equal(after, before)
+        assert_close(after[batch.mask], reference(batch, PRUNED)[batch.mask])
+        before = after
+    layer.self_attn.q_proj = other.self_attn.q_proj
+    assert_close(compiled(**batch.inputs).logits[batch.mask], reference(batch, PRUNED)[batch.mask])
+
+
+@pytest.mark.parametrize("path", ["mlp", "input_layernorm", "self_attn.q_proj", "self_attn.o_proj"])
+@torch.no_grad()
+def test_a_hook_added_after_compilation_runs_until_it_is_removed(path: str) -> None:
+    batch = make_batch("llava", model=FAMILIES["llava"].build())
+    compiled = compile_eagerly(batch.model, PRUNED)
+    before = compiled(**batch.inputs).logits
+    module = batch.model.get_decoder().layers[1].get_submodule(path)
+    handle = module.register_forward_hook(lambda _, args, output: output * 2)
+    hooked = compiled(**batch.inputs).logits
+    assert not torch.equal(hooked, before)
+    assert_close(hooked[batch.mask], reference(batch, PRUNED)[batch.mask])
+    handle.remove()
+    assert torch.equal(compiled(**batch.inputs).logits, before)
+
+
+@pytest.mark.parametrize("path", ["", "model", "model.vision_tower", "lm_head"])
+@torch.no_grad()
+def test_a_hook_outside_the_layers_runs(path: str) -> None:
+    batch = make_batch("llava", model=FAMILIES["llava"].build())
+    compiled = compile_eagerly(batch.model, PRUNED)
+    calls: list[nn.Module] = []
+    handle = batch.model.get_submodule(path).register_forward_pre_hook(lambda module, args: calls.append(module))
+    compiled(**batch.inputs)
+    handle.remove()
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("path", ["", "layers.1", "layers.1.self_attn"])
+def test_a_hook_on_a_module_that_is_opened_is_refused(path: str) -> None:
+    batch = make_batch("llava", model=FAMILIES["llava"].build())
+    compiled = compile_eagerly(batch.model, PRUNED)
+    handle = batch.model.get_decoder().get_submodule(path).register_forward_hook(lambda *_: None)
+    with pytest.raises(UnsupportedModelError, match="hook"):
+        compiled(**batch.inputs)
+    handle.remove()
+    compiled(**batch.inputs)
+
+
+@torch.no_grad()
+def test_weights_changed_in_place_are_used() -> None:
+    batch = make_batch("llava", model=FAMILIES["llava"].build())
+    compiled = compile_eagerly(batch.model, PRUNED)
+    compiled(**batch.inputs)
+    for parameter in batch.model.get_decoder().layers[2].parameters():
+        parameter.mul_(1.5)
+    assert_close(compiled(**batch.inputs).logits[batch.mask], reference(batch, PRUNED)[batch.mask])
+    batch.model.to(torch.bfloat16)
+    inputs = {n: v.bfloat16() if v.is_floating_point() else v for n, v in batch.inputs.items()}
+    assert compiled(**inputs).logits.dtype == torch.bfloat16
+
+
+# What is refused.
+
+
+@pytest.mark.parametrize("name", ["output_attentions", "output_hidden_states"])
+@pytest.mark.parametrize("through_config", [False, True])
+def test_outputs_that_pruned_operations_do_not_have(name: str, through_config: bool) -> None:
+    batch = make_batch("llava", model=FAMILIES["llava"].build(attn="eager"))
+    compiled = compile_eagerly(batch.model, PRUNED)
+    arguments = {} if through_config else {name: True}
+    if through_config:
+        setattr(batch.model.get_decoder().config, name, True)
+    with pytest.raises(UnsupportedUsageError, match=f"{name}=True.*original model"):
+        compiled(**batch.inputs, **arguments)
+    with pytest.raises(UnsupportedUsageError, match=f"{name}=True"):
+        arguments |= {"return_dict_in_generate": True} if arguments else {}
+        compiled.generate(**batch.inputs, **arguments, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("implementation", ["static", "quantized", "offloaded"])
+def test_other_caches(implementation: str) -> None:
+    batch = make_batch("llava")
+    compiled = compile_eagerly(batch.model, PRUNED)
+    expected = "StaticCache" if implementation == "static" else "cache"
+    with pytest.raises((UnsupportedUsageError, ImportError), match=expected):
+        compiled.generate(**batch.inputs, max_new_tokens=2, cache_implementation=implementation)
+
+
+def test_caches_passed_by_the_caller() -> None:
+    batch = make_batch("llava")
+    compiled = compile_eagerly(batch.model, PRUNED)
+    config = batch.model.config.get_text_config()
+    with pytest.raises(UnsupportedUsageError, match="StaticCache.*DynamicCache only"):
+        compiled(**batch.inputs, past_key_values=StaticCache(config=config, max_cache_len=64))
+    with pytest.raises(UnsupportedUsageError, match="offloaded"):
+        compiled(**batch.inputs, past_key_values=DynamicCache(config=config, offloading=True))
+    filled = batch.model(**batch.inputs).past_key_values
+    with pytest.raises(UnsupportedUsageError, match="filled by another model"):
+        compiled(**batch.inputs, past_key_values=filled)
+    compiled(**batch.inputs, past_key_values=DynamicCache(config=config))
+
+
+def test_a_pruned_cache_is_no_cache_for_the_original() -> None:
+    """Without the error it would be a wrong answer: only the last layer's keys are fewer."""
+    batch = make_batch("llava")
+    cache = compile_eagerly(batch.model, PRUNED)(**batch.inputs).past_key_values
+    with pytest.raises(UnsupportedUsageError, match="holds only what tier 'default'"):
+        batch.model(input_ids=batch.inputs["input_ids"][:, -1:], past_key_values=cache)
+
+
+def test_generation_config_is_followed() -> None:
+    batch = make_batch("llava")
+    compiled = compile_eagerly(batch.model, Policy.full(4))
+    settings = GenerationConfig(max_new_tokens=5, do_sample=False, repetition_penalty=1.3, pad_token_id=0)
+    expected = batch.model.generate(**batch.inputs, generation_config=settings)
+    assert torch.equal(compiled.generate(**batch.inputs, generation_config=settings), expected)
