@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -114,10 +114,11 @@ class PrunedCache(DynamicCache):
                 "past_key_values was filled by another model; start the conversation with the compiled model"
             )
         cache.__class__ = cls
-        cache.layers = []
-        cache.layer_class_to_replicate = DynamicLayer
-        cache._start()
-        return cache
+        adopted = cast(PrunedCache, cache)
+        adopted.layers = []
+        adopted.layer_class_to_replicate = DynamicLayer
+        adopted._start()
+        return adopted
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.columns_seen
@@ -171,7 +172,7 @@ class PrunedCache(DynamicCache):
         }
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        super().reorder_cache(beam_idx)
+        super().reorder_cache(cast(torch.LongTensor, beam_idx))
         self._rows(lambda t: t.index_select(0, beam_idx.to(t.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:

@@ -80,7 +80,7 @@ def decoder_path(model: PreTrainedModel) -> str:
             f"no text decoder with {text.num_hidden_layers} layers was found inside {type(model).__name__}; pass the "
             "model with its language modelling head, as AutoModelForImageTextToText or AutoModelForCausalLM loads it"
         )
-    return found[-1]
+    return str(found[-1])
 
 
 def placeholder_ids(config: Any) -> list[int]:

@@ -26,7 +26,7 @@ PACKED_INPUT, PACKED_MASK = "deepstack_visual_embeds", "visual_pos_masks"
 REFUSED_OUTPUTS = ("output_attentions", "output_hidden_states")
 
 
-def _check_arguments(decoder: nn.Module, call: Call, kwargs: dict[str, Any]) -> Arguments:
+def _check_arguments(decoder: Any, call: Call, kwargs: dict[str, Any]) -> Arguments:
     kwargs = dict(kwargs)
     for name in REFUSED_OUTPUTS:
         if kwargs.pop(name, None) or getattr(decoder.config, name, False):
@@ -49,9 +49,10 @@ def _check_arguments(decoder: nn.Module, call: Call, kwargs: dict[str, Any]) -> 
         cache = PrunedCache.adopt(cache)
     elif use_cache:
         cache = PrunedCache()
-    mask, masks = kwargs.pop("attention_mask", None), None
-    if isinstance(mask, DeferredMask):
-        mask, masks = mask.attention_mask, mask
+    mask = kwargs.pop("attention_mask", None)
+    masks = mask if isinstance(mask, DeferredMask) else None
+    if masks is not None:
+        mask = masks.attention_mask
     if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
         raise UnsupportedUsageError(
             "attention_mask must be (batch, tokens), 1 for tokens and 0 for padding; masks prepared by the caller "

@@ -90,7 +90,7 @@ def _prompt(call: Call, arguments: Arguments) -> Prompt | None:
     valid = torch.ones(embeds.shape[:2], dtype=torch.bool) if mask is None else mask[:, -tokens:].bool().cpu()
     visual, newline = visual & valid, newline & valid
     if call.token_groups is not None:
-        system = (call.token_groups == 2).cpu() & valid
+        system = (call.token_groups == 2).cpu() & visual.any(dim=1, keepdim=True) & valid
     else:
         first = cache is None or cache.columns_seen == 0
         seen = visual.long().cumsum(dim=1)

@@ -249,7 +249,7 @@ def _group_names(policy: Policy, row: Row, sequence: Tokens) -> list[str]:
             names.append(("visual_salient" if index in salient else "visual_rest") if split else "visual")
             names[-1] = names[-1] if present else ""
         elif row.groups is not None:
-            names.append("system" if row.groups[index] == SYSTEM else "text")
+            names.append("system" if row.groups[index] == SYSTEM and sequence.visual.any() else "text")
         else:
             names.append("system" if index < first else "text")
     return names

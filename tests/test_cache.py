@@ -51,6 +51,9 @@ class Naive:
             alive = {slot for slot, column in enumerate(row.columns) if column is not None and column < keep}
             row.layers = [[slot for slot in layer if slot in alive] for layer in row.layers]
             row.columns = [column for column in row.columns if column is None or column < keep]
+        slots = max(len(row.columns) for row in self.rows)
+        for row in self.rows:
+            row.columns += [None] * (slots - len(row.columns))
         self.seen = keep
 
 

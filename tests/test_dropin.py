@@ -75,7 +75,7 @@ def test_a_conversation_stays_in_its_tier() -> None:
     cache = compiled(**batch.inputs, tier="pruned").past_key_values
     token = batch.inputs["input_ids"][:, -1:]
     mask = torch.nn.functional.pad(batch.inputs["attention_mask"], (0, 1), value=1)
-    with pytest.raises(UnsupportedUsageError, match="begun under tier 'pruned'.*'100%'"):
+    with pytest.raises(UnsupportedUsageError, match=r"begun under tier 'pruned'.*'100%'"):
         compiled(input_ids=token, attention_mask=mask, past_key_values=cache)
     compiled(input_ids=token, attention_mask=mask, past_key_values=cache, tier="same")
 
@@ -164,8 +164,8 @@ def test_outputs_that_pruned_operations_do_not_have(name: str, through_config: b
         setattr(batch.model.get_decoder().config, name, True)
     with pytest.raises(UnsupportedUsageError, match=f"{name}=True.*original model"):
         compiled(**batch.inputs, **arguments)
+    arguments |= {"return_dict_in_generate": True} if arguments else {}
     with pytest.raises(UnsupportedUsageError, match=f"{name}=True"):
-        arguments |= {"return_dict_in_generate": True} if arguments else {}
         compiled.generate(**batch.inputs, **arguments, max_new_tokens=2)
 
 
@@ -182,7 +182,7 @@ def test_caches_passed_by_the_caller() -> None:
     batch = make_batch("llava")
     compiled = compile_eagerly(batch.model, PRUNED)
     config = batch.model.config.get_text_config()
-    with pytest.raises(UnsupportedUsageError, match="StaticCache.*DynamicCache only"):
+    with pytest.raises(UnsupportedUsageError, match=r"StaticCache.*DynamicCache only"):
         compiled(**batch.inputs, past_key_values=StaticCache(config=config, max_cache_len=64))
     with pytest.raises(UnsupportedUsageError, match="offloaded"):
         compiled(**batch.inputs, past_key_values=DynamicCache(config=config, offloading=True))

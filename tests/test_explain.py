@@ -101,7 +101,7 @@ def test_the_last_layer_updates_only_the_requested_rows() -> None:
     assert result.summary.eq11_ratio == 1
 
 
-@DRAWN
+@settings(deadline=None, max_examples=15)
 @given(
     depths=st.tuples(*[st.integers(0, LAYERS)] * 3),
     visual_tokens=st.integers(0, 8),

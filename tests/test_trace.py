@@ -121,9 +121,8 @@ def test_a_parameter_that_opened_code_reads_is_a_node() -> None:
 
 def test_views_written_in_place_become_values() -> None:
     """DeepSeek V3 fills the parts of an empty tensor; without a user such a write would be dead."""
-    config = DeepseekV3Config(**CONFIG | {"num_key_value_heads": 4}, n_routed_experts=4, num_experts_per_tok=2,
-                              n_group=1, topk_group=1, moe_intermediate_size=48, first_k_dense_replace=4,
-                              q_lora_rank=None, kv_lora_rank=32, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=16)  # fmt: skip
+    latent = {"q_lora_rank": None, "kv_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16}
+    config = DeepseekV3Config(**CONFIG | latent | {"num_key_value_heads": 4, "first_k_dense_replace": LAYERS})
     model = DeepseekV3Model._from_config(config, attn_implementation="sdpa").eval()
     nodes = trace_decoder(model).graph.nodes
     assert sum(node.target is ops.masked_assign for node in nodes) == 2 * LAYERS
@@ -231,7 +230,7 @@ def test_a_layer_that_works_on_flattened_tokens_is_refused_by_name() -> None:
                        word_embed_proj_dim=64)  # fmt: skip
     decoder = OPTModel._from_config(config, attn_implementation="sdpa").eval().decoder
     keep = KeepTable.dense(2)
-    with pytest.raises(PassError, match="can.* be pruned") as caught:
+    with pytest.raises(PassError, match=r"can.* be pruned") as caught:
         build_graph(decoder, keep, Universe(keep.groups))
     assert caught.value.pass_name == "annotate"
     assert caught.value.layer == 1
