@@ -180,7 +180,7 @@ def measure(bench: Bench, backend: str, rounds: int) -> list[dict[str, Any]]:
             "quartiles": tuple(statistics.quantiles(ratios, n=4)[::2]),
         }
         if name in tiers:
-            explained = explain(compiled, tier=name, **counts)
+            explained = explain(compiled, tier=name, **counts).summary
             row["eq11"] = prefill_flops(bench.model.config, tiers[name], **counts) / full
             row["executed"] = explained.executed_ratio
             row["kv"] = explained.kv_ratio

@@ -86,10 +86,11 @@ def make_reducer(policy: Policy, given: Sequence[Any] | None, batch: int) -> Red
                 "the policy's reducer is 'given': pass visual_indices=, one sequence of visual token indices per "
                 "sample, with every prompt that contains visual tokens"
             )
-        rows = list(given)
-        if rows and batch % len(rows) == 0:
-            rows = [row for row in rows for _ in range(batch // len(rows))]
-        return GivenReducer(rows)
+        rows = GivenReducer(given).indices
+        if not rows or batch % len(rows):
+            raise ValueError(f"visual_indices are for {len(rows)} samples, but the batch has {batch}")
+        # generate repeats rows for beams and returned sequences
+        return GivenReducer([row for row in rows for _ in range(batch // len(rows))])
     if policy.visual_tokens is None and policy.salient_fraction is None:
         return None
     return create(policy.reducer, policy.options)

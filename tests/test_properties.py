@@ -111,7 +111,7 @@ def test_full_budget_is_the_original_bit_by_bit(batch: Batch, visual_tokens: int
 
 
 @pytest.mark.parametrize("reduction", [False, True])
-@examples(25)
+@examples(18)
 @given(data=st.data())
 def test_random_policies_are_the_reference(reduction: bool, data: st.DataObject) -> None:
     case = data.draw(cases(reduction=reduction))
@@ -119,14 +119,14 @@ def test_random_policies_are_the_reference(reduction: bool, data: st.DataObject)
     assert_forward_matches(compiled, case.batch, case.policy, case.ranked)
 
 
-@examples(20)
+@examples(14)
 @given(case=cases(split=True))
 def test_split_policies_are_the_reference(case: Case) -> None:
     compiled = compile_eagerly(case.batch.model, case.policy)
     assert_forward_matches(compiled, case.batch, case.policy, case.ranked, case.salient)
 
 
-@examples(15)
+@examples(10)
 @given(case=cases(), rows=st.integers(0, 4), cached=st.booleans())
 @torch.no_grad()
 def test_optional_passes_change_no_requested_number(case: Case, rows: int, cached: bool) -> None:
