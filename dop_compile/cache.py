@@ -203,7 +203,7 @@ class PrunedCache(DynamicCache):
             if id(entries) not in shared:
                 shared[id(entries)] = self._cropped(entries, slots, live)
             kept = shared[id(entries)]
-            stored = self.layers[layer]
+            stored: Any = self.layers[layer]
             if stored.is_initialized:
                 stored.keys = stored.keys[..., : kept.count, :]
                 stored.values = stored.values[..., : kept.count, :]

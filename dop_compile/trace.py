@@ -5,7 +5,8 @@ contain attention are opened down to their projections; every other module (norm
 so keeps its hooks, adapters and quantisation. Hugging Face's mask builders and attention kernels are single nodes.
 
 Refused, as `UnsupportedModelError`: decoders without a layer list, hooks on a module that has to be opened, control
-flow on token counts or tensor contents, attention that does not go through the attention interface.
+flow on token counts or tensor contents, tensors changed in place, layers whose attention does not go through the
+attention interface.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from torch import fx, nn
 
 from dop_compile import ops
 from dop_compile.errors import UnsupportedModelError
+from dop_compile.module_tracer import names_in
 from dop_compile.proxies import BATCH, TOKENS, is_packed
-from dop_compile.tracer import ATTENTION_REGISTRY, CACHE_INPUT, MASK_BUILDERS, DecoderInputs, DecoderTracer, names_in
+from dop_compile.tracer import ATTENTION_REGISTRY, CACHE_INPUT, MASK_BUILDERS, DecoderInputs, DecoderTracer
 
 __all__ = [
     "BATCH",
@@ -97,7 +99,7 @@ def _check_openable(path: str, module: nn.Module) -> None:
         )
 
 
-def _opened(decoder: nn.Module) -> set[int]:
+def _opened(decoder: nn.Module, layers: nn.ModuleList) -> set[int]:
     """Ids of the modules that contain attention."""
     found: set[int] = set()
     for path, module in decoder.named_modules():
@@ -109,6 +111,12 @@ def _opened(decoder: nn.Module) -> set[int]:
             f"no module of {type(decoder).__name__} calls the attention interface; only Hugging Face decoders whose "
             f"attention goes through {ATTENTION_REGISTRY} are supported"
         )
+    for number, layer in enumerate(layers):
+        if id(layer) not in found:
+            raise UnsupportedModelError(
+                f"layer {number} of {type(decoder).__name__} ({type(layer).__name__}) has no attention that goes "
+                f"through {ATTENTION_REGISTRY}; a layer that mixes tokens otherwise needs every token"
+            )
     return found
 
 
@@ -126,7 +134,7 @@ def trace_decoder(decoder: nn.Module, inputs: DecoderInputs | None = None) -> Tr
     layers_path, layers = find_layers(decoder)
     weight = next(p for p in layers.parameters())
     floating = weight.dtype if weight.dtype.is_floating_point else torch.get_default_dtype()
-    tracer = DecoderTracer(decoder, _opened(decoder), inputs, floating, weight.device)
+    tracer = DecoderTracer(decoder, _opened(decoder, layers), inputs, floating, weight.device)
     try:
         graph, output_class = tracer.trace_decoder()
     except Exception as error:  # whatever a forward does with a proxy that it cannot do

@@ -3,13 +3,14 @@
 Requires: tokens that no longer change stand in frozen streams, merged with the active one where both are read.
 Ensures:  a norm over a merge becomes a merge of norms; over a frozen stream the part of the norm that uses no weight
           is computed once for all layers; a slice that needs one source of a merge alone reads that source.
-Numerics: exact; the same operations on the same rows.
+Numerics: exact; the same operations on the same rows (a norm rounds each row alone).
 
     before   n = norm_l(token_merge(a, f));  q = token_slice(n, A)
     after    n_a = norm_l(a);  n = token_merge(n_a, weight_l * unit(f));  q = n_a         unit(f) shared by all layers
 
 Cases: 1. RMS norms and layer norms, recognised as a module whose only parameters are vectors of the hidden size.
-Kept: 2. a norm that cannot be opened (hooks, a fused kernel): merged norms, nothing shared between layers.
+Kept: 2. a norm that cannot be opened (hooks, a kernel of PyTorch, control flow): it runs on them in every layer;
+3. post-norm layers, whose projections read the merge itself; 4. frozen tokens that are read without active ones.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from typing import Any
 from torch import fx, nn
 
 from dop_compile import ops
+from dop_compile.module_tracer import ModuleTracer
 from dop_compile.passes.cleanup import eliminate_dead_nodes, eliminate_duplicates
 from dop_compile.passes.graph import DecoderGraph
 from dop_compile.passes.infra import Pass, PassReport
 from dop_compile.tokens import TokenSet
-from dop_compile.tracer import ModuleTracer
 
 __all__ = ["SHARE_FROZEN"]
 

@@ -2,7 +2,8 @@
 
 Requires: annotated blocks whose sets say who takes part (queries and keys apart).
 Ensures:  a block's nodes see only the block's tokens, and its output is added back to those tokens alone.
-Numerics: exact with respect to the policy's semantics; a block that keeps every token is not touched.
+Numerics: exact with respect to the policy's semantics; a block that keeps every token is not touched, except that the
+          branches of a parallel junction are added one after the other (rounding).
 
     before   add(x, o_proj(attention(q_proj(norm(x)), k_proj(norm(x)), v_proj(norm(x)))))
     after    u = norm(token_slice(x, Q | K))                                  what both sides share, once
@@ -11,7 +12,8 @@ Numerics: exact with respect to the policy's semantics; a block that keeps every
 Cases: 1. joint MHA, the same tokens as queries and keys; 2. queries and keys apart, the shared part computed once for
 their union; 3. a fused projection is part of what is shared: sliced after it; 4. MLP; 5. no query left: only keys and
 values are computed, for the cache; 6. parallel branches of one junction, each for its own tokens.
-Refused: 7. a value without exactly one token dimension where it has to be sliced.
+Refused: 7. a value without exactly one token dimension where it has to be sliced; 8. an attention mask that is computed
+from the hidden states.
 """
 
 from __future__ import annotations

@@ -4,15 +4,14 @@ Requires: any graph; what is checked beyond `graph.lint()` needs `slice_operatio
 Ensures:  the numbered checks below hold, or a `PassError` names the pass, the layer and the node.
 Numerics: exact; nothing is changed.
 
-The checks do not trust what passes note about nodes. The token set of every value is found anew from the index tensors
-that made it, and the residual stream is executed symbolically: each token of a value carries the writes it has seen.
+The checks do not trust the token sets that passes note on nodes: that of every value is found anew, from the index
+tensors that made it.
 
 1. Layout: no operation mixes values of different token sets; slices, merges and additions use the index of their sets.
 2. Blocks: each computes for exactly the tokens that the keep table and, after `remove_dead`, liveness give it; one
    attention kernel per layer with queries, of its queries, keys and part of the mask; keys and values of exactly the
    tokens that supply them stored once.
-3. Stream: every block reads each of its tokens after all earlier writes to it and none other - so frozen tokens are
-   never written, and no write is lost - and so does the output, for the requested rows.
+3. Stream: every block reads each of its tokens after all earlier writes to it and none other; see `stream_check`.
 """
 
 from __future__ import annotations
@@ -27,12 +26,12 @@ from dop_compile.errors import PassError
 from dop_compile.passes.graph import MHA, Block, DecoderGraph, IndexSpec
 from dop_compile.passes.infra import Pass, PassReport
 from dop_compile.passes.remove_dead import find_live
-from dop_compile.tokens import Atom, TokenSet
+from dop_compile.passes.stream_check import check_stream
+from dop_compile.tokens import TokenSet
 from dop_compile.trace import MASK_BUILDERS
 
 __all__ = ["VERIFY", "check_graph"]
 
-Writes = dict[Atom, tuple[str, ...]]
 _WITHOUT_TOKENS = (ops.select_attention_mask, ops.update_cache, *MASK_BUILDERS)
 _TOKEN_INPUTS = ("inputs_embeds", "position_ids", "visual_pos_masks")
 
@@ -41,7 +40,6 @@ class _Verifier:
     def __init__(self, graph: DecoderGraph):
         self.graph = graph
         self.layout: dict[fx.Node, TokenSet] = {}
-        self.writes: dict[fx.Node, Writes] = {}
 
     def fail(self, message: str, node: fx.Node | None = None, block: Block | None = None) -> NoReturn:
         layer = block.layer if block is not None else None if node is None else self.graph.traced.layer_of(node)
@@ -158,79 +156,6 @@ class _Verifier:
         relevant = node.meta.get("attention") or node.target is ops.update_cache
         return self.graph.traced.layer_of(node) if relevant else None
 
-    # --- 3. stream ------------------------------------------------------------------------------------------------
-
-    def check_stream(self) -> None:
-        graph = self.graph
-        expected: Writes = dict.fromkeys(graph.universe.atoms, ())
-        self._find_writes()
-        for junction in graph.junctions:
-            for block in junction.blocks:
-                roots = [node for node in (block.branch, block.update) if node is not None]
-                self._check_reads(roots, expected, block.reads, f"{block.name}")
-            if not junction.blocks:
-                self._check_reads([junction.out], expected, graph.universe.all, junction.out.name, inside=False)
-                expected = {atom: (*names, junction.out.name) for atom, names in expected.items()}
-            for block in junction.blocks:
-                for atom in block.tokens.atoms:
-                    expected[atom] = (*expected[atom], block.name)
-        self._check_reads([graph.output], expected, graph.output_tokens, "the output", inside=False)
-
-    def _find_writes(self) -> None:
-        """The writes that each token of each stream value has seen."""
-        graph, writes, entry = self.graph, self.writes, self.graph.entry
-        assert entry is not None
-        owner = {block.branch: block.name for block in graph.blocks if block.branch is not None}
-        whole = {j.out: j for j in graph.junctions if j.out is not j.stream and "written" not in j.out.meta}
-        for node in graph.graph.nodes:
-            if node is entry:
-                writes[entry] = dict.fromkeys(graph.universe.atoms, ())
-            elif node in whole:
-                names = [block.name for block in whole[node].blocks] or [node.name]
-                sources = self._sources([node], inside=False)
-                stream = max(sources, key=lambda source: sum(map(len, writes[source].values())))
-                writes[node] = {atom: (*seen, *names) for atom, seen in writes[stream].items()}
-            elif node.target in (ops.token_slice, ops.token_merge):
-                parts = [writes[source] for source in node.all_input_nodes if source in writes]
-                if parts:
-                    seen = {atom: names for part in parts for atom, names in part.items()}
-                    writes[node] = {atom: seen[atom] for atom in self.layout[node].atoms if atom in seen}
-            elif "written" in node.meta and node.args[0] in writes:
-                stream, branch = node.args[:2]
-                name, written, before = owner.get(branch, str(branch)), self.layout[branch], writes[stream]
-                writes[node] = {a: (*names, name) if a in written.atoms else names for a, names in before.items()}
-
-    def _sources(self, roots: list[fx.Node], inside: bool = True) -> list[fx.Node]:
-        """Stream values that the roots are computed from; `inside`: by way of nodes that belong to a layer."""
-        found: list[fx.Node] = []
-        seen: set[fx.Node] = set()
-        stack = list(roots)
-        while stack:
-            node = stack.pop()
-            if node in seen:
-                continue
-            seen.add(node)
-            if node in self.writes and node not in roots:
-                found.append(node)
-            elif node in roots or not inside or self.graph.traced.layer_of(node) is not None:
-                stack.extend(node.all_input_nodes)
-        return found
-
-    def _check_reads(
-        self, roots: list[fx.Node], expected: Writes, tokens: TokenSet, reader: str, inside: bool = True
-    ) -> None:
-        read: set[Atom] = set()
-        for source in self._sources(roots, inside):
-            if not inside and source is self.graph.entry and expected[self.graph.universe.atoms[0]]:
-                continue  # what is before the layers may be used again between them
-            for atom, names in self.writes[source].items():
-                if names != expected[atom]:
-                    last = expected[atom][-1:] or ("the embeddings",)
-                    self.fail(f"{reader} reads {atom.group} tokens as they are not after {last[0]}", source)
-                read.add(atom)
-        if roots and not set(tokens.atoms) <= read:
-            self.fail(f"{reader} reads only {sorted(map(str, read))} of the tokens {tokens}", roots[0])
-
 
 def _comes_from(value: object, origin: fx.Node) -> bool:
     """Whether a value is computed from another (an attention with latent keys expands what it stores)."""
@@ -263,7 +188,7 @@ def check_graph(graph: DecoderGraph) -> None:
     verifier = _Verifier(graph)
     verifier.find_layouts()
     verifier.check_blocks()
-    verifier.check_stream()
+    check_stream(graph, verifier.layout)
 
 
 def _verify(graph: DecoderGraph, report: PassReport) -> None:

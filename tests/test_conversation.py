@@ -252,7 +252,7 @@ def test_selected_and_repeated_rows_continue_as_themselves() -> None:
 @pytest.mark.parametrize("name", ["llava", "gemma3"])
 def test_rows_that_lose_different_numbers_of_tokens_in_a_later_turn(name: str) -> None:
     """The shorter row is padded inside the conversation; sliding windows would count that, so it is refused there."""
-    first = conversation_batch(name, [[("text", 6)], [("text", 6)]])
+    first = conversation_batch(name, [[("text", 6)], [("text", 4)]])
     image: Rows = [[("text", 1), ("image",), ("text", 2)]]
     length = make_batch(name, image).inputs["input_ids"].shape[1]
     second = make_batch(name, [*image, [("text", length)]], model=first.model)

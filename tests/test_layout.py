@@ -32,7 +32,6 @@ class Drawn:
         if tokens.is_all:
             return [list(range(length)) for _ in self.codes]
 
-
         def is_member(code: int, requested: bool) -> bool:
             return code != NO_TOKEN and self._atom(code, requested) in tokens.atoms
 
@@ -99,9 +98,7 @@ def test_slots_counts_and_validity(drawn: Drawn, data: st.DataObject) -> None:
     assert valid.tolist() == [[slot is not None for slot in row] for row in grid]
     assert [[s for s, ok in zip(a, b, strict=True) if ok]
             for a, b in zip(slots.tolist(), valid.tolist(), strict=True)] == expected  # fmt: skip
-    tokens_per_sample = [
-        sum(drawn.codes[row][slot] != NO_TOKEN for slot in own) for row, own in enumerate(expected)
-    ]
+    tokens_per_sample = [sum(drawn.codes[row][slot] != NO_TOKEN for slot in own) for row, own in enumerate(expected)]
     assert drawn.layout.tokens_per_sample(tokens) == tokens_per_sample
 
 

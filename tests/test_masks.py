@@ -126,10 +126,7 @@ def test_a_second_turn_sees_what_the_layer_stored(
     selector = MaskSelector(layout, {0: before}, past)
     selected, visible = selector.select(mask, 0, queries, keys)
     columns = [
-        old + added
-        for old, added in zip(
-            _columns(past_layout, stored), _columns(layout, keys, past), strict=True
-        )
+        old + added for old, added in zip(_columns(past_layout, stored), _columns(layout, keys, past), strict=True)
     ]
     assert selector.entries(0, keys).count == len(columns[0])
     if queries.is_all and stored.is_all and keys.is_all:

@@ -19,10 +19,10 @@ from dop_compile import Policy, ops
 from dop_compile.compiler import build_graph
 from dop_compile.errors import PassError, UnsupportedModelError
 from dop_compile.keep import KeepTable
+from dop_compile.module_tracer import ModuleTracer
 from dop_compile.proxies import BATCH, PACKED, TOKENS, Refused, ValueProxy
 from dop_compile.tokens import Universe
 from dop_compile.trace import DecoderInputs, TracedDecoder, find_layers, is_packed, trace_decoder
-from dop_compile.tracer import ModuleTracer
 from tests.families import FAMILIES
 
 LAYERS = 4
@@ -223,6 +223,13 @@ def test_a_decoder_without_a_list_of_layers_is_refused() -> None:
     model.config.num_hidden_layers = 9
     with pytest.raises(UnsupportedModelError, match="no list of 9 layers"):
         find_layers(model)
+
+
+def test_a_layer_that_mixes_tokens_by_other_means_is_refused_by_number() -> None:
+    model = _llama()
+    model.layers[2].self_attn = nn.Linear(64, 64)
+    with pytest.raises(UnsupportedModelError, match=r"layer 2 of LlamaModel .*no attention"):
+        trace_decoder(model)
 
 
 def test_a_layer_that_works_on_flattened_tokens_is_refused_by_name() -> None:

@@ -97,9 +97,7 @@ def calls_of(graph: DecoderGraph, part: str, layer: int | None = None) -> list[f
     return [
         node
         for node in graph.graph.nodes
-        if node.op == "call_module"
-        and str(node.target).endswith(part)
-        and layer in (None, graph.traced.layer_of(node))
+        if node.op == "call_module" and str(node.target).endswith(part) and layer in (None, graph.traced.layer_of(node))
     ]
 
 

@@ -90,8 +90,12 @@ def test_depths_against_a_bypass_written_by_hand(depth: int, codes: str) -> None
 
 
 def test_everything_pruned_returns_the_norm_of_the_embeddings() -> None:
-    pruned = [(group, layer, m) for group in ("system", "visual", "text") for layer in range(LAYERS)
-              for m in ("mha_query", "mha_key_value", "mlp")]
+    pruned = [
+        (group, layer, m)
+        for group in ("system", "visual", "text")
+        for layer in range(LAYERS)
+        for m in ("mha_query", "mha_key_value", "mlp")
+    ]
     graph = build(Policy.from_operations(LAYERS, pruned), SLICED, cached=False)
     hidden, _ = run_graph(graph, codes_of("svvt"))
     embeds = torch.randn(1, 4, 64, generator=torch.Generator().manual_seed(0))
