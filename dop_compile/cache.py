@@ -163,6 +163,10 @@ class PrunedCache(DynamicCache):
     # --- what generate does to a cache ----------------------------------------------------------------------------
 
     def _rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        for stored in cast(list[DynamicLayer], self.layers):
+            # Hugging Face's layers leave out those without entries, whose next ones still need the right rows
+            if stored.is_initialized and stored.keys is not None and stored.keys.shape[-2] == 0:
+                stored.keys, stored.values = change(stored.keys), change(cast(Tensor, stored.values))
         self.columns = None if self.columns is None else change(self.columns)
         self.position_shift = None if self.position_shift is None else change(self.position_shift)
         shared = {id(entries): entries.rows(change) for entries in self.entries.values()}
@@ -203,8 +207,8 @@ class PrunedCache(DynamicCache):
             if id(entries) not in shared:
                 shared[id(entries)] = self._cropped(entries, slots, live)
             kept = shared[id(entries)]
-            stored: Any = self.layers[layer]
-            if stored.is_initialized:
+            stored = cast(DynamicLayer, self.layers[layer])
+            if stored.keys is not None and stored.values is not None:
                 stored.keys = stored.keys[..., : kept.count, :]
                 stored.values = stored.values[..., : kept.count, :]
             self.entries[layer] = kept

@@ -14,11 +14,12 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dop_compile.dropin import copy_path, decoder_path, drop_in, placeholder_ids
+from dop_compile.dropin import drop_in
 from dop_compile.errors import UnsupportedModelError
 from dop_compile.fingerprint import model_fingerprint
 from dop_compile.keep import KeepTable
 from dop_compile.local_sizes import localise_sizes
+from dop_compile.model_path import OriginalFollower, copy_path, decoder_path, placeholder_ids
 from dop_compile.passes import PIPELINE, DecoderGraph, check_graph, run_passes
 from dop_compile.passes.annotate import ANNOTATE
 from dop_compile.passes.cleanup import eliminate_dead_nodes
@@ -75,7 +76,9 @@ class CompiledState:
     ):
         self.model_class = type(model)
         self.decoder_path = decoder_path(model)
-        self.base = copy_path(model, self.decoder_path)[0]
+        copies = copy_path(model, self.decoder_path)
+        self.base = copies[0]
+        self.original = OriginalFollower(model, copies, self.decoder_path)
         self.tiers = dict(tiers)
         self.token_groups = token_groups
         self.library = library

@@ -17,24 +17,21 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from dop_compile.cache import PrunedCache
 from dop_compile.errors import UnsupportedUsageError
+from dop_compile.model_path import copy_path, placeholder_ids, shallow_copy
 from dop_compile.outer_masks import builds_masks, deferring_forward
 from dop_compile.runtime import run_decoder
 from dop_compile.slots import Call
 
-__all__ = ["copy_path", "decoder_path", "drop_in", "placeholder_ids"]
+__all__ = ["drop_in"]
 
 CONVERSATION_ATTRIBUTES = ("rope_deltas",)
 """Attributes that Hugging Face's outer models keep between calls on the module; here they live in the cache."""
 
 NEWLINE_EMBEDDINGS = ("image_newline",)
 """Embeddings that a model inserts inside image placeholders: visual, never dropped, not counted."""
-
-PLACEHOLDER_IDS = ("image_token_id", "video_token_id", "image_token_index", "video_token_index")
-"""Where configurations name placeholder ids, for models that cannot say themselves which positions are visual."""
 
 CALL_ARGUMENTS = ("tier", "visual_indices", "token_groups")
 
@@ -52,42 +49,6 @@ class _Session:
     prompt_columns: int | None = None
 
 
-def decoder_path(model: PreTrainedModel) -> str:
-    """Path of the text decoder inside a model: the innermost part that holds all layers of the text configuration.
-
-    Raises:
-        TypeError: not a model with a decoder inside.
-    """
-    if not isinstance(model, PreTrainedModel) or not model.can_generate():
-        raise TypeError(
-            f"dop_compile needs a Hugging Face model that can generate (such as LlavaForConditionalGeneration or "
-            f"LlamaForCausalLM), got {type(model).__name__}"
-        )
-    if model.config.is_encoder_decoder:
-        raise TypeError(f"{type(model).__name__} is an encoder-decoder model; only decoder-only models can be pruned")
-    text = model.config.get_text_config(decoder=True)
-    found = [
-        path
-        for path, module in model.named_modules()
-        if path
-        and isinstance(module, PreTrainedModel)
-        and getattr(module.config, "num_hidden_layers", None) == text.num_hidden_layers
-        and type(module.config) is type(text)
-        and any(isinstance(m, nn.ModuleList) and len(m) == text.num_hidden_layers for m in module.modules())
-    ]
-    if not found:
-        raise TypeError(
-            f"no text decoder with {text.num_hidden_layers} layers was found inside {type(model).__name__}; pass the "
-            "model with its language modelling head, as AutoModelForImageTextToText or AutoModelForCausalLM loads it"
-        )
-    return str(found[-1])
-
-
-def placeholder_ids(config: Any) -> list[int]:
-    """Ids of image and video placeholders that a configuration names."""
-    return [value for name in PLACEHOLDER_IDS if isinstance(value := getattr(config, name, None), int)]
-
-
 def _presented_as(method: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` with the name, docstring and signature of a class's method, for code that inspects them."""
 
@@ -100,30 +61,13 @@ def _presented_as(method: Callable[..., Any], function: Callable[..., Any]) -> C
     return call
 
 
-def _shallow(module: nn.Module, *, own_children: bool) -> Any:
-    copy = object.__new__(type(module))
-    copy.__dict__.update(module.__dict__)
-    if own_children:
-        copy.__dict__["_modules"] = dict(module._modules)
-    return copy
-
-
-def copy_path(root: nn.Module, path: str) -> list[Any]:
-    """Shallow copies of the modules from `root` down to `path`, linked to each other."""
-    chain = [_shallow(root, own_children=True)]
-    for name in path.split("."):
-        child = _shallow(chain[-1]._modules[name], own_children=True)
-        chain[-1]._modules[name] = child
-        chain.append(child)
-    return chain
-
-
 class _Frame:
     """Private copies of the path modules for one session."""
 
     def __init__(self, state: Any, root: nn.Module, session: _Session):
         self.state = state
         self.session = session
+        state.original.update()
         self.chain = copy_path(root, state.decoder_path)
         self.root, self.decoder = self.chain[0], self.chain[-1]
         self._restored = False
@@ -140,7 +84,7 @@ class _Frame:
         cache = named.get("past_key_values")
         self.restore(cache)
         call = self._call(named)
-        self.decoder.forward = functools.partial(run_decoder, self.state, self.decoder, call)
+        self.decoder.forward = self._decoder_forward(call)
         for module in self.chain[:-1]:
             if hasattr(type(module), "get_placeholder_mask"):
                 module.get_placeholder_mask = self._note_placeholders(call, type(module), module)
@@ -149,6 +93,17 @@ class _Frame:
             if isinstance(value, PrunedCache):
                 value.conversation = self._conversation(call.batch)
         return output
+
+    def _decoder_forward(self, call: Call) -> Callable[..., Any]:
+        signature = inspect.signature(type(self.decoder).forward)
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if args:  # some outer models pass their decoder's arguments by position
+                positional = signature.bind_partial(self.decoder, *args).arguments
+                kwargs = {**dict(list(positional.items())[1:]), **kwargs}
+            return run_decoder(self.state, self.decoder, call, **kwargs)
+
+        return forward
 
     def _call(self, named: dict[str, Any]) -> Call:
         session = self.session
@@ -271,7 +226,7 @@ def drop_in(state: Any, base: nn.Module, tier: str) -> Any:
     `tier(name)` is a view with another default, usable from any thread; `dop` is the `CompiledState` and `dop_tier` the
     default tier.
     """
-    view = _shallow(base, own_children=False)
+    view = shallow_copy(base, own_children=False)
 
     def session(kwargs: dict[str, Any]) -> _Session:
         values = {name: kwargs.pop(name, None) for name in CALL_ARGUMENTS}

@@ -8,13 +8,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.fx.experimental._config
 from torch import fx, nn
+from torch.fx.experimental import _config as fx_config
 
 __all__ = ["PieceLibrary", "call_module", "piece_kind"]
 
 # Two token counts that happen to be equal in the first call are not equal in every call
-_NO_DUCK_SHAPES = functools.partial(torch.fx.experimental._config.patch, use_duck_shape=False)
+_NO_DUCK_SHAPES = functools.partial(fx_config.patch, use_duck_shape=False)  # type: ignore[attr-defined]
 
 
 def call_module(module: nn.Module, *args: Any, **kwargs: Any) -> Any:

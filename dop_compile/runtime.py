@@ -23,7 +23,7 @@ from dop_compile.trace import DecoderInputs
 __all__ = ["run_decoder"]
 
 PACKED_INPUT, PACKED_MASK = "deepstack_visual_embeds", "visual_pos_masks"
-REFUSED_OUTPUTS = ("output_attentions", "output_hidden_states")
+REFUSED_OUTPUTS = ("output_attentions", "output_hidden_states", "output_router_logits")
 
 
 def _check_arguments(decoder: Any, call: Call, kwargs: dict[str, Any]) -> Arguments:

@@ -164,7 +164,6 @@ def test_everything_follows_what_generate_does_to_a_cache(data: st.DataObject) -
         assert cache.position_shift[:, 0].tolist() == names
 
 
-@pytest.mark.xfail(reason="Hugging Face's layers do not repeat rows of a layer without entries", strict=True)
 def test_a_layer_emptied_by_crop_still_follows() -> None:
     cache, naive = PrunedCache(), Naive([Row(0)])
     _extend(cache, naive, [[True] * 3], [{2}, {0, 1, 2}, {0}])
