@@ -30,6 +30,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, DynamicCache, LlamaC
 
 import dop_compile as package
 from dop_compile import Policy, dop_compile, explain, prefill_flops
+from dop_compile.prompt import Prompt, make_reducer, reduce_prompt
 from dop_compile.runtime import run_decoder
 from dop_compile.slots import Call
 
@@ -206,8 +207,6 @@ def measure_apart(bench: Bench, rounds: int) -> dict[str, float]:
         pixels = torch.randn(tiles, 3, 336, 336, dtype=bench.embeds.dtype)
     visual = bench.groups.cpu() == 1
     valid = torch.ones_like(visual)
-    from dop_compile.prompt import Prompt, make_reducer, reduce_prompt
-
     policy = Policy.full(geometry.config["num_hidden_layers"]).replace(visual_tokens=tokens)
     prompt = Prompt(bench.embeds, valid, visual, torch.zeros_like(visual), bench.groups.cpu() == 2)
     hidden = bench.embeds[:, -1:]
@@ -221,6 +220,29 @@ def measure_apart(bench: Bench, rounds: int) -> dict[str, float]:
         bench.device,
     )
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def measure_matmuls(bench: Bench, rounds: int) -> dict[int, float]:
+    """Milliseconds of all the decoder's linear layers alone, by number of rows.
+
+    Matrix multiplications of few rows are less efficient. No rewrite of the graph can be faster than these, so they
+    say how much of the distance between a latency ratio and its FLOPs ratio is the machine's.
+    """
+    geometry = bench.geometry
+    others = geometry.system + geometry.text
+    kept = [tokens for _, _, tokens in geometry.published.values()]
+    linears = [m for m in bench.model.model.layers.modules() if isinstance(m, torch.nn.Linear)]
+
+    def call(rows: int) -> Callable[[], Any]:
+        inputs = {
+            width: torch.randn(1, rows, width, device=bench.device, dtype=bench.embeds.dtype)
+            for width in {linear.in_features for linear in linears}
+        }
+        return lambda: [linear(inputs[linear.in_features]) for linear in linears]
+
+    counts = [others + tokens for tokens in (geometry.visual, *kept, 0)]
+    times = interleave({str(rows): call(rows) for rows in counts}, rounds, bench.device)
+    return {int(rows): statistics.median(values) for rows, values in times.items()}
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -237,7 +259,9 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-def markdown(rows: list[dict[str, Any]], apart: dict[str, float], around: dict[str, Any]) -> str:
+def markdown(
+    rows: list[dict[str, Any]], apart: dict[str, float], matmuls: dict[int, float], around: dict[str, Any]
+) -> str:
     lines = [
         "| backend | policy | eq. 11 FLOPs | executed FLOPs | KV cache | prefill ms | ratio to original (quartiles) |",
         "| --- | --- | --- | --- | --- | --- | --- |",
@@ -254,6 +278,14 @@ def markdown(rows: list[dict[str, Any]], apart: dict[str, float], around: dict[s
         )
     lines.append("")
     lines.append("Apart from the decoder, ms: " + ", ".join(f"{name} {value:.1f}" for name, value in apart.items()))
+    full = max(matmuls)
+    parts = [
+        f"{count} rows ({count / full:.3f}) {value / matmuls[full]:.3f}"
+        for count, value in matmuls.items()
+        if count < full
+    ]
+    lines.append("")
+    lines.append(f"The linear layers alone, time relative to {full} rows: " + ", ".join(parts))
     lines.append("")
     lines.append("; ".join(f"{name}: {value}" for name, value in around.items()))
     return "\n".join(lines)
@@ -276,14 +308,17 @@ def main() -> None:
     for backend in options.backend or ["eager", "inductor"]:
         rows += measure(bench, backend, options.rounds)
     apart = measure_apart(bench, options.rounds)
+    matmuls = measure_matmuls(bench, options.rounds)
     around = environment(bench.device)
-    text = markdown(rows, apart, around)
+    text = markdown(rows, apart, matmuls, around)
     print(text)
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
         stem = options.out / f"prefill-{options.geometry}"
         stem.with_suffix(".md").write_text(text + "\n")
-        stem.with_suffix(".json").write_text(json.dumps({"rows": rows, "apart": apart, **around}, indent=1) + "\n")
+        stem.with_suffix(".json").write_text(
+            json.dumps({"rows": rows, "apart": apart, "matmuls": matmuls, **around}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

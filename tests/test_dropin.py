@@ -7,9 +7,17 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import DynamicCache, GenerationConfig, StaticCache
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    StaticCache,
+)
 
-from dop_compile import Policy
+from dop_compile import Policy, dop_compile
 from dop_compile.errors import UnsupportedModelError, UnsupportedUsageError
 from tests.families import FAMILIES
 from tests.support import assert_close, compile_eagerly, make_batch, reference
@@ -100,6 +108,48 @@ def test_a_module_replaced_after_compilation_is_used() -> None:
     assert_close(compiled(**batch.inputs).logits[batch.mask], reference(batch, PRUNED)[batch.mask])
 
 
+@pytest.mark.parametrize("path", ["lm_head", "model.multi_modal_projector", "model.language_model.norm"])
+@torch.no_grad()
+def test_a_child_replaced_on_the_original_is_used_and_the_other_way_not(path: str) -> None:
+    batch = make_batch("llava", model=FAMILIES["llava"].build())
+    compiled = compile_eagerly(batch.model, TIERS)
+    compiled(**batch.inputs)
+    old = batch.model.get_submodule(path)
+    doubled = nn.Sequential(old, Double())
+    batch.model.set_submodule(path, doubled)
+    for view, policy in ((compiled, TIERS["100%"]), (compiled.tier("pruned"), PRUNED)):
+        assert_close(view(**batch.inputs).logits[batch.mask], reference(batch, policy)[batch.mask])
+    compiled.set_submodule(path, old)
+    assert batch.model.get_submodule(path) is doubled
+
+
+class Double(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * x
+
+
+def test_a_decoder_replaced_on_the_original_is_refused() -> None:
+    batch = make_batch("llava", model=FAMILIES["llava"].build())
+    compiled = compile_eagerly(batch.model, PRUNED)
+    batch.model.model.language_model = FAMILIES["llava"].build().model.language_model
+    with pytest.raises(UnsupportedUsageError, match=r"model\.language_model was replaced.*compile the model again"):
+        compiled(**batch.inputs)
+
+
+@torch.no_grad()
+def test_decoder_arguments_passed_by_position() -> None:
+    torch.manual_seed(0)
+    config = GPTNeoXConfig(
+        vocab_size=60, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=48
+    )
+    model = GPTNeoXForCausalLM(config).eval()
+    ids = torch.arange(9)[None]
+    groups = torch.tensor([[2, 1, 1, 1, 1, 0, 0, 0, 0]])
+    compiled = dop_compile(model, TIERS, backend="eager", token_groups=groups)
+    assert torch.equal(compiled(ids).logits, model(ids).logits)
+    assert not torch.equal(compiled(ids, tier="pruned").logits, model(ids).logits)
+
+
 @pytest.mark.parametrize("path", ["mlp", "input_layernorm", "self_attn.q_proj", "self_attn.o_proj"])
 @torch.no_grad()
 def test_a_hook_added_after_compilation_runs_until_it_is_removed(path: str) -> None:
@@ -167,6 +217,24 @@ def test_outputs_that_pruned_operations_do_not_have(name: str, through_config: b
     arguments |= {"return_dict_in_generate": True} if arguments else {}
     with pytest.raises(UnsupportedUsageError, match=f"{name}=True"):
         compiled.generate(**batch.inputs, **arguments, max_new_tokens=2)
+
+
+def test_router_logits() -> None:
+    config = MixtralConfig(
+        vocab_size=60,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=48,
+        num_local_experts=4,
+    )
+    compiled = dop_compile(MixtralForCausalLM(config).eval(), Policy.full(2), backend="eager")
+    ids = torch.arange(9)[None]
+    with torch.no_grad():
+        compiled(ids)
+    with pytest.raises(UnsupportedUsageError, match="output_router_logits=True"):
+        compiled(ids, output_router_logits=True)
 
 
 @pytest.mark.parametrize("implementation", ["static", "quantized", "offloaded"])
