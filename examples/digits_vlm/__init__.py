@@ -1,0 +1,1 @@
+"""Small vision-language models that read handwritten digits: data, training, checkpoints."""
