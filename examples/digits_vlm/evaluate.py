@@ -1,7 +1,7 @@
 """Accuracy of a checkpoint on validation scans, by kind of question.
 
-    python -m digits_vlm.evaluate digits_vlm/checkpoints/llava                              # 500 questions a kind, greedy
-    python -m digits_vlm.evaluate digits_vlm/checkpoints/llava --policy policy.json         # the same, pruned
+    python -m digits_vlm.evaluate digits_vlm/checkpoints/llava                         # 500 questions a kind, greedy
+    python -m digits_vlm.evaluate digits_vlm/checkpoints/llava --policy policy.json    # the same, pruned
 
 An answer counts if all of its words are right.
 """

@@ -1,7 +1,7 @@
 """Train one of the two models from scratch.
 
     python -m digits_vlm.train llava --out digits_vlm/checkpoints/llava
-    torchrun --nproc-per-node=2 -m digits_vlm.train llava --out digits_vlm/checkpoints/llava  # two processes of one thread each
+    torchrun --nproc-per-node=2 -m digits_vlm.train llava --out digits_vlm/checkpoints/llava  # two of one thread each
 
 First the vision tower learns to say which digit each image token belongs to, then everything is trained on packed
 questions. Training can be interrupted: the same command goes on from the last saved step, and gives the same model as
