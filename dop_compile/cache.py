@@ -100,8 +100,25 @@ class PrunedCache(DynamicCache):
         Raises:
             UnsupportedUsageError: for any other cache.
         """
+        cls.check(cache)
         if isinstance(cache, PrunedCache):
             return cache
+        cache.__class__ = cls
+        adopted = cast(PrunedCache, cache)
+        adopted.layers = []
+        adopted.layer_class_to_replicate = DynamicLayer
+        adopted._start()
+        return adopted
+
+    @staticmethod
+    def check(cache: Any) -> None:
+        """Whether a compiled model can use the caller's cache; it is left as it is.
+
+        Raises:
+            UnsupportedUsageError: neither a pruned cache nor an empty, plain `DynamicCache`.
+        """
+        if isinstance(cache, PrunedCache):
+            return
         if type(cache) is not DynamicCache:
             raise UnsupportedUsageError(
                 f"past_key_values is a {type(cache).__name__}; a compiled model stores layers of unequal length and "
@@ -113,25 +130,28 @@ class PrunedCache(DynamicCache):
             raise UnsupportedUsageError(
                 "past_key_values was filled by another model; start the conversation with the compiled model"
             )
-        cache.__class__ = cls
-        adopted = cast(PrunedCache, cache)
-        adopted.layers = []
-        adopted.layer_class_to_replicate = DynamicLayer
-        adopted._start()
-        return adopted
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.columns_seen
 
+    # The compiled decoder asks a `ReducedView` for sizes and stores by `store`. Who asks or updates the cache itself is
+    # a model that knows nothing of the conversation that it holds, nor of what was pruned from it.
+
     def get_mask_sizes(self, query_length: Any, layer_idx: int = 0) -> tuple[int, int]:
-        # The compiled decoder asks a `ReducedView`; who asks the cache itself is a model that knows nothing of pruning
-        if any(entries.count != self.columns_seen for entries in self.entries.values()):
-            raise UnsupportedUsageError(
-                f"past_key_values holds only what tier {self.tier!r} of a compiled model keeps; continue the "
-                "conversation with that model"
-            )
-        sizes: tuple[int, int] = super().get_mask_sizes(query_length, layer_idx)
-        return sizes
+        raise self._foreign()
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        raise self._foreign()
+
+    def _foreign(self) -> UnsupportedUsageError:
+        return UnsupportedUsageError(
+            f"past_key_values belongs to a conversation with tier {self.tier!r} of a compiled model and cannot be "
+            "continued or begun by another model; use the compiled model, or a new cache"
+        )
+
+    def store(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """Append keys and values (batch, heads, entries, head dimension) to a layer; returns all that it holds."""
+        return super().update(keys, values, layer)
 
     @property
     def is_initialized(self) -> bool:

@@ -15,11 +15,19 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dop_compile.dropin import drop_in
-from dop_compile.errors import UnsupportedModelError
+from dop_compile.errors import UnsupportedModelError, UnsupportedUsageError
 from dop_compile.fingerprint import model_fingerprint
 from dop_compile.keep import KeepTable
 from dop_compile.local_sizes import localise_sizes
-from dop_compile.model_path import OriginalFollower, copy_path, decoder_path, placeholder_ids
+from dop_compile.model_path import (
+    OriginalFollower,
+    block_path,
+    copy_path,
+    decoder_path,
+    path_modules,
+    placeholder_ids,
+    unblocked,
+)
 from dop_compile.passes import PIPELINE, DecoderGraph, check_graph, run_passes
 from dop_compile.passes.annotate import ANNOTATE
 from dop_compile.passes.cleanup import eliminate_dead_nodes
@@ -77,6 +85,7 @@ class CompiledState:
         self.model_class = type(model)
         self.decoder_path = decoder_path(model)
         copies = copy_path(model, self.decoder_path)
+        block_path(copies, self.decoder_path)
         self.base = copies[0]
         self.original = OriginalFollower(model, copies, self.decoder_path)
         self.tiers = dict(tiers)
@@ -90,7 +99,7 @@ class CompiledState:
 
     @property
     def decoder(self) -> Any:
-        return self.base.get_submodule(self.decoder_path)
+        return unblocked(self.base.get_submodule(self.decoder_path))
 
     @property
     def programs(self) -> tuple[Program, ...]:
@@ -135,7 +144,11 @@ class CompiledState:
         return graph
 
     def _follow_changes(self) -> None:
-        """Forget programs that were built for modules since replaced, hooked, moved or switched to training."""
+        """Forget programs that were built for modules since replaced, hooked, moved or switched to training.
+
+        Raises:
+            UnsupportedUsageError: the model is trained with gradient checkpointing.
+        """
         structure = self._current_structure()
         if structure != self._structure:
             with self._lock:
@@ -144,7 +157,12 @@ class CompiledState:
                 self._structure = structure
 
     def _current_structure(self) -> Any:
-        decoder = self.decoder
+        decoder: Any = self.base.get_submodule(self.decoder_path)
+        if decoder.training and any(getattr(module, "gradient_checkpointing", False) for module in decoder.modules()):
+            raise UnsupportedUsageError(
+                "gradient checkpointing is not supported by a compiled model; call gradient_checkpointing_disable(), "
+                "or eval() for inference"
+            )
         weight = next(decoder.parameters())
         hooks = tuple(
             (id(module), *module._forward_hooks, None, *module._forward_pre_hooks, "forward" in vars(module))
@@ -154,6 +172,12 @@ class CompiledState:
 
 
 def _check_model(model: PreTrainedModel, has_groups: bool) -> None:
+    for name, module in path_modules(model, decoder_path(model)):
+        if "forward" in vars(module):
+            raise UnsupportedModelError(
+                f"the forward of {name or 'the model'} ({type(module).__name__}) was replaced on the instance, and "
+                "dop_compile would bypass it; remove what replaced it (accelerate's hooks: remove_hook_from_module)"
+            )
     decoder: Any = model.get_submodule(decoder_path(model))
     implementation = decoder.config._attn_implementation
     if implementation not in ATTENTION_IMPLEMENTATIONS:
@@ -223,13 +247,15 @@ def dop_compile(
         `token_groups`; `tier(name)` gives a view with another default tier.
 
     Raises:
-        TypeError: not a model that can generate, or not a policy.
+        TypeError: not a model that can generate, a compiled one, or not a policy.
         ValueError: a policy of another depth or for another model, an unknown reducer or pass.
         UnsupportedModelError: the decoder cannot be traced or its blocks cannot be recognised.
     """
     tiers = dict(policy) if isinstance(policy, Mapping) else {DEFAULT_TIER: policy}
     if not tiers:
         raise ValueError("policy: an empty mapping; give at least one tier")
+    if isinstance(getattr(model, "dop", None), CompiledState):
+        raise TypeError("model is a compiled model already; pass the original, with all policies as tiers")
     decoder_path(model)
     for tier, value in tiers.items():
         _check_policy(model, tier, value)

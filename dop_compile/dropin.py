@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dop_compile.cache import PrunedCache
-from dop_compile.errors import UnsupportedUsageError
+from dop_compile.errors import UnsupportedModelError, UnsupportedUsageError
 from dop_compile.model_path import copy_path, placeholder_ids, shallow_copy
 from dop_compile.outer_masks import builds_masks, deferring_forward
 from dop_compile.runtime import run_decoder
@@ -69,6 +69,9 @@ class _Frame:
         self.session = session
         state.original.update()
         self.chain = copy_path(root, state.decoder_path)
+        for module in self.chain:
+            vars(module).pop("forward", None)
+        self.chain[0].training = state.base.training
         self.root, self.decoder = self.chain[0], self.chain[-1]
         self._restored = False
         for module in self.chain[:-1]:
@@ -89,6 +92,11 @@ class _Frame:
             if hasattr(type(module), "get_placeholder_mask"):
                 module.get_placeholder_mask = self._note_placeholders(call, type(module), module)
         output = self.state.model_class.forward(self.root, *args, **kwargs)
+        if not call.done:
+            raise UnsupportedModelError(
+                f"the forward of {type(self.root).__name__} does not call {self.state.decoder_path}; what it returns "
+                "was not pruned"
+            )
         for value in output if isinstance(output, tuple) else (cache, getattr(output, "past_key_values", None)):
             if isinstance(value, PrunedCache):
                 value.conversation = self._conversation(call.batch)
@@ -101,6 +109,7 @@ class _Frame:
             if args:  # some outer models pass their decoder's arguments by position
                 positional = signature.bind_partial(self.decoder, *args).arguments
                 kwargs = {**dict(list(positional.items())[1:]), **kwargs}
+            call.done = True
             return run_decoder(self.state, self.decoder, call, **kwargs)
 
         return forward
@@ -210,7 +219,16 @@ class _Frame:
 
     # --- generate -------------------------------------------------------------------------------------------------
 
+    @staticmethod
+    def _check_generation(settings: Any, kwargs: dict[str, Any]) -> None:
+        if kwargs.get("prefill_chunk_size", getattr(settings, "prefill_chunk_size", None)):
+            raise UnsupportedUsageError(
+                "prefill_chunk_size is not supported by a compiled model: which tokens are pruned is decided for the "
+                "whole prompt; leave it unset"
+            )
+
     def generate(self, *args: Any, **kwargs: Any) -> Any:
+        self._check_generation(kwargs.get("generation_config") or self.root.generation_config, kwargs)
         self.restore(kwargs.get("past_key_values"))
         # The mask covers the whole conversation also where only the new tokens are passed
         given = (kwargs.get(name) for name in ("attention_mask", "inputs_embeds", "input_ids", "inputs"))
@@ -238,9 +256,26 @@ def drop_in(state: Any, base: nn.Module, tier: str) -> Any:
         return _Frame(state, view, session(kwargs)).forward(*args, **kwargs)
 
     def generate(*args: Any, **kwargs: Any) -> Any:
+        if view.forward is not own_forward:
+            raise UnsupportedUsageError(
+                "the forward of the compiled model was replaced, and generate would not call it; use a forward hook"
+            )
         return _Frame(state, view, session(kwargs)).generate(*args, **kwargs)
 
-    view.forward = _presented_as(state.model_class.forward, forward)
+    def train(mode: bool = True) -> Any:
+        state.original.train(mode)
+        view.training = mode
+        return view
+
+    def cannot_copy(*_: Any) -> Any:
+        raise TypeError(
+            "a compiled model cannot be copied or pickled: it shares the original's weights. Copy or save the original "
+            "(save_pretrained) and the policies (Policy.save), and compile again"
+        )
+
+    own_forward = view.forward = _presented_as(state.model_class.forward, forward)
+    view.train = train
+    view.__deepcopy__ = view.__reduce_ex__ = cannot_copy
     view.generate = _presented_as(state.model_class.generate, generate)
     view.tier = lambda name: drop_in(state, base, state.check_tier(name))
     view.dop = state

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -14,6 +15,13 @@ _SAMPLES_PER_TENSOR = 4096
 _VOLATILE = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "architectures")
 
 
+def _lasting(config: Any) -> Any:
+    """A configuration without what does not belong to the model: precision, paths and versions, at every level."""
+    if isinstance(config, dict):
+        return {key: _lasting(value) for key, value in config.items() if key not in _VOLATILE}
+    return config
+
+
 def model_fingerprint(model: PreTrainedModel) -> str:
     """64 hexadecimal digits of SHA-256 over the configuration and up to 4,096 evenly spaced values of each weight.
 
@@ -21,14 +29,13 @@ def model_fingerprint(model: PreTrainedModel) -> str:
     where rounding changes a sampled value. Weights on the meta device count by name and shape.
     """
     digest = hashlib.sha256()
-    config = {key: value for key, value in model.config.to_diff_dict().items() if key not in _VOLATILE}
-    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+    digest.update(json.dumps(_lasting(model.config.to_dict()), sort_keys=True, default=str).encode())
     with torch.no_grad():
         for name, tensor in sorted(model.state_dict().items()):
             digest.update(f"{name}{tuple(tensor.shape)}".encode())
             if tensor.device.type == "meta" or not tensor.numel():
                 continue
             flat = tensor.reshape(-1)
-            step = max(1, flat.numel() // _SAMPLES_PER_TENSOR)
+            step = -(-flat.numel() // _SAMPLES_PER_TENSOR)
             digest.update(flat[::step].float().cpu().numpy().tobytes())
     return digest.hexdigest()

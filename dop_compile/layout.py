@@ -54,7 +54,8 @@ class TokenLayout:
             [
                 [number.get(Atom(group, flag), number.get(Atom(group, True), 0)) for flag in (False, True)]
                 for group in self.universe.groups
-            ]
+            ],
+            device="cpu",
         )
         codes = table[self.codes.clamp(min=0), self.requested.long()]
         return torch.where(self.codes == NO_TOKEN, NO_TOKEN, codes)
@@ -63,7 +64,7 @@ class TokenLayout:
         """(batch, length) bool: the slots of the set. The full set includes padding, so that it needs no gather."""
         if tokens.is_all:
             return torch.ones_like(self.codes, dtype=torch.bool)
-        table = torch.tensor([atom in tokens.atoms for atom in self.universe.atoms] + [False])
+        table = torch.tensor([atom in tokens.atoms for atom in self.universe.atoms] + [False], device="cpu")
         return table[self._atom_codes]
 
     def slots(self, tokens: TokenSet) -> tuple[Tensor, Tensor]:
@@ -75,7 +76,7 @@ class TokenLayout:
             # Never empty: a grid without tokens has one position of padding, so that no shape becomes zero
             count = max(int(counts.max()), 1)
             order = torch.argsort(members.to(torch.int8), dim=1, stable=True)
-            valid = torch.arange(count) >= count - counts[:, None]
+            valid = torch.arange(count, device="cpu") >= count - counts[:, None]
             return order[:, self.length - count :].contiguous(), valid
 
         result: tuple[Tensor, Tensor] = self._once(("slots", tokens), make)
@@ -96,9 +97,9 @@ class TokenLayout:
 
         def make() -> Tensor:
             slots, valid = self.slots(tokens)
-            positions = torch.zeros(self.batch, self.length, dtype=torch.long)
-            rows = torch.arange(self.batch)[:, None].expand_as(slots)
-            columns = torch.arange(slots.shape[1]).expand_as(slots)
+            positions = torch.zeros(self.batch, self.length, dtype=torch.long, device="cpu")
+            rows = torch.arange(self.batch, device="cpu")[:, None].expand_as(slots)
+            columns = torch.arange(slots.shape[1], device="cpu").expand_as(slots)
             positions[rows[valid], slots[valid]] = columns[valid]
             return positions
 
@@ -122,9 +123,9 @@ class TokenLayout:
         def make() -> Tensor:
             slots, valid = self.slots(tokens)
             count = slots.shape[1]
-            index = torch.zeros(self.batch, self.count(target), dtype=torch.long)
-            rows = torch.arange(self.batch)[:, None].expand_as(slots)
-            flat = 1 + rows * count + torch.arange(count)
+            index = torch.zeros(self.batch, self.count(target), dtype=torch.long, device="cpu")
+            rows = torch.arange(self.batch, device="cpu")[:, None].expand_as(slots)
+            flat = 1 + rows * count + torch.arange(count, device="cpu")
             position = self._positions(target).gather(1, slots)
             index[rows[valid], position[valid]] = flat[valid]
             return index.to(self.device)

@@ -6,6 +6,7 @@ The modules on the path are the only ones that a compiled model has of its own; 
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -13,7 +14,16 @@ from transformers import PreTrainedModel
 
 from dop_compile.errors import UnsupportedUsageError
 
-__all__ = ["OriginalFollower", "copy_path", "decoder_path", "placeholder_ids", "shallow_copy"]
+__all__ = [
+    "OriginalFollower",
+    "block_path",
+    "copy_path",
+    "decoder_path",
+    "path_modules",
+    "placeholder_ids",
+    "shallow_copy",
+    "unblocked",
+]
 
 PLACEHOLDER_IDS = ("image_token_id", "video_token_id", "image_token_index", "video_token_index")
 """Where configurations name placeholder ids, for models that cannot say themselves which positions are visual."""
@@ -73,6 +83,13 @@ def copy_path(root: nn.Module, path: str) -> list[Any]:
     return chain
 
 
+def path_modules(root: nn.Module, path: str) -> list[tuple[str, nn.Module]]:
+    """The modules from `root` (named "") down to `path`, by name."""
+    names = path.split(".")
+    paths = [".".join(names[:number]) for number in range(len(names) + 1)]
+    return [(name, root.get_submodule(name)) for name in paths]
+
+
 class OriginalFollower:
     """Hands on what the user replaces on the original: `model.lm_head = x` is for the compiled model as well.
 
@@ -84,19 +101,24 @@ class OriginalFollower:
 
     def __init__(self, original: nn.Module, copies: list[Any], path: str):
         self._names = path.split(".")
-        originals = [original]
-        for name in self._names:
-            originals.append(originals[-1].get_submodule(name))
+        originals = [module for _, module in path_modules(original, path)]
         self._pairs = list(zip(originals, copies, strict=True))
         self._known = [dict(module._modules) for module in originals]
         self._lock = threading.Lock()
 
     def update(self) -> None:
-        """Adopt children replaced since the last call.
+        """Adopt children replaced, and a change of training mode, since the last call.
 
         Raises:
-            UnsupportedUsageError: the decoder, or a module around it, was replaced.
+            UnsupportedUsageError: the decoder or a module around it was replaced, or got another forward.
         """
+        for number, (module, copy) in enumerate(self._pairs):
+            if "forward" in vars(module):
+                raise UnsupportedUsageError(
+                    f"the forward of {self._name(number)} was replaced on the original model after dop_compile; a "
+                    "compiled model cannot follow that: put it back, or use a forward hook"
+                )
+            copy.training = module.training
         if all(known == module._modules for known, (module, _) in zip(self._known, self._pairs, strict=True)):
             return
         with self._lock:
@@ -107,7 +129,7 @@ class OriginalFollower:
                         continue
                     if name in self._names[number : number + 1]:
                         raise UnsupportedUsageError(
-                            f"{'.'.join(self._names[: number + 1])} was replaced on the original model after "
+                            f"{self._name(number + 1)} was replaced on the original model after "
                             "dop_compile; compile the model again"
                         )
                     if name in module._modules:
@@ -115,3 +137,35 @@ class OriginalFollower:
                     else:
                         del copy._modules[name]
                 self._known[number] = dict(module._modules)
+
+    def train(self, mode: bool = True) -> None:
+        """Switch the original, and with it the compiled model, to training or back."""
+        self._pairs[0][0].train(mode)
+        self.update()
+
+    def _name(self, number: int) -> str:
+        return ".".join(self._names[:number]) or type(self._pairs[0][0]).__name__
+
+
+def _use_compiled_model(name: str, kind: type) -> Callable[..., Any]:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        raise UnsupportedUsageError(
+            f"{name} ({kind.__name__}) of a compiled model cannot be called by itself; call the compiled model, or "
+            "this part of the original model"
+        )
+
+    return forward
+
+
+def block_path(chain: list[Any], path: str) -> None:
+    """Let the copies inside a compiled model refuse to be called: they would run the original's decoder, unpruned."""
+    names = path.split(".")
+    for number, module in enumerate(chain[1:], start=1):
+        module.forward = _use_compiled_model(".".join(names[:number]), type(module))
+
+
+def unblocked(module: nn.Module) -> Any:
+    """A shallow copy of a module of a compiled model, with the forward of its class."""
+    copy = shallow_copy(module, own_children=False)
+    vars(copy).pop("forward", None)
+    return copy

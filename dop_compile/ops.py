@@ -68,7 +68,7 @@ def zero_keyless(attention: Tensor, visible: Tensor | None) -> Tensor:
 
 def update_cache(cache: Any, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
     """Store new keys and values of a layer; returns all that the layer holds."""
-    result: tuple[Tensor, Tensor] = cache.update(keys, values, layer)
+    result: tuple[Tensor, Tensor] = cache.store(keys, values, layer)
     return result
 
 

@@ -197,7 +197,7 @@ class Policy:
         if num_layers != self.num_layers:
             raise ValueError(
                 f"num_layers: the policy is for {self.num_layers} layers, the model has {num_layers}; "
-                "search a policy for this model or rescale one with dop_compile.search.transfer"
+                "use a policy for this model"
             )
 
     def replace(self, **changes: Any) -> Policy:

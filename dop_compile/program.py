@@ -45,6 +45,17 @@ class _Register:
     number: int
 
 
+@dataclass(frozen=True)
+class _Weight:
+    """A parameter that a graph reads: looked up in each call, so that a replaced one is followed."""
+
+    owner: nn.Module
+    name: str
+
+    def value(self) -> Any:
+        return getattr(self.owner, self.name)
+
+
 class Program:
     """A runnable decoder for one keep table, one kind of request and one set of inputs."""
 
@@ -146,7 +157,7 @@ class Program:
             if node.op in ("call_module", "get_attr"):
                 value = _attribute(self._root, str(node.target))
                 holder = graph.placeholder(f"x{len(slots)}")
-                slots.append(value)
+                slots.append(value if node.op == "call_module" else self._weight(str(node.target)))
                 held[holder.name] = value
                 if node.op == "get_attr":
                     new[node] = holder
@@ -163,6 +174,10 @@ class Program:
         function = self._library.function(kind, graph, probe)
         outputs = tuple(self._register(node) for node in results)
         self._steps.append(_Step(function, tuple(slots), {}, outputs, is_piece=True))
+
+    def _weight(self, path: str) -> _Weight:
+        owner, _, name = path.rpartition(".")
+        return _Weight(self._root.get_submodule(owner), name)
 
     def _plan_release(self) -> None:
         """Free every intermediate after its last use, as Python locals of the original forward would be."""
@@ -191,6 +206,8 @@ class Program:
             registers[number] = index(spec)
 
         def read(a: Any) -> Any:
+            if isinstance(a, _Weight):
+                return a.value()
             return registers[a.number] if isinstance(a, _Register) else a
 
         for step in self._steps:

@@ -98,7 +98,7 @@ def make_reducer(policy: Policy, given: Sequence[Any] | None, batch: int) -> Red
 
 def _segments(columns: Tensor, visual: Tensor) -> Tensor:
     """Number of the contiguous run of placeholders that each column belongs to: one image, or one video."""
-    starts = visual & ~torch.cat([torch.zeros(1, dtype=torch.bool), visual[:-1]])
+    starts = visual & ~torch.cat([torch.zeros(1, dtype=torch.bool, device="cpu"), visual[:-1]])
     return (starts.cumsum(0) - 1)[columns]
 
 
@@ -115,7 +115,7 @@ def reduce_prompt(prompt: Prompt, policy: Policy, reducer: Reducer | None) -> Re
         ValueError: the reducer returned duplicates, indices out of range or a wrong number (see `select_tokens`).
     """
     number = {group: index for index, group in enumerate(call_groups(policy))}
-    codes = torch.full(prompt.valid.shape, number["text"])
+    codes = torch.full(prompt.valid.shape, number["text"], device="cpu")
     codes[prompt.system] = number["system"]
     if prompt.output is not None:
         codes[:, prompt.output] = number["output"]
@@ -124,7 +124,7 @@ def reduce_prompt(prompt: Prompt, policy: Policy, reducer: Reducer | None) -> Re
     if reducer is None:
         return Reduction(None, codes)
     keep = prompt.valid.clone()
-    position_columns = torch.arange(keep.shape[1]).repeat(keep.shape[0], 1)
+    position_columns = torch.arange(keep.shape[1], device="cpu").repeat(keep.shape[0], 1)
     features: list[tuple[int, Tensor, Tensor]] = []
     for row in range(keep.shape[0]):
         columns = (prompt.visual[row] & ~prompt.newline[row] & prompt.valid[row]).nonzero().squeeze(1)
@@ -161,11 +161,11 @@ def _gather(
     counts = keep.sum(dim=1)
     slots = int(counts.max())
     columns = torch.argsort(keep.to(torch.int8), dim=1, stable=True)[:, keep.shape[1] - slots :]
-    real = torch.arange(slots) >= slots - counts[:, None]
+    real = torch.arange(slots, device="cpu") >= slots - counts[:, None]
     removed = (prompt.valid & ~keep).long()
     before = removed.cumsum(dim=1).gather(1, columns)
     slot_of = torch.zeros_like(codes)
-    slot_of.scatter_(1, columns, torch.arange(slots).expand_as(columns))
+    slot_of.scatter_(1, columns, torch.arange(slots, device="cpu").expand_as(columns))
     moved = tuple((row, slot_of[row, ranked], new) for row, ranked, new in features)
     return Reduction(
         columns=torch.where(real, columns, -1),

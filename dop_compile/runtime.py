@@ -5,6 +5,7 @@ inputs_embeds --groups--> codes --reduce--> slots --program--> rows of requested
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ from dop_compile.trace import DecoderInputs
 __all__ = ["run_decoder"]
 
 PACKED_INPUT, PACKED_MASK = "deepstack_visual_embeds", "visual_pos_masks"
+UNUSED_ARGUMENTS = ("num_items_in_batch", "cache_position", "mm_token_type_ids")
+"""What outer models pass on to decoders that take any keyword but do nothing with these."""
 REFUSED_OUTPUTS = ("output_attentions", "output_hidden_states", "output_router_logits")
 
 
@@ -46,9 +49,7 @@ def _check_arguments(decoder: Any, call: Call, kwargs: dict[str, Any]) -> Argume
     use_cache = getattr(decoder.config, "use_cache", True) if use_cache is None else use_cache
     cache = kwargs.pop("past_key_values", None)
     if cache is not None:
-        cache = PrunedCache.adopt(cache)
-    elif use_cache:
-        cache = PrunedCache()
+        PrunedCache.check(cache)
     mask = kwargs.pop("attention_mask", None)
     masks = mask if isinstance(mask, DeferredMask) else None
     if masks is not None:
@@ -58,38 +59,49 @@ def _check_arguments(decoder: Any, call: Call, kwargs: dict[str, Any]) -> Argume
             "attention_mask must be (batch, tokens), 1 for tokens and 0 for padding; masks prepared by the caller "
             "cannot follow token reduction"
         )
-    packed = kwargs.pop(PACKED_INPUT, None) or ()
-    arguments = Arguments(
-        embeds,
-        mask,
-        masks,
-        kwargs.pop("position_ids", None),
-        cache,
-        tuple(packed),
-        kwargs.pop(PACKED_MASK, None),
-        tuple(sorted((name, value) for name, value in kwargs.items() if value is not None)),
-    )
-    for name, value in arguments.constants:
+    positions = kwargs.pop("position_ids", None)
+    _check_lengths(cache, embeds, mask, positions)
+    packed, packed_mask = kwargs.pop(PACKED_INPUT, None) or (), kwargs.pop(PACKED_MASK, None)
+    for name in UNUSED_ARGUMENTS:
+        if name not in inspect.signature(type(decoder).forward).parameters:
+            kwargs.pop(name, None)
+    constants = tuple(sorted((name, value) for name, value in kwargs.items() if value is not None))
+    for name, value in constants:
         if not isinstance(value, bool | int | float | str):
             raise UnsupportedUsageError(f"{name}={type(value).__name__} is not supported by a compiled model")
-    _check_past(call, arguments)
-    return arguments
+    if isinstance(cache, PrunedCache):
+        _check_tier(call, cache)
+    if cache is not None:  # last, so that a refused call leaves the caller's cache as it was
+        cache = PrunedCache.adopt(cache)
+    elif use_cache:
+        cache = PrunedCache()
+    return Arguments(embeds, mask, masks, positions, cache, tuple(packed), packed_mask, constants)
 
 
-def _check_past(call: Call, arguments: Arguments) -> None:
-    cache, mask = arguments.cache, arguments.attention_mask
-    if cache is None:
-        return
+def _check_tier(call: Call, cache: PrunedCache) -> None:
     if cache.columns_seen and cache.tier is not None and cache.policy != call.policy:
         raise UnsupportedUsageError(
             f"this conversation was begun under tier {cache.tier!r}; it cannot go on under {call.tier!r}, because "
             "its cache holds only what that policy keeps. Pass the same tier, or start a new conversation"
         )
-    columns = cache.columns_seen + arguments.embeds.shape[1]
-    if mask is not None and cache.columns is not None and mask.shape[1] != columns:
+
+
+def _check_lengths(cache: Any, embeds: Tensor, mask: Tensor | None, positions: Any) -> None:
+    batch, new = embeds.shape[:2]
+    past = 0 if cache is None else cache.get_seq_length()
+    if mask is not None and mask.shape != (batch, past + new):
         raise ValueError(
-            f"attention_mask covers {mask.shape[1]} tokens; with {cache.columns_seen} tokens in the cache and "
-            f"{arguments.embeds.shape[1]} new ones it must cover {columns}"
+            f"attention_mask is {tuple(mask.shape)}; with {past} tokens in the cache and {new} new ones in each of "
+            f"{batch} rows it must be {(batch, past + new)}"
+        )
+    if positions is None:
+        return
+    if not isinstance(positions, Tensor) or positions.dim() not in (2, 3):
+        raise ValueError("position_ids must be a tensor (batch, tokens) or (axes, batch, tokens)")
+    if positions.shape[-1] != new or positions.shape[-2] not in (1, batch):
+        raise ValueError(
+            f"position_ids are {tuple(positions.shape)}; for {new} new tokens in {batch} rows the last two sizes must "
+            f"be {(batch, new)}"
         )
 
 
@@ -98,7 +110,11 @@ def _check_gaps(decoder: nn.Module, slots: Slots) -> None:
     if slots.columns is None or slots.cache is None or not slots.cache.columns_seen:
         return
     mask = slots.arguments.attention_mask
-    tokens = torch.full((slots.batch,), slots.tokens) if mask is None else mask[:, -slots.tokens :].sum(dim=1).cpu()
+    tokens = (
+        torch.full((slots.batch,), slots.tokens, device="cpu")
+        if mask is None
+        else mask[:, -slots.tokens :].sum(dim=1).cpu()
+    )
     gaps = (slots.columns < 0).sum(dim=1).cpu()
     if bool((gaps > slots.tokens - tokens).any()) and _has_windows(decoder.config):
         raise UnsupportedUsageError(
@@ -188,11 +204,15 @@ def _caller_rows(
         columns = grid
     first = slots.tokens - rows
     valid = valid & (columns >= first)
-    if grid.shape[1] == rows and bool(valid.all()) and bool((columns == torch.arange(first, slots.tokens)).all()):
+    if (
+        grid.shape[1] == rows
+        and bool(valid.all())
+        and bool((columns == torch.arange(first, slots.tokens, device="cpu")).all())
+    ):
         return hidden
-    source = torch.zeros(slots.batch, rows, dtype=torch.long)
-    numbers = torch.arange(1, grid.numel() + 1).view_as(grid)
-    batch_rows = torch.arange(slots.batch)[:, None].expand_as(grid)
+    source = torch.zeros(slots.batch, rows, dtype=torch.long, device="cpu")
+    numbers = torch.arange(1, grid.numel() + 1, device="cpu").view_as(grid)
+    batch_rows = torch.arange(slots.batch, device="cpu")[:, None].expand_as(grid)
     source[batch_rows[valid], columns[valid] - first] = numbers[valid]
     source = source.to(slots.device)
     removed = compiled.finish(arguments.embeds[:, first:].to(hidden))

@@ -37,6 +37,7 @@ class Call:
         newline: the embedding of newlines inside image placeholders, for models that have one.
         token_groups: the caller's groups for text-only models: 0 text, 1 visual, 2 system.
         given: visual token indices per sample for the reducer "given".
+        done: whether the outer model has called its decoder.
     """
 
     tier: str
@@ -48,6 +49,7 @@ class Call:
     newline: Tensor | None = None
     token_groups: Tensor | None = None
     given: Sequence[Any] | None = None
+    done: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ def _visual_positions(call: Call, embeds: Tensor, prompt: int) -> tuple[Tensor, 
     elif call.visual:
         visual = torch.stack([m.any(dim=-1) if m.dim() == 3 else m for m in call.visual]).any(dim=0)
     else:
-        visual = torch.zeros(embeds.shape[:2], dtype=torch.bool)
+        visual = torch.zeros(embeds.shape[:2], dtype=torch.bool, device="cpu")
     visual = visual & (torch.arange(embeds.shape[1], device=visual.device) < prompt)
     newline = torch.zeros_like(visual)
     if call.newline is not None and call.visual:
@@ -87,7 +89,9 @@ def _prompt(call: Call, arguments: Arguments) -> Prompt | None:
     if prompt == 0:
         return None
     visual, newline = _visual_positions(call, embeds, prompt)
-    valid = torch.ones(embeds.shape[:2], dtype=torch.bool) if mask is None else mask[:, -tokens:].bool().cpu()
+    valid = (
+        torch.ones(embeds.shape[:2], dtype=torch.bool, device="cpu") if mask is None else mask[:, -tokens:].bool().cpu()
+    )
     visual, newline = visual & valid, newline & valid
     if call.token_groups is not None:
         system = (call.token_groups == 2).cpu() & visual.any(dim=1, keepdim=True) & valid
@@ -97,7 +101,7 @@ def _prompt(call: Call, arguments: Arguments) -> Prompt | None:
         system = (seen == 0) & visual.any(dim=1, keepdim=True) & valid & first
     if prompt == tokens and not bool((visual | system).any()):
         return None
-    return Prompt(embeds, valid, visual, newline, system, torch.arange(tokens) >= prompt)
+    return Prompt(embeds, valid, visual, newline, system, torch.arange(tokens, device="cpu") >= prompt)
 
 
 class Slots:
@@ -143,11 +147,11 @@ class Slots:
             codes = self.reduction.codes
             if not self.keep.is_dense:
                 table = [self._groups.index(g) if g in self._groups else 0 for g in call_groups(self.call.policy)]
-                codes = torch.where(codes == NO_TOKEN, NO_TOKEN, torch.tensor(table)[codes.clamp(min=0)])
+                codes = torch.where(codes == NO_TOKEN, NO_TOKEN, torch.tensor(table, device="cpu")[codes.clamp(min=0)])
             else:
                 codes = torch.where(codes == NO_TOKEN, NO_TOKEN, 0)
             return codes, codes != NO_TOKEN
-        codes = torch.zeros(shape, dtype=torch.long)
+        codes = torch.zeros(shape, dtype=torch.long, device="cpu")
         mask = self.arguments.attention_mask
         if mask is not None and self.count > 1:
             codes = torch.where(mask[:, -self.count :].bool().cpu(), codes, NO_TOKEN)
@@ -157,7 +161,7 @@ class Slots:
         """(batch, slots) bool: slots whose output row the caller wants; None for all."""
         if self.call.rows == 0 or self.call.rows >= self.tokens:
             return None
-        columns = torch.arange(self.tokens).expand(self.batch, -1)
+        columns = torch.arange(self.tokens, device="cpu").expand(self.batch, -1)
         if self.reduction is not None and self.reduction.columns is not None:
             columns = self.reduction.columns
         return (columns >= self.tokens - self.call.rows) & valid

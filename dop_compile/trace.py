@@ -12,7 +12,9 @@ attention interface.
 from __future__ import annotations
 
 import operator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -120,6 +122,12 @@ def _opened(decoder: nn.Module, layers: nn.ModuleList) -> set[int]:
     return found
 
 
+def _without_autocast(device: str) -> AbstractContextManager[Any]:
+    """Autocast would cast the weights to fake tensors, and keep those for everybody."""
+    available: bool = torch.amp.is_autocast_available(device)  # type: ignore[no-untyped-call]
+    return torch.autocast(device, enabled=False) if available else nullcontext()
+
+
 def trace_decoder(decoder: nn.Module, inputs: DecoderInputs | None = None) -> TracedDecoder:
     """Trace a text decoder (for example a `LlamaModel`). Any number of threads may trace and run it meanwhile.
 
@@ -136,7 +144,8 @@ def trace_decoder(decoder: nn.Module, inputs: DecoderInputs | None = None) -> Tr
     floating = weight.dtype if weight.dtype.is_floating_point else torch.get_default_dtype()
     tracer = DecoderTracer(decoder, _opened(decoder, layers), inputs, floating, weight.device)
     try:
-        graph, output_class = tracer.trace_decoder()
+        with _without_autocast(weight.device.type):
+            graph, output_class = tracer.trace_decoder()
     except Exception as error:  # whatever a forward does with a proxy that it cannot do
         where = f", in {tracer.failed_in}" if tracer.failed_in else ""
         raise UnsupportedModelError(f"{type(decoder).__name__} cannot be traced{where}: {error}") from error

@@ -10,6 +10,7 @@ import inspect
 import logging
 import operator
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
@@ -71,6 +72,7 @@ class DecoderTracer(ModuleTracer):
     def __init__(self, decoder: nn.Module, opened: Collection[int], inputs: DecoderInputs, dtype: Any, device: Any):
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         self._memo: dict[Any, Any] = {}
+        self._without_hooks: dict[str, nn.Module] = {}
         self._inputs = inputs
         config: Any = decoder.config
         self._example = (int(config.hidden_size), dtype, device)
@@ -205,7 +207,7 @@ class DecoderTracer(ModuleTracer):
         _EVALUATING.active = True
         try:
             with self._fake, torch.no_grad():
-                return self.root.get_submodule(path)(*plain[0], **plain[1])
+                return self._bare(path)(*plain[0], **plain[1])
         except Exception:
             return OPAQUE
         finally:
@@ -216,7 +218,7 @@ class DecoderTracer(ModuleTracer):
         try:
             with self._fake, torch.no_grad():
                 if kind == "call_module":
-                    return self.root.get_submodule(target)(*args, **kwargs)
+                    return self._bare(target)(*args, **kwargs)
                 if kind == "call_method":
                     return getattr(args[0], target)(*args[1:], **kwargs)
                 return target(*args, **kwargs)
@@ -230,7 +232,7 @@ class DecoderTracer(ModuleTracer):
 
     def _value_by_parts(self, path: str, args: Any, kwargs: Any) -> Any:
         """Mixtures route by content: what their parts return tells what they return, else it is like their input."""
-        module = self.root.get_submodule(path)
+        module = self._bare(path)
         fallback = next((a for a in flatten((args, kwargs)) if isinstance(a, Tensor)), OPAQUE)
         if not list(module.children()):
             return fallback
@@ -241,6 +243,12 @@ class DecoderTracer(ModuleTracer):
         except Exception:
             return fallback
         return map_nested(result, lambda a: a.value if isinstance(a, ValueProxy) else a)
+
+    def _bare(self, path: str) -> nn.Module:
+        """A module without the user's hooks, which are not for example values."""
+        if path not in self._without_hooks:
+            self._without_hooks[path] = _copy_without_hooks(self.root.get_submodule(path))
+        return self._without_hooks[path]
 
     def _key(self, kind: str, target: Any, args: Any, kwargs: Any) -> Any:
         """What decides an example value: layers repeat, so most are found again; None if it cannot be told."""
@@ -265,10 +273,22 @@ class _PartsTracer(DecoderTracer):
 
     def __init__(self, module: nn.Module, fake: FakeTensorMode):
         self._fake = fake
-        self._memo = {}
+        self._memo, self._without_hooks = {}, {}
         root = nn.Module()
         root.part = module
         ModuleTracer.__init__(self, root, {id(module)})
+
+
+def _copy_without_hooks(module: nn.Module) -> nn.Module:
+    copy: nn.Module = object.__new__(type(module))
+    vars(copy).update(vars(module))
+    vars(copy).pop("forward", None)
+    for name in vars(module):
+        if name.startswith("_") and name.endswith("_hooks"):
+            vars(copy)[name] = OrderedDict()
+    children = module._modules.items()
+    vars(copy)["_modules"] = {name: child and _copy_without_hooks(child) for name, child in children}
+    return copy
 
 
 def _is_mask(index: Any) -> bool:

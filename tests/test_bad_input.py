@@ -148,7 +148,7 @@ def test_attention_mask_that_does_not_cover_the_cache() -> None:
     batch = make_batch("llava", ONE_IMAGE)
     compiled = compile_eagerly(batch.model, GIVEN)
     cache = compiled(**batch.inputs, visual_indices=[[0, 1, 2, 3]]).past_key_values
-    with pytest.raises(ValueError, match=r"attention_mask covers 1 tokens; with 16 tokens in the cache.*cover 17"):
+    with pytest.raises(ValueError, match=r"attention_mask is \(1, 1\); with 16 tokens in the cache.*must be \(1, 17\)"):
         compiled(input_ids=torch.tensor([[20]]), attention_mask=torch.ones(1, 1), past_key_values=cache)
 
 

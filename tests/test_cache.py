@@ -86,7 +86,7 @@ def _extend(cache: PrunedCache, naive: Naive, keeps: list[list[bool]], stored: l
             [_key(row.name, None if s is None else naive.seen + grid[i][s], layer) for s in padded[i]]  # type: ignore[operator]
             for i, row in enumerate(naive.rows)
         ])[:, None, :, None]  # fmt: skip
-        cache.update(keys, keys.clone(), layer)
+        cache.store(keys, keys.clone(), layer)
         for i, row in enumerate(naive.rows):
             row.layers[layer] += [past + s for s in padded[i] if s is not None]
     columns = None if whole else torch.tensor([[-1 if c is None else c for c in row] for row in grid])

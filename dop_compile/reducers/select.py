@@ -101,7 +101,10 @@ def _merged(context: VisualContext, members: list[Tensor], selections: list[Sele
     """One ranking over the sample. Rank r of k kept stands at (r + 0.5) / k; ties: the lower segment."""
     device = context.projected.device
     # Equal fractions are equal doubles, since division rounds correctly; so ties stay ties.
-    ranks = [(torch.arange(len(s.indices), dtype=torch.float64) + 0.5) / len(s.indices) for s in selections]
+    ranks = [
+        (torch.arange(len(s.indices), dtype=torch.float64, device=s.indices.device) + 0.5) / len(s.indices)
+        for s in selections
+    ]
     order = torch.cat(ranks).argsort(stable=True).to(device)
     indices = torch.cat([member[s.indices] for member, s in zip(members, selections, strict=True)])[order]
 
