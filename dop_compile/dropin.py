@@ -22,10 +22,11 @@ from dop_compile.cache import PrunedCache
 from dop_compile.errors import UnsupportedModelError, UnsupportedUsageError
 from dop_compile.model_path import copy_path, placeholder_ids, shallow_copy
 from dop_compile.outer_masks import builds_masks, deferring_forward
+from dop_compile.policy import Policy
 from dop_compile.runtime import run_decoder
 from dop_compile.slots import Call
 
-__all__ = ["drop_in"]
+__all__ = ["Frame", "Session", "drop_in", "generate_under"]
 
 CONVERSATION_ATTRIBUTES = ("rope_deltas",)
 """Attributes that Hugging Face's outer models keep between calls on the module; here they live in the cache."""
@@ -37,16 +38,18 @@ CALL_ARGUMENTS = ("tier", "visual_indices", "token_groups")
 
 
 @dataclass
-class _Session:
+class Session:
     """One `generate`, or one plain forward call: its tier and what the caller said about its tokens.
 
-    `prompt_columns` is where the prompt ends in a `generate`: what stands in later columns was generated.
+    `policy` takes the place of the tier's. `prompt_columns` is where the prompt ends in a `generate`: what stands in
+    later columns was generated.
     """
 
     tier: str
     visual_indices: Any = None
     token_groups: Any = None
     prompt_columns: int | None = None
+    policy: Policy | None = None
 
 
 def _presented_as(method: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
@@ -61,10 +64,10 @@ def _presented_as(method: Callable[..., Any], function: Callable[..., Any]) -> C
     return call
 
 
-class _Frame:
+class Frame:
     """Private copies of the path modules for one session."""
 
-    def __init__(self, state: Any, root: nn.Module, session: _Session):
+    def __init__(self, state: Any, root: nn.Module, session: Session):
         self.state = state
         self.session = session
         state.original.update()
@@ -110,9 +113,13 @@ class _Frame:
                 positional = signature.bind_partial(self.decoder, *args).arguments
                 kwargs = {**dict(list(positional.items())[1:]), **kwargs}
             call.done = True
-            return run_decoder(self.state, self.decoder, call, **kwargs)
+            return self.run_decoder(call, kwargs)
 
         return forward
+
+    def run_decoder(self, call: Call, kwargs: dict[str, Any]) -> Any:
+        """The decoder's forward in this session, with its arguments by name."""
+        return run_decoder(self.state, self.decoder, call, **kwargs)
 
     def _call(self, named: dict[str, Any]) -> Call:
         session = self.session
@@ -127,7 +134,7 @@ class _Frame:
             prompt = min(max(session.prompt_columns - past, 0), length)
         call = Call(
             tier=session.tier,
-            policy=self.state.tiers[session.tier],
+            policy=session.policy or self.state.tiers[session.tier],
             rows=rows if isinstance(rows, int) and named.get("labels") is None else 0,
             prompt_tokens=prompt,
             batch=1 if tokens is None else tokens.shape[0],
@@ -246,21 +253,21 @@ def drop_in(state: Any, base: nn.Module, tier: str) -> Any:
     """
     view = shallow_copy(base, own_children=False)
 
-    def session(kwargs: dict[str, Any]) -> _Session:
+    def session(kwargs: dict[str, Any]) -> Session:
         values = {name: kwargs.pop(name, None) for name in CALL_ARGUMENTS}
         chosen = values.pop("tier") or tier
         state.check_tier(chosen)
-        return _Session(chosen, **values)
+        return Session(chosen, **values)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        return _Frame(state, view, session(kwargs)).forward(*args, **kwargs)
+        return Frame(state, view, session(kwargs)).forward(*args, **kwargs)
 
     def generate(*args: Any, **kwargs: Any) -> Any:
         if view.forward is not own_forward:
             raise UnsupportedUsageError(
                 "the forward of the compiled model was replaced, and generate would not call it; use a forward hook"
             )
-        return _Frame(state, view, session(kwargs)).generate(*args, **kwargs)
+        return Frame(state, view, session(kwargs)).generate(*args, **kwargs)
 
     def train(mode: bool = True) -> Any:
         state.original.train(mode)
@@ -281,3 +288,10 @@ def drop_in(state: Any, base: nn.Module, tier: str) -> Any:
     view.dop = state
     view.dop_tier = tier
     return view
+
+
+def generate_under(compiled: Any, policy: Policy, **kwargs: Any) -> Any:
+    """`compiled.generate` under a policy that is none of its tiers."""
+    session = Session(compiled.dop_tier, kwargs.pop("visual_indices", None), kwargs.pop("token_groups", None))
+    session.policy = policy
+    return Frame(compiled.dop, compiled, session).generate(**kwargs)

@@ -16,7 +16,7 @@ from dop_compile.policy import Policy
 from dop_compile.tokens import Atom, TokenSet, Universe
 from dop_compile.trace import DecoderInputs
 
-__all__ = ["LayerCost", "Prompt", "layer_costs"]
+__all__ = ["LayerCost", "Prompt", "layer_costs", "resumed_flops"]
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,10 @@ class _Run:
     dims: DecoderDims | None
     dtype_bytes: int
 
+    def flops(self) -> int:
+        """Of all layers."""
+        return sum(self.layer(number).flops or 0 for number in sorted({block.layer for block in self.blocks}))
+
     def layer(self, layer: int) -> LayerCost:
         blocks = [block for block in self.blocks if block.layer == layer]
         mha = next(block for block in blocks if block.kind == MHA)
@@ -165,3 +169,12 @@ def layer_costs(state: CompiledState, tier: str, prompt: Prompt, dims: DecoderDi
     dtype: Any = state.decoder.dtype
     run = _Run(counter, program.blocks, dims, dtype.itemsize)
     return tuple(run.layer(number) for number in range(policy.num_layers))
+
+
+def resumed_flops(state: CompiledState, policy: Policy, prompt: Prompt, dims: DecoderDims, first_layer: int = 0) -> int:
+    """FLOPs that a run of `policy` computes for one sample from `first_layer` on."""
+    counter = _Counter(policy, prompt)
+    inputs = DecoderInputs(cached=prompt.use_cache, first_layer=first_layer)
+    program = state.program(counter.keep, counter.universe, inputs)
+    dtype: Any = state.decoder.dtype
+    return _Run(counter, program.blocks, dims, dtype.itemsize).flops()

@@ -29,6 +29,11 @@ class DeferredMask:
         self._kwargs = kwargs
         self.attention_mask: Tensor | None = kwargs.get("attention_mask")
 
+    def original(self) -> dict[str, Any]:
+        """The masks that the outer model would have built, by layer type."""
+        result = self._builder(**self._kwargs)
+        return result if isinstance(result, dict) else {"full_attention": result}
+
     def build(
         self, embeds: Tensor, mask: Tensor | None, view: Any, positions: Tensor, columns: Tensor | None
     ) -> dict[str, Any]:

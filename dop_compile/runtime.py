@@ -159,6 +159,7 @@ def run_decoder(compiled: Any, decoder: nn.Module, call: Call, **kwargs: Any) ->
         cached=cache is not None,
         packed=len(packed[1]),
         constants=arguments.constants,
+        first_layer=call.first_layer,
     )
     program: Program = compiled.program(slots.keep, layout.universe, inputs)
     if mask is None and cache is None and slots.columns is not None:

@@ -37,6 +37,7 @@ class Call:
         newline: the embedding of newlines inside image placeholders, for models that have one.
         token_groups: the caller's groups for text-only models: 0 text, 1 visual, 2 system.
         given: visual token indices per sample for the reducer "given".
+        first_layer: the layer that the embeddings enter; later than 0, they are a residual stream taken from there.
         done: whether the outer model has called its decoder.
     """
 
@@ -49,6 +50,7 @@ class Call:
     newline: Tensor | None = None
     token_groups: Tensor | None = None
     given: Sequence[Any] | None = None
+    first_layer: int = 0
     done: bool = False
 
 

@@ -50,6 +50,7 @@ class DecoderInputs:
         cached: whether keys and values are stored.
         packed: how many tensors of packed per-visual-token features (DeepStack) are handed over.
         constants: other keyword arguments, all of them plain Python values.
+        first_layer: the layer that `inputs_embeds` enters; later than 0, they are a residual stream taken from there.
     """
 
     position_rows: int | None = None
@@ -57,6 +58,7 @@ class DecoderInputs:
     cached: bool = True
     packed: int = 0
     constants: tuple[tuple[str, Any], ...] = ()
+    first_layer: int = 0
 
 
 class DecoderTracer(ModuleTracer):

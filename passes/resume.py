@@ -1,0 +1,42 @@
+"""Begin at a later layer: the residual stream that enters it is the graph's input, all before it goes.
+
+Requires: annotated blocks; no cache, since the layers that go would not fill it.
+Ensures:  the first block is the attention of layer `first_layer`, and its stream is `inputs_embeds`.
+Numerics: exact; the nodes that stay do not change.
+
+Cases: 1. steps that replace the stream before that layer (DeepStack, scaled embeddings) go with it; 2. rotary tables
+and masks, which every layer shares, stay.  Does nothing for `first_layer` 0.
+"""
+
+from __future__ import annotations
+
+from dop_compile.errors import PassError
+from dop_compile.passes.cleanup import eliminate_dead_nodes
+from dop_compile.passes.graph import DecoderGraph
+from dop_compile.passes.infra import Pass, PassReport
+
+__all__ = ["RESUME"]
+
+
+def _resume(graph: DecoderGraph, report: PassReport) -> None:
+    first = graph.traced.inputs.first_layer
+    if first == 0:
+        return
+    if graph.cached:
+        raise PassError("resume", f"a cache would miss the layers before layer {first}", layer=first)
+    number = next((n for n, step in enumerate(graph.junctions) if any(b.layer >= first for b in step.blocks)), None)
+    if number is None:
+        raise PassError("resume", f"there is no layer {first}; layers are numbered from 0")
+    given = next(node for node in graph.graph.nodes if node.name == "inputs_embeds")
+    report.rewritten = number
+    stream = graph.junctions[number].stream
+    later = graph.junctions[number:]
+    stream.replace_all_uses_with(given)
+    for step in later:
+        if step.stream is stream:
+            step.stream = given
+    graph.junctions, graph.entry = later, given
+    eliminate_dead_nodes(graph.graph)
+
+
+RESUME = Pass("resume", _resume, optional=False, after=("annotate",), before=("remove_dead", "slice_operations"))
