@@ -9,7 +9,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constr
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo   run a pruned model on a photograph and show what was saved"
+	@echo "make demo   ask a small trained model about a picture of digits, in full and pruned"
 	@echo "make test   run the tests"
 	@echo "make lint   ruff"
 	@echo "make types  mypy --strict on the built and installed wheel"

@@ -1,4 +1,4 @@
-"""The command line: ``dop-compile explain|run|demo``.
+"""The command line: ``dop-compile explain|run|demo|profile|search|greedy|report``.
 
 Exit codes: 0 done; 2 wrong usage or bad input, with one line on stderr that says what; 1 any other failure.
 """
@@ -9,6 +9,8 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+
+from dop_compile.cli_search import add_search_commands, count, positive
 
 __all__ = ["main"]
 
@@ -29,10 +31,13 @@ Text and generated tokens are always processed in full. Finer policies are writt
 """
 EXAMPLES = """\
 examples:
-  dop-compile demo
+  dop-compile demo --number 3 --out pictures
   dop-compile explain llava-hf/llava-1.5-7b-hf --mha-depth 26 --mlp-depth 19 --visual-tokens 97
   dop-compile explain ./my-model --mha-query-depth 8 --mha-key-value-depth 28 --save-policy policy.json
   dop-compile run ./my-model --image photo.jpg --prompt "What is this?" --policy policy.json --compare
+  dop-compile profile ./my-model --samples samples.jsonl --out divergences.json
+  dop-compile search divergences.json --budget 0.37 --budget 0.28 --out policies
+  dop-compile report divergences.json --policy policies/37.json --policy policies/28.json --out report
 """
 EXPLAIN = """\
 Print, per layer, how many tokens are queries, keys and in the MLP, the FLOPs and the KV cache, and a
@@ -47,27 +52,15 @@ where there is one; else the image token is put before the prompt, unless the pr
 Several policies are tiers of one compiled model; the first is used unless --tier names another.
 """
 DEMO = """\
-Build a LLaVA with random weights (nothing is downloaded), compile it under several policies, check that
-the 100 % tier equals the original, and print what each policy costs and how long its prefill takes.
-Needs scikit-image for its photograph, or --image.
+A small trained LLaVA reads handwritten digits. An image is composed of scans that it was not trained on,
+and several questions about it are answered by the original and by three tiers of the compiled model:
+100 % (checked to equal the original), and two pruned ones, of which the second prunes queries and
+key-values apart. Printed are the answers, FLOPs, KV cache and measured prefill of each. The image is
+saved as demo-input.png, and image, answers and each tier's operations as demo.png.
+
+Nothing is downloaded. Model and data are in the repository, so this runs in a clone only; it needs
+pip install -e '.[demo]' there.
 """
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"expected a number >= 0, got {value}")
-    return value
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a number >= 1, got {value}")
-    return value
-
-
-_count.__name__ = _positive.__name__ = "whole number"  # argparse names the type in its messages
 
 
 def _policy_options() -> argparse.ArgumentParser:
@@ -90,7 +83,7 @@ def _policy_options() -> argparse.ArgumentParser:
         ("--system-mlp-depth", "the same as --mlp-depth for the tokens before the first visual one"),
         ("--visual-tokens", "visual tokens per sample that enter the decoder"),
     ):
-        group.add_argument(flag, type=_count, metavar="N", help=text)
+        group.add_argument(flag, type=count, metavar="N", help=text)
     group.add_argument("--reducer", metavar="NAME", help="who chooses the visual tokens: uniform (default), random")
     group.add_argument("--positions", choices=("original", "compact"), help="positions of kept tokens")
     return parser
@@ -102,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--debug", action="store_true", help="show a traceback where something fails")
     policy = _policy_options()
-    commands = parser.add_subparsers(dest="command", required=True, metavar="explain|run|demo")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, summary: str, text: str, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
         return commands.add_parser(
@@ -116,8 +109,8 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("model", metavar="MODEL", help="model directory, config.json, or hub id")
     for group, default in (("system", 35), ("visual", 576), ("text", 100)):
         help_text = f"{group} tokens of the prompt, before reduction (default {default})"
-        one.add_argument(f"--{group}", type=_count, default=default, metavar="N", help=help_text)
-    one.add_argument("--rows", type=_count, default=1, metavar="N", help="last rows of logits asked for; 0 for all")
+        one.add_argument(f"--{group}", type=count, default=default, metavar="N", help=help_text)
+    one.add_argument("--rows", type=count, default=1, metavar="N", help="last rows of logits asked for; 0 for all")
     one.add_argument("--dtype", choices=dtypes, default="auto", help="for the size of the KV cache")
     one.add_argument("--json", action="store_true", help="print JSON instead of a table")
     one.add_argument("--save-policy", metavar="FILE", help="write the policy as JSON")
@@ -129,13 +122,18 @@ def _parser() -> argparse.ArgumentParser:
     two.add_argument("--backend", default="eager", metavar="NAME", help=backend)
     two.add_argument("--dtype", choices=dtypes, default="auto", help="of the weights; auto: as saved")
     two.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
-    two.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N", help="length of the answer (64)")
+    two.add_argument("--max-new-tokens", type=positive, default=64, metavar="N", help="length of the answer (64)")
     two.add_argument("--compare", action="store_true", help="also the original's answer, and times")
 
-    three = command("demo", "a pruned model on a photograph, without downloads", DEMO)
+    three = command("demo", "a small trained model reads digits, in full and pruned; no downloads", DEMO)
+    three.add_argument("--checkpoint", metavar="DIR", help="another checkpoint of examples/digits_vlm")
+    three.add_argument("--out", default=".", metavar="DIR", help="where the pictures go (default: here)")
+    three.add_argument("--image", metavar="PATH", help="a picture of your own; answers are not marked right or wrong")
+    three.add_argument("--number", type=count, default=0, metavar="N", help="which canvas, and questions (0)")
+    three.add_argument("--seed", type=count, default=0, metavar="N", help="another series of canvases (0)")
     three.add_argument("--backend", default="eager", metavar="NAME", help=backend)
-    three.add_argument("--repeats", type=_positive, default=4, metavar="N", help="timed rounds (4)")
-    three.add_argument("--image", metavar="PATH", help="another photograph")
+    three.add_argument("--repeats", type=positive, default=10, metavar="N", help="timed rounds (10)")
+    add_search_commands(command)
     return parser
 
 
@@ -149,6 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from transformers.utils import logging
 
     from dop_compile import commands
+    from dop_compile.search import commands as search
 
     if not arguments.debug:
         logging.set_verbosity(40)  # errors only
@@ -156,6 +155,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "explain": commands.explain_command,
         "run": commands.run_command,
         "demo": commands.demo_command,
+        "profile": search.profile_command,
+        "search": search.search_command,
+        "greedy": search.greedy_command,
+        "report": search.report_command,
     }
     try:
         run[arguments.command](arguments)

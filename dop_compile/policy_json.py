@@ -32,6 +32,7 @@ __all__ = [
     "finite",
     "integer",
     "pairs",
+    "parse",
     "read",
     "store",
     "write_atomic",
@@ -182,7 +183,7 @@ def decode(text: str, where: str) -> Policy:
     if not isinstance(text, str):
         raise TypeError(f"{where}: expected JSON text, got {type(text).__name__}")
     try:
-        document = _object("document", _parse(text), None)
+        document = _object("document", parse(text), None)
         if document.get("format") != FORMAT:
             raise ValueError(f"format: expected {FORMAT!r}, got {document.get('format')!r}; this is not a policy file")
         version = document.get("version")
@@ -235,7 +236,8 @@ def write_atomic(path: str | os.PathLike[str], text: str) -> None:
         raise
 
 
-def _parse(text: str) -> object:
+def parse(text: str) -> object:
+    """JSON text in which no field is given twice and every number is finite; ValueError for anything else."""
     try:
         return json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
     except json.JSONDecodeError as error:

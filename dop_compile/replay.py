@@ -25,7 +25,7 @@ from dop_compile.executed import Prompt, resumed_flops
 from dop_compile.outer_masks import DeferredMask
 from dop_compile.policy import Policy
 from dop_compile.runtime import run_decoder
-from dop_compile.slots import Call
+from dop_compile.slots import Call, visual_positions
 from dop_compile.trace import find_layers
 
 __all__ = ["Replay"]
@@ -58,11 +58,13 @@ class Replay:
         prompt_tokens: int | None = None,
         rows: int = 1,
     ):
+        if "input_ids" not in inputs:
+            raise ValueError(f"inputs: expected input_ids among them, got {', '.join(inputs) or 'none'}")
         self._compiled = compiled
         self._rows = rows
         self._inputs = {name: value for name, value in inputs.items() if name not in _OWN}
         session = Session(compiled.dop_tier, inputs.get("visual_indices"), inputs.get("token_groups"))
-        session.prompt_columns = prompt_tokens or self._inputs["input_ids"].shape[1]
+        self._prompt = session.prompt_columns = prompt_tokens or self._inputs["input_ids"].shape[1]
         recorder = _Recorder(compiled, session, depths)
         keep = {"logits_to_keep": rows} if "logits_to_keep" in _parameters(compiled) else {}
         with torch.no_grad():
@@ -71,27 +73,28 @@ class Replay:
         """(batch, rows, vocabulary) logits of the untouched model."""
         assert recorder.call is not None
         self._call = replace(recorder.call, rows=rows)
-        self._decoder, self._arguments = recorder.decoder, recorder.arguments
+        self._decoder, self._arguments = recorder.decoder, dict(recorder.arguments)
+        ids = self._arguments.pop("input_ids", None)
+        if self._arguments.get("inputs_embeds") is None:  # text-only models leave the embedding to their decoder
+            self._arguments["inputs_embeds"] = self._decoder.get_input_embeddings()(ids).detach()
         self._streams = recorder.streams
 
     @property
     def counts(self) -> tuple[int, int, int]:
-        """System, visual and text tokens of a batch of one, padding left out and forced tokens among the text."""
-        valid = self._arguments["inputs_embeds"].shape[1]
-        ids: Tensor = self._inputs["input_ids"]
-        mask = self._inputs.get("attention_mask")
-        live = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
-        if self._call.token_groups is not None:
-            groups = self._call.token_groups[:1]
-            visual, system = groups == 1, groups == 2
-        else:
-            marks = [m.any(dim=-1) if m.dim() == 3 else m for m in self._call.visual]
-            visual = torch.stack(marks).any(dim=0)[:1] if marks else torch.zeros(1, valid, dtype=torch.bool)
-            visual = visual.to(live.device)
-            system = (visual.long().cumsum(1) == 0) & visual.any()
-        system, visual = system & live[:1], visual & live[:1]
-        total = int(live[0].sum())
-        return int(system.sum()), int(visual.sum()), total - int(system.sum()) - int(visual.sum())
+        """System, visual and text tokens of a batch of one, padding left out.
+
+        Forced tokens are text, and so are the newlines inside an image, which no policy drops.
+        """
+        embeds: Tensor = self._arguments["inputs_embeds"]
+        visual, newline = visual_positions(self._call, embeds, self._prompt)
+        groups = self._call.token_groups
+        system = (visual.cumsum(1) == 0 if groups is None else groups.cpu() == 2) & visual.any()
+        mask: Tensor | None = self._inputs.get("attention_mask")
+        live = torch.ones_like(visual) if mask is None else mask.cpu().bool()
+        total, visual_count, system_count = (
+            int(part[0].sum()) for part in (live, visual & ~newline & live, system & ~visual & live)
+        )
+        return system_count, visual_count, total - system_count - visual_count
 
     def first_layer(self, policy: Policy) -> int:
         """The layer at which a run of `policy` begins."""
@@ -125,7 +128,7 @@ class Replay:
         dims = DecoderDims.from_config(self._compiled.config)
         return resumed_flops(self._compiled.dop, policy, prompt, dims, self.first_layer(policy))
 
-    def _head(self, hidden: Tensor, kind: type) -> Tensor:
+    def _head(self, hidden: Tensor, kind: type[Any]) -> Tensor:
         """What the outer model makes of its decoder's output."""
         frame = _Stub(self._compiled, Session(self._compiled.dop_tier), hidden, kind)
         logits: Tensor = frame.forward(inputs_embeds=hidden, use_cache=False).logits
@@ -159,7 +162,7 @@ class _Recorder(Frame):
 class _Stub(Frame):
     """A call whose decoder returns what it was given."""
 
-    def __init__(self, compiled: Any, session: Session, hidden: Tensor, kind: type):
+    def __init__(self, compiled: Any, session: Session, hidden: Tensor, kind: type[Any]):
         super().__init__(compiled.dop, compiled, session)
         self._result = (hidden, None) if issubclass(kind, tuple) else kind(last_hidden_state=hidden)
 

@@ -20,7 +20,7 @@ from dop_compile.program import Program
 from dop_compile.prompt import Prompt, Reduction, call_groups, make_reducer, reduce_prompt
 from dop_compile.tokens import Universe
 
-__all__ = ["Arguments", "Call", "Slots"]
+__all__ = ["Arguments", "Call", "Slots", "visual_positions"]
 
 
 @dataclass
@@ -68,7 +68,7 @@ class Arguments:
     constants: tuple[tuple[str, Any], ...]
 
 
-def _visual_positions(call: Call, embeds: Tensor, prompt: int) -> tuple[Tensor, Tensor]:
+def visual_positions(call: Call, embeds: Tensor, prompt: int) -> tuple[Tensor, Tensor]:
     """(batch, tokens) bool masks, on the CPU, of the prompt's visual tokens and of newlines among them."""
     if call.token_groups is not None:
         visual = call.token_groups == 1
@@ -90,7 +90,7 @@ def _prompt(call: Call, arguments: Arguments) -> Prompt | None:
     prompt = tokens if call.prompt_tokens is None else call.prompt_tokens
     if prompt == 0:
         return None
-    visual, newline = _visual_positions(call, embeds, prompt)
+    visual, newline = visual_positions(call, embeds, prompt)
     valid = (
         torch.ones(embeds.shape[:2], dtype=torch.bool, device="cpu") if mask is None else mask[:, -tokens:].bool().cpu()
     )

@@ -1,14 +1,18 @@
 """Policies from a few samples: measure what pruning costs along each axis, then optimise for any budget."""
 
 from dop_compile.search.divergences import Divergences
+from dop_compile.search.greedy import greedy_order
 from dop_compile.search.measure import measure_divergences, measure_policies
 from dop_compile.search.optimize import InfeasibleBudgetError, candidates, optimize
+from dop_compile.search.order import OperationOrder
 from dop_compile.search.transfer import transfer
 
 __all__ = [
     "Divergences",
     "InfeasibleBudgetError",
+    "OperationOrder",
     "candidates",
+    "greedy_order",
     "measure_divergences",
     "measure_policies",
     "optimize",

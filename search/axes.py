@@ -7,7 +7,8 @@ that enter (a number from 0 to 1), or their count (an int).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
 
 from dop_compile.policy import Policy
 from dop_compile.policy_json import choice, finite, integer
@@ -21,6 +22,7 @@ __all__ = [
     "axis_policy",
     "check_points",
     "default_points",
+    "tokens_kept",
 ]
 
 VISUAL_TOKENS = "visual_tokens"
@@ -69,10 +71,14 @@ def check_points(
     for axis in axes:
         values = given.get(axis, default_points(axis, num_layers))
         field = f"points[{axis!r}]"
+        if isinstance(values, str) or not isinstance(values, Iterable):
+            raise TypeError(f"{field}: expected a list of points, got {values!r}")
+        values = tuple(values)
         checked = {
             _fraction(field, v) if axis == VISUAL_TOKENS else integer(field, v, low=0, high=num_layers) for v in values
         }
-        checked.discard(1.0 if axis == VISUAL_TOKENS else num_layers)
+        full = 1.0 if axis == VISUAL_TOKENS else num_layers
+        checked = {value for value in checked if value != full or type(value) is not type(full)}  # 1 is a count
         if not checked:
             raise ValueError(f"{field}: expected at least one point below the full value, got {list(values)}")
         if len({isinstance(value, int) for value in checked}) > 1:
@@ -82,7 +88,7 @@ def check_points(
 
 
 def _fraction(field: str, value: object) -> int | float:
-    if isinstance(value, int):
+    if isinstance(value, Integral):
         return integer(field, value, low=0)
     fraction = finite(field, value)
     if not 0 <= fraction <= 1:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,8 @@ import numpy as np
 
 from dop_compile.costs import DecoderDims
 from dop_compile.policy import JsonScalar, Policy
-from dop_compile.policy_json import write_atomic
-from dop_compile.search.axes import VISUAL_TOKENS
+from dop_compile.policy_json import choice, finite, integer, pairs, parse, write_atomic
+from dop_compile.search.axes import AXES, VISUAL_TOKENS, tokens_kept
 
 __all__ = ["Divergences"]
 
@@ -77,9 +77,14 @@ class Divergences:
         return np.asarray(self.values[axis], dtype=np.float64)
 
     @property
+    def _is_own(self) -> bool:
+        """Whether `counts` are those of the measured samples."""
+        return len(self.counts) == len(self.digests)
+
+    @property
     def sample_tokens(self) -> tuple[int, ...]:
         """All visual tokens of each measured sample; transferred divergences count them on the target's scale."""
-        if len(self.counts) == len(self.digests):
+        if self._is_own:
             return tuple(visual for _, visual, _ in self.counts)
         return (self.visual_tokens,) * len(self.digests)
 
@@ -88,7 +93,8 @@ class Divergences:
         scale = visual or self.visual_tokens
         points = self.points[axis]
         if axis == VISUAL_TOKENS:
-            ascending = [p if isinstance(p, int) else p * scale for p in reversed(points)]
+            # A sample keeps whole tokens; between those of another model is interpolated (DOP C.5)
+            ascending = [tokens_kept(p, scale) if self._is_own else p * scale for p in reversed(points)]
             return np.array([*ascending, scale], dtype=np.float64)
         return np.array([*reversed(points), self.num_layers], dtype=np.float64)
 
@@ -100,8 +106,7 @@ class Divergences:
         """Those of some samples only; one may be named several times (bootstrap)."""
         values = {axis: tuple(tuple(row[i] for i in samples) for row in rows) for axis, rows in self.values.items()}
         digests = tuple(self.digests[i] for i in samples)
-        own = len(self.counts) == len(self.digests)
-        counts = tuple(self.counts[i] for i in samples) if own else self.counts
+        counts = tuple(self.counts[i] for i in samples) if self._is_own else self.counts
         return dataclasses.replace(self, values=values, counts=counts, digests=digests)
 
     # --- JSON -----------------------------------------------------------------------------------------------------
@@ -123,45 +128,34 @@ class Divergences:
             ValueError: starting with `where`, and naming the field, for anything else.
         """
         try:
-            document = json.loads(text)
+            document = parse(text)
             if not isinstance(document, dict) or document.get("format") != FORMAT:
                 raise ValueError("format: this is not a file of divergences")
             if document.get("version") != VERSION:
                 raise ValueError(f"version: this release reads version {VERSION}; measure the divergences again")
-            names = {field.name for field in dataclasses.fields(cls)}
-            if wrong := names.symmetric_difference(set(document) - {"format", "version"}):
+            if wrong := set(_READERS).symmetric_difference(set(document) - {"format", "version"}):
                 raise ValueError(f"{', '.join(sorted(wrong))}: unknown or missing")
-            found = cls._from_document({name: document[name] for name in names})
+            found = cls(**{name: _read(name, document[name]) for name in _READERS})
             found.check()
             return found
-        except (TypeError, ValueError, KeyError, AttributeError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{where}: {error}") from error
-
-    @classmethod
-    def _from_document(cls, document: dict[str, Any]) -> Divergences:
-        sizes = {name: tuple(v) if isinstance(v, list) else v for name, v in document["dims"].items()}
-        return cls(
-            **document
-            | {
-                "dims": DecoderDims(**sizes),
-                "base": Policy.from_json(json.dumps(document["base"])),
-                "counts": tuple(tuple(int(n) for n in row) for row in document["counts"]),
-                "points": {axis: tuple(points) for axis, points in document["points"].items()},
-                "values": {
-                    axis: tuple(tuple(float(v) for v in row) for row in rows)
-                    for axis, rows in document["values"].items()
-                },
-                "digests": tuple(document["digests"]),
-                "metric_options": tuple(sorted(document["metric_options"].items())),
-                "versions": tuple(sorted(document["versions"].items())),
-            }
-        )
 
     def check(self) -> None:
         """Raises ValueError where the parts do not fit each other."""
         samples = len(self.digests)
         if not samples or not self.counts:
             raise ValueError("digests, counts: expected at least one sample")
+        if not self.visual_tokens:
+            raise ValueError("counts: expected visual tokens, got samples without any")
+        self.base.check_layers(self.num_layers)
+        for axis, points in self.points.items():
+            largest: float = 1 if axis == VISUAL_TOKENS else self.num_layers
+            if axis == VISUAL_TOKENS and all(isinstance(point, int) for point in points):
+                largest = np.inf
+            bounds = (largest, *points, 0)
+            if not points or list(bounds) != sorted(bounds, reverse=True):
+                raise ValueError(f"points[{axis!r}]: expected descending values from 0 to {largest}, got {points}")
         if set(self.points) != set(self.values):
             raise ValueError(f"values: measured axes {sorted(self.values)}, but points of {sorted(self.points)}")
         for axis, rows in self.values.items():
@@ -182,3 +176,68 @@ class Divergences:
         except UnicodeDecodeError as error:
             raise ValueError(f"{os.fspath(path)}: expected UTF-8 JSON text, {error}") from error
         return cls.from_json(text, os.fspath(path))
+
+
+# --- fields of the JSON document ----------------------------------------------------------------------------------
+
+
+def _read(name: str, value: Any) -> Any:
+    try:
+        return _READERS[name](value)
+    except (TypeError, ValueError, AttributeError) as error:
+        text = str(error)
+        raise ValueError(text if text.startswith(name) else f"{name}: {text}") from error
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise TypeError(f"expected a text, got {value!r}")
+    return value
+
+
+def _list(value: Any) -> Sequence[Any]:
+    if not isinstance(value, list):
+        raise TypeError(f"expected a list, got {value!r}")
+    return value
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, dict):
+        raise TypeError(f"expected an object, got {value!r}")
+    return value
+
+
+def _by_axis(value: Any, read: Callable[[Any], Any]) -> dict[str, tuple[Any, ...]]:
+    return {choice("axis", axis, AXES): tuple(map(read, _list(items))) for axis, items in _mapping(value).items()}
+
+
+def _point(value: Any) -> int | float:
+    return integer("point", value, low=0) if isinstance(value, int) else finite("point", value)
+
+
+def _counts(value: Any) -> tuple[int, int, int]:
+    system, visual, text = (integer("tokens", number, low=0) for number in _list(value))
+    return system, visual, text
+
+
+def _dims(value: Any) -> DecoderDims:
+    sizes: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in _mapping(value).items()}
+    return DecoderDims(**sizes)
+
+
+_READERS: dict[str, Callable[[Any], Any]] = {
+    "model_fingerprint": _text,
+    "model_type": _text,
+    "dims": _dims,
+    "dtype_bytes": lambda value: integer("dtype_bytes", value, low=1),
+    "metric": _text,
+    "metric_options": lambda value: pairs("metric_options", _mapping(value)),
+    "base": lambda value: Policy.from_json(json.dumps(value)),
+    "counts": lambda value: tuple(map(_counts, _list(value))),
+    "points": lambda value: _by_axis(value, _point),
+    "values": lambda value: _by_axis(value, lambda row: tuple(finite("value", number) for number in _list(row))),
+    "digests": lambda value: tuple(map(_text, _list(value))),
+    "prefills": lambda value: finite("prefills", value),
+    "seed": lambda value: integer("seed", value, low=-(2**63)),
+    "versions": lambda value: tuple((name, _text(version)) for name, version in pairs("versions", _mapping(value))),
+}

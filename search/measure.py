@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dop_compile.compiler import dop_compile
-from dop_compile.costs import DecoderDims
+from dop_compile.costs import DecoderDims, prefill_flops
 from dop_compile.dropin import generate_under
 from dop_compile.fingerprint import model_fingerprint
 from dop_compile.policy import JsonScalar, Policy
@@ -34,7 +34,7 @@ from dop_compile.replay import Replay
 from dop_compile.search.axes import DEPTH_AXES, SPLIT_AXES, VISUAL_TOKENS, axis_policy, check_points
 from dop_compile.search.divergences import Divergences
 from dop_compile.search.metrics import METRICS, is_right
-from dop_compile.search.progress import Progress
+from dop_compile.search.progress import Progress, check_header
 
 __all__ = ["SampleMeter", "measure_divergences", "measure_policies"]
 
@@ -72,19 +72,31 @@ class SampleMeter:
         self._answers = sample.get(ANSWERS)
         self._inputs = {name: value for name, value in sample.items() if name != ANSWERS}
         self._decode = decode
+        if isinstance(self._answers, str):
+            raise TypeError(f"answers: expected a list of strings, got {self._answers!r}")
         if self._metric.compare is None and (not self._answers or decode is None):
             raise ValueError("accuracy_drop: expected samples with answers, and decode (token ids to text)")
+        if "input_ids" not in self._inputs or self._inputs["input_ids"].shape[0] != 1:
+            raise ValueError("expected what the model's forward takes for one prompt: input_ids (1, tokens)")
         columns = self._inputs["input_ids"].shape[1]
         inputs, rows = self._inputs, 1
         if self._metric.forced and tokens > 1:
             inputs, rows = _forced(compiled, self._inputs, tokens - 1), tokens
+        self._forced_tokens = rows - 1
         self.replay = Replay(compiled, inputs, depths=depths, prompt_tokens=columns, rows=rows)
         self._right: bool | None = None
 
     @property
     def counts(self) -> tuple[int, int, int]:
-        """System, visual and text tokens, before reduction."""
-        return self.replay.counts
+        """System, visual and text tokens of the prompt, before reduction."""
+        system, visual, text = self.replay.counts
+        return system, visual, text - self._forced_tokens
+
+    def flops(self, policy: Policy) -> int:
+        """Decoder FLOPs of the run that `divergence` compares; of generated answers those of the prompt alone."""
+        if self._metric.compare is None:
+            return prefill_flops(self._compiled.config, policy, *self.counts)
+        return self.replay.flops(policy)
 
     def divergence(self, policy: Policy) -> float:
         """Of the model under `policy` from the original."""
@@ -110,7 +122,9 @@ def _forced(compiled: Any, inputs: Mapping[str, Any], count: int) -> dict[str, A
     columns = inputs["input_ids"].shape[1]
     longer = {**inputs, "input_ids": ids}
     for name, value in inputs.items():
-        if name != "input_ids" and isinstance(value, Tensor) and value.shape == inputs["input_ids"].shape:
+        if name in ("input_ids", "token_groups"):  # the groups are those of the prompt
+            continue
+        if isinstance(value, Tensor) and value.shape == inputs["input_ids"].shape:
             fill = 1 if name == "attention_mask" else 0
             longer[name] = torch.nn.functional.pad(value, (0, ids.shape[1] - columns), value=fill)
     return longer
@@ -118,13 +132,21 @@ def _forced(compiled: Any, inputs: Mapping[str, Any], count: int) -> dict[str, A
 
 def _digest(sample: Mapping[str, Any]) -> str:
     found = hashlib.sha256()
-    for name, value in sorted(sample.items()):
-        found.update(name.encode())
+
+    def note(value: Any) -> None:
         if isinstance(value, Tensor):
             found.update(f"{tuple(value.shape)}{value.dtype}".encode())
             found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        elif isinstance(value, list | tuple):
+            found.update(f"{type(value).__name__} {len(value)}".encode())
+            for item in value:
+                note(item)
         else:
             found.update(repr(value).encode())
+
+    for name, value in sorted(sample.items()):
+        found.update(name.encode())
+        note(value)
     return found.hexdigest()
 
 
@@ -160,7 +182,8 @@ def measure_divergences(
         reducer, reducer_options, positions: as in `Policy`.
         backend: of `dop_compile`; compiling pays off for large models only.
         seed: recorded: the one that the samples were drawn with.
-        resume: where the result is saved; every finished sample is kept beside it, and a later call goes on there.
+        resume: where the result is saved; every finished sample is kept beside it, and a later call goes on there. A
+            result that is there already is returned.
 
     Raises:
         TypeError, ValueError: no samples, a sample without visual tokens, unknown axes, points or metrics; what is
@@ -172,6 +195,8 @@ def measure_divergences(
     choice("metric", metric, METRICS)
     tokens = integer("tokens", tokens, low=1)
     layers = model.config.get_text_config(decoder=True).num_hidden_layers
+    if not len(axes):
+        raise ValueError("axes: expected at least one, got none")
     for axis in axes:
         choice("axes", axis, (*DEPTH_AXES, VISUAL_TOKENS))
     chosen = check_points(points, tuple(dict.fromkeys(axes)), layers)
@@ -179,17 +204,15 @@ def measure_divergences(
         reducer=reducer, reducer_options=tuple(sorted((reducer_options or {}).items())), positions=positions
     )
     options = (("tokens", tokens),) if METRICS[metric].forced else ()
-    header = {
-        "fingerprint": model_fingerprint(model),
-        "samples": len(samples),
-        "metric": [metric, *options],
-        "base": base.to_json(),
-        "points": {axis: list(values) for axis, values in chosen.items()},
-        "seed": seed,
-    }
+    header = _header(model_fingerprint(model), len(samples), metric, options, base, chosen, seed)
     path = None if resume is None else Path(resume)
     progress = Progress(path, header, rank)
     _barrier()  # all have read what is there before anybody writes
+    if path is not None and path.exists():
+        done = _finished(path, header, samples)
+        if rank == 0:
+            progress.remove()
+        return done
     compiled = dop_compile(model, base, backend=backend)
     depths = sorted({int(point) for axis in axes if axis in DEPTH_AXES for point in chosen[axis]} - {layers})
     todo = [number for number in range(len(samples)) if number not in progress.rows]
@@ -232,13 +255,43 @@ def _measure(
     for axis, points in chosen.items():
         policies = [axis_policy(axis, point, visual, base) for point in points]
         values[axis] = [meter.divergence(policy) for policy in policies]
-        flops += sum(meter.replay.flops(policy) for policy in policies)
+        flops += sum(meter.flops(policy) for policy in policies)
     return {
         "digest": _digest(sample),
         "counts": [system, visual, text],
         "prefills": flops / whole,
         "values": values,
     }
+
+
+def _header(
+    fingerprint: str,
+    samples: int,
+    metric: str,
+    options: tuple[tuple[str, JsonScalar], ...],
+    base: Policy,
+    points: Mapping[str, Sequence[int | float]],
+    seed: int,
+) -> dict[str, Any]:
+    """What makes two measurements the same, but for the samples."""
+    return {
+        "fingerprint": fingerprint,
+        "samples": samples,
+        "metric": [metric, *options],
+        "base": base.to_json(),
+        "points": {axis: list(values) for axis, values in points.items()},
+        "seed": seed,
+    }
+
+
+def _finished(path: Path, header: dict[str, Any], samples: Sequence[Mapping[str, Any]]) -> Divergences:
+    """The result at `path`, if it is that of this measurement."""
+    found = Divergences.load(path)
+    settings = (found.metric, found.metric_options, found.base, found.points, found.seed)
+    check_header(path, _header(found.model_fingerprint, len(found.digests), *settings), header)
+    for number, digest in enumerate(found.digests):
+        _check_same(samples[number], number, digest)
+    return found
 
 
 def _check_same(sample: Mapping[str, Any], number: int, digest: str) -> None:
@@ -336,7 +389,9 @@ def measure_policies(
     choice("metric", metric, METRICS)
     if not len(samples):
         raise ValueError("samples: expected at least one, got none")
-    compiled = dop_compile(model, policies[0], backend=backend)
+    if not len(policies):
+        raise ValueError("policies: expected at least one, got none")
+    compiled = dop_compile(model, {str(number): policy for number, policy in enumerate(policies)}, backend=backend)
     found = np.empty((len(policies), len(samples)))
     for number in tqdm(range(len(samples)), desc="measuring policies", leave=False, file=sys.stderr):
         meter = SampleMeter(compiled, samples[number], metric, tokens=tokens, decode=decode)

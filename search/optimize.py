@@ -11,8 +11,9 @@ Spaces:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, overload
 
 import numpy as np
@@ -29,6 +30,8 @@ __all__ = ["SPACES", "Candidate", "InfeasibleBudgetError", "candidates", "optimi
 SPACES = {"dop": DOP_AXES, "split": SPLIT_AXES}
 Array = np.ndarray[Any, np.dtype[np.float64]]
 Ints = np.ndarray[Any, np.dtype[np.int64]]
+Flags = np.ndarray[Any, np.dtype[np.bool_]]
+Measure = Callable[[Sequence[Policy]], Sequence[float]]
 Cost = Callable[[Ints, Ints, Ints, Ints], Array]
 
 
@@ -47,12 +50,20 @@ class Candidate:
 
 @dataclass(frozen=True)
 class _Limit:
-    """A cost that may not exceed a bound; `unit` tells people what it counts."""
+    """A cost that may not exceed a bound, which people read in units of `scale`.
+
+    `least_tokens` gives the visual tokens that must enter under a bound; None where any number may.
+    """
 
     cost: Cost
     bound: float
     scale: float
     name: str
+    least_tokens: Callable[[float], int] | None = None
+
+    def allows(self, space: _Space, n: Ints) -> Flags:
+        """Which combinations of depths, with so many visual tokens each, cost no more than the bound."""
+        return self.cost(space.query, space.keys, space.mlp, n) <= self.bound * (1 + 1e-12)
 
 
 class _Space:
@@ -73,13 +84,22 @@ class _Space:
             inside = (grids[0] <= grids[1]) & (grids[2] <= grids[1])
             self.query, self.keys, self.mlp = (grid[inside] for grid in grids)
             with np.errstate(invalid="ignore"):  # inf - inf, below the lowest measured depths
-                updates = query[self.query] - query[self.keys]
-                changes = mlp[self.mlp] - mlp[self.keys]
+                updates = np.where(self.query == self.keys, 0.0, query[self.query] - query[self.keys])
+                changes = np.where(self.mlp == self.keys, 0.0, mlp[self.mlp] - mlp[self.keys])
             self.divergence = both[self.keys] + updates + changes
         self.divergence = np.where(np.isnan(self.divergence), np.inf, self.divergence)
 
-    def take(self, chosen: Any) -> tuple[Ints, Ints, Ints]:
-        return self.query[chosen], self.keys[chosen], self.mlp[chosen]
+
+def _allowed(space: _Space, limits: Sequence[_Limit], n: Ints) -> Flags:
+    allowed = np.ones(n.shape, dtype=bool)
+    for limit in limits:
+        allowed &= limit.allows(space, n)
+    return allowed
+
+
+def _lowest_tokens(limits: Sequence[_Limit], measured: int) -> int:
+    """The visual tokens that every limit asks for, and no fewer than were measured."""
+    return max([measured, *(limit.least_tokens(limit.bound) for limit in limits if limit.least_tokens)])
 
 
 def _largest_within(space: _Space, limits: Sequence[_Limit], low: int, full: int) -> Ints:
@@ -87,18 +107,11 @@ def _largest_within(space: _Space, limits: Sequence[_Limit], low: int, full: int
 
     Every cost grows with the tokens, so that this is a bisection, for all combinations at once.
     """
-
-    def fits(n: Ints) -> Any:
-        allowed = np.ones(n.shape, dtype=bool)
-        for limit in limits:
-            allowed &= limit.cost(space.query, space.keys, space.mlp, n) <= limit.bound * (1 + 1e-12)
-        return allowed
-
     most = np.full(space.query.shape, low - 1)
     least_above = np.full(space.query.shape, full + 1)
     while (open_ := least_above - most > 1).any():
         middle = np.where(open_, (most + least_above) // 2, np.maximum(most, 0))
-        allowed = fits(np.clip(middle, 0, full))
+        allowed = _allowed(space, limits, np.clip(middle, 0, full))
         most = np.where(open_ & allowed, middle, most)
         least_above = np.where(open_ & ~allowed, middle, least_above)
     return most
@@ -117,6 +130,17 @@ def minimal_tokens(flops: FlopsModel, layers: int, full: int, budget: float, alp
 def default_alpha(model_type: str) -> float:
     """1.5 for LLaVA's family and 1.25 for others, as in DOP C.4."""
     return 1.5 if "llava" in model_type else 1.25
+
+
+def _alpha(divergences: Divergences, alpha: float | str | None) -> float | None:
+    if alpha is None:
+        return None
+    if isinstance(alpha, str):
+        choice("alpha", alpha, ("auto",))
+        return default_alpha(divergences.model_type)
+    if finite("alpha", alpha) < 0:
+        raise ValueError(f"alpha: expected a number >= 0, 'auto' or None, got {alpha}")
+    return float(alpha)
 
 
 def candidates(
@@ -140,42 +164,44 @@ def candidates(
         divergences.array(axis)
     if budget is None and max_kv_bytes is None and not limits:
         raise TypeError("budget: expected at least one of budget, max_kv_bytes and max_ms")
+    factor = _alpha(divergences, alpha)
     dims, full = divergences.dims, divergences.visual_tokens
     flops = FlopsModel(dims, divergences.counts, full)
     bounds = list(limits)
-    low = 0
     if budget is not None:
         budget = finite("budget", budget)
         if not 0 < budget <= 1:
             raise ValueError(f"budget: expected a fraction of FLOPs kept, 0 < budget <= 1, got {budget}")
         if budget == 1 and len(bounds) == 0 and max_kv_bytes is None:
             return [Candidate(_policy(divergences, None, full, 1.0, 0.0), 0.0, 1.0)]
-        bounds.append(_Limit(flops, budget * flops.original, flops.original, "budget"))
-        chosen = default_alpha(divergences.model_type) if alpha == "auto" else alpha
-        low = minimal_tokens(flops, dims.num_layers, full, budget, None if chosen is None else finite("alpha", chosen))
+
+        def least_tokens(bound: float) -> int:
+            return minimal_tokens(flops, dims.num_layers, full, bound / flops.original, factor)
+
+        bounds.append(_Limit(flops, budget * flops.original, flops.original, "budget", least_tokens))
     if max_kv_bytes is not None:
         bytes_ = KvModel(dims, divergences.counts, full, divergences.dtype_bytes)
         bounds.append(_Limit(bytes_, finite("max_kv_bytes", max_kv_bytes), 1.0, "max_kv_bytes"))
     everything = _Space(divergences, space, monotone)
-    lowest = int(np.isinf(everything.tokens).sum())  # fewer were not measured
-    return _best(divergences, everything, bounds, max(low, lowest), full, flops, budget, top)
+    measured = int(np.isinf(everything.tokens).sum())
+    return _best(divergences, everything, bounds, measured, full, flops, budget, top)
 
 
 def _best(
     divergences: Divergences,
     space: _Space,
     bounds: Sequence[_Limit],
-    low: int,
+    measured: int,
     full: int,
     flops: FlopsModel,
     budget: float | None,
     top: int,
 ) -> list[Candidate]:
-    low = min(low, full)
+    low = _lowest_tokens(bounds, measured)
     most = _largest_within(space, bounds, low, full)
     feasible = (most >= low) & np.isfinite(space.divergence)
     if not feasible.any():
-        raise InfeasibleBudgetError(_least(space, bounds, low))
+        raise InfeasibleBudgetError(_least(space, bounds, measured))
     # Of a non-monotone curve the best number of tokens may be less than the largest
     best_up_to = _running_argmin(space.tokens, low)
     tokens = np.where(feasible, best_up_to[np.clip(most, low, full)], low)
@@ -206,14 +232,42 @@ def _running_argmin(values: Array, low: int) -> Ints:
     return found
 
 
-def _least(space: _Space, bounds: Sequence[_Limit], low: int) -> str:
-    finite_ = np.isfinite(space.divergence)
-    n = np.full(space.query.shape, low)
-    parts = []
-    for limit in bounds:
-        least = float(limit.cost(space.query, space.keys, space.mlp, n)[finite_].min())
-        parts.append(f"{limit.name}: {limit.bound / limit.scale:.4g} asked for, {least / limit.scale:.4g} is the least")
-    return f"no policy meets the budget with at least {low} visual tokens ({'; '.join(parts)})"
+def _least(space: _Space, bounds: Sequence[_Limit], measured: int) -> str:
+    """Per limit the least that is feasible while the others stay; per limit alone where that does not help."""
+    found = [(limit, _least_bound(space, limit, [o for o in bounds if o is not limit], measured)) for limit in bounds]
+    if all(least is None for _, least in found):
+        found = [(limit, _least_bound(space, limit, [], measured)) for limit in bounds]
+    parts = [
+        f"{limit.name}: {limit.bound / limit.scale:.4g} asked for, {least / limit.scale:.4g} is the least"
+        for limit, least in found
+        if least is not None
+    ]
+    tokens = _lowest_tokens(bounds, measured)
+    return f"no policy meets the budget with at least {tokens} visual tokens ({'; '.join(parts)})"
+
+
+def _least_bound(space: _Space, limit: _Limit, others: Sequence[_Limit], measured: int) -> float | None:
+    """The least bound, rounded up to what is printed of it; None where the other limits cannot be met.
+
+    A larger bound may ask for more visual tokens, which cost more: it is raised until it pays for its own.
+    """
+    while True:
+        n = np.full(space.query.shape, _lowest_tokens([limit, *others], measured))
+        allowed = np.isfinite(space.divergence) & _allowed(space, others, n)
+        if not allowed.any():
+            return None
+        if (allowed & limit.allows(space, n)).any():
+            return limit.bound
+        least = float(limit.cost(space.query, space.keys, space.mlp, n)[allowed].min())
+        limit = replace(limit, bound=_rounded_up(least / limit.scale) * limit.scale)
+
+
+def _rounded_up(value: float) -> float:
+    """To four digits."""
+    if value <= 0:
+        return 0.0
+    unit = 10.0 ** (math.floor(math.log10(value)) - 3)
+    return math.ceil(value / unit - 1e-10) * unit
 
 
 def _policy(
@@ -224,7 +278,7 @@ def _policy(
         model_fingerprint=divergences.model_fingerprint,
         budget=budget,
         divergence=divergence,
-        samples=len(divergences.counts),
+        samples=len(divergences.digests),
         versions=divergences.versions,
     )
     base = divergences.base.replace(provenance=provenance)
@@ -237,9 +291,29 @@ def _policy(
 
 
 @overload
-def optimize(divergences: Divergences, budget: float | None = None, **options: Any) -> Policy: ...
+def optimize(
+    divergences: Divergences,
+    budget: float | None = None,
+    *,
+    max_kv_bytes: float | None = ...,
+    space: str = ...,
+    alpha: float | str | None = ...,
+    monotone: bool = ...,
+    verify_top: int = ...,
+    measure: Measure | None = ...,
+) -> Policy: ...
 @overload
-def optimize(divergences: Divergences, budget: Sequence[float], **options: Any) -> list[Policy]: ...
+def optimize(
+    divergences: Divergences,
+    budget: Sequence[float],
+    *,
+    max_kv_bytes: float | None = ...,
+    space: str = ...,
+    alpha: float | str | None = ...,
+    monotone: bool = ...,
+    verify_top: int = ...,
+    measure: Measure | None = ...,
+) -> list[Policy]: ...
 
 
 def optimize(
@@ -251,7 +325,7 @@ def optimize(
     alpha: float | str | None = "auto",
     monotone: bool = True,
     verify_top: int = 1,
-    measure: Callable[[Sequence[Policy]], Sequence[float]] | None = None,
+    measure: Measure | None = None,
 ) -> Policy | list[Policy]:
     """The policy of least predicted divergence within a budget.
 
@@ -281,7 +355,9 @@ def optimize(
         if measure is None or len(found) == 1:
             return found[0].policy
         policies = [candidate.policy for candidate in found]
-        joint = [float(value) for value in measure(policies)]
+        joint = [finite("measure", float(value)) for value in measure(policies)]
+        if len(joint) != len(policies):
+            raise ValueError(f"measure: expected a divergence for each of {len(policies)} policies, got {len(joint)}")
         best = int(np.argmin(joint))
         source = policies[best].provenance
         assert source is not None

@@ -6,6 +6,7 @@ number of processes then is.
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 from pathlib import Path
@@ -13,7 +14,18 @@ from typing import Any
 
 from dop_compile.policy_json import write_atomic
 
-__all__ = ["Progress"]
+__all__ = ["Progress", "check_header"]
+
+
+def check_header(file: Path, header: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Raises ValueError where a file's header is that of another measurement; the message names what differs."""
+    header, expected = json.loads(json.dumps(header)), json.loads(json.dumps(expected))
+    different = sorted(name for name in {*header, *expected} if header.get(name) != expected.get(name))
+    if different:
+        raise ValueError(
+            f"{file} belongs to another measurement ({', '.join(different)} differ); go on with the settings it was "
+            "begun with, choose another file, or remove it"
+        )
 
 
 class Progress:
@@ -43,7 +55,7 @@ class Progress:
     def _files(self) -> list[Path]:
         if self._path is None:
             return []
-        return sorted(self._path.parent.glob(f"{self._path.name}.progress-*"))
+        return sorted(self._path.parent.glob(f"{glob.escape(self._path.name)}.progress-*"))
 
     def _read(self, file: Path) -> dict[int, dict[str, Any]]:
         lines = file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
@@ -51,16 +63,12 @@ class Progress:
         if not whole:
             return {}
         try:
-            header, *rows = (json.loads(line) for line in whole)
-        except json.JSONDecodeError as error:
+            header, *rows = (dict(json.loads(line)) for line in whole)
+            numbered = {int(row["number"]): row for row in rows}
+        except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{file}: damaged ({error}); remove it to measure its samples again") from error
-        if header != self._header:
-            different = sorted(name for name in {*header, *self._header} if header.get(name) != self._header.get(name))
-            raise ValueError(
-                f"{file} belongs to another measurement ({', '.join(different)} differ); go on with the settings it "
-                "was begun with, choose another file, or remove it"
-            )
-        return {int(row["number"]): row for row in rows}
+        check_header(file, header, self._header)
+        return numbered
 
     def add(self, number: int, row: dict[str, Any]) -> None:
         """Keep a finished row; it is on disk when this returns."""

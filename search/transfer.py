@@ -33,11 +33,14 @@ def transfer(
         counts: system, visual and text tokens of typical prompts of the target.
         model_type, model_fingerprint: of the target.
         dtype_bytes: of one weight of the target; the source's if None.
+
+    Raises:
+        ValueError: no counts, or none with visual tokens.
     """
     layer_scale = dims.num_layers / divergences.num_layers
     points = {
         axis: tuple(
-            (point / divergences.visual_tokens if isinstance(point, int) else point)
+            (min(point / divergences.visual_tokens, 1.0) if isinstance(point, int) else point)
             if axis == VISUAL_TOKENS
             else point * layer_scale
             for point in values
@@ -49,13 +52,15 @@ def transfer(
         reducer_options=divergences.base.reducer_options,
         positions=divergences.base.positions,
     )
-    return dataclasses.replace(
+    found = dataclasses.replace(
         divergences,
         model_fingerprint=model_fingerprint,
         model_type=model_type,
         dims=dims,
         dtype_bytes=dtype_bytes or divergences.dtype_bytes,
-        counts=tuple(counts),
+        counts=tuple((int(system), int(visual), int(text)) for system, visual, text in counts),
         base=base,
         points=points,
     )
+    found.check()
+    return found

@@ -7,32 +7,29 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from PIL import Image
 
 from dop_compile import Policy
-from dop_compile import demo as demo_module
 from dop_compile.cli import main
-from dop_compile.demo import demo_model, demo_policies, demo_processor, run_demo
+from tests.command_line import refused, run
 from tests.families import FAMILIES
+from tests.local_llava import local_llava, local_processor, picture
 
 LAYERS = 4
 TINY: dict[str, Any] = {"layers": LAYERS, "hidden": 64, "image_size": 56}
-VISUAL = 16  # (56 / 14) squared
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("llava")
-    demo_model(**TINY).save_pretrained(folder)
-    demo_processor(TINY["image_size"]).save_pretrained(folder)
+    local_llava(**TINY).save_pretrained(folder)
+    local_processor(TINY["image_size"]).save_pretrained(folder)
     return str(folder)
 
 
 @pytest.fixture(scope="module")
 def image(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("image") / "photo.png"
-    demo_module.photograph().save(path)
+    picture().save(path)
     return str(path)
 
 
@@ -41,22 +38,6 @@ def policy(tmp_path: Path) -> str:
     path = tmp_path / "small.json"
     Policy.depthwise(LAYERS, mha_query_depth=1, mha_key_value_depth=3, mlp_depth=1, visual_tokens=5).save(path)
     return str(path)
-
-
-def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
-    code = main(argv)
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
-
-
-def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
-    """The one line that a refused command leaves on stderr."""
-    code, out, err = run(capsys, *argv)
-    # Progress bars write carriage returns; the message is a line of its own
-    lines = [line for line in err.split("\n") if line.startswith("dop-compile ")]
-    assert (code, out, len(lines)) == (2, "", 1)
-    assert "Traceback" not in err
-    return lines[0]
 
 
 # --- help
@@ -68,7 +49,7 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
         (["--help"], "A policy says how many visual tokens"),
         (["explain", "--help"], "executed   what is left"),
         (["run", "--help"], "chat template"),
-        (["demo", "--help"], "random weights"),
+        (["demo", "--help"], "scans that it was not trained on"),
     ],
 )
 def test_help_teaches(capsys: pytest.CaptureFixture[str], argv: list[str], text: str) -> None:
@@ -190,8 +171,8 @@ def test_run_uses_the_chat_template(
     capsys: pytest.CaptureFixture[str], model: str, image: str, policy: str, tmp_path: Path
 ) -> None:
     folder = tmp_path / "chat"
-    demo_model(**TINY).save_pretrained(folder)
-    processor = demo_processor(TINY["image_size"])
+    local_llava(**TINY).save_pretrained(folder)
+    processor = local_processor(TINY["image_size"])
     processor.chat_template = (
         "{% for message in messages %}USER: {% for part in message['content'] %}"
         "{{ '<image> ' if part['type'] == 'image' else part['text'] }}{% endfor %}{% endfor %} ASSISTANT:"
@@ -228,7 +209,7 @@ def test_a_model_without_processor_or_weights(
     (tmp_path / "config.json").write_text((Path(model) / "config.json").read_text())
     tail = ["--prompt", "x", "--policy", policy]
     assert str(tmp_path) in refused(capsys, "run", str(tmp_path), *tail)
-    demo_processor(TINY["image_size"]).save_pretrained(tmp_path)
+    local_processor(TINY["image_size"]).save_pretrained(tmp_path)
     assert "no file named" in refused(capsys, "run", str(tmp_path), *tail)
 
 
@@ -265,57 +246,21 @@ def test_bad_images_and_prompts(
     cut = tmp_path / "cut.png"
     cut.write_bytes(Path(image).read_bytes()[:5000])
     assert "truncated" in answer(cut)
-    assert "holds 2 <image>, but 1 --image" in answer(Path(image), "<image> and <image>")
+    assert "holds 2 <image> for 1 images" in answer(Path(image), "<image> and <image>")
     device = refused(capsys, "run", model, "--prompt", "x", "--policy", policy, "--device", "abacus")
     assert "--device 'abacus'" in device
+    backend = refused(capsys, "run", model, "--prompt", "x", "--policy", policy, "--backend", "abacus")
+    assert "--backend 'abacus'" in backend
+    assert "inductor" in backend
 
 
 def test_other_failures_are_code_1_and_debug_shows_them(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(**_: object) -> None:
+    def broken(_: object) -> None:
         raise RuntimeError("two\nlines")
 
-    monkeypatch.setattr("dop_compile.commands.run_demo", broken)
-    assert run(capsys, "demo") == (1, "", "dop-compile demo: RuntimeError: two lines\n")
+    monkeypatch.setattr("dop_compile.commands.explain_command", broken)
+    assert run(capsys, "explain", "x") == (1, "", "dop-compile explain: RuntimeError: two lines\n")
     with pytest.raises(RuntimeError, match="two"):
-        main(["demo", "--debug"])
-
-
-# --- demo
-
-
-def test_the_demo_compares_tiers_with_the_original(capsys: pytest.CaptureFixture[str], image: str) -> None:
-    rows = run_demo(repeats=1, max_new_tokens=2, image=Path(image), **{**TINY, "image_size": 224})
-    out = capsys.readouterr().out
-    assert [row.tier for row in rows] == ["100%", "37%", "23%", "37% split"]
-    ratios = [row.cost.eq11_ratio or 0 for row in rows]
-    assert ratios[0] == 1
-    assert all(budget - 0.02 < ratio <= budget for ratio, budget in zip(ratios[1:], (0.37, 0.23, 0.37), strict=True))
-    assert all((row.cost.executed_ratio or 2) <= (row.cost.eq11_ratio or 0) for row in rows)
-    assert "256 visual" in out
-    assert "random weights" in out
-    assert "bit for bit" in out
-
-
-def test_the_demo_fails_where_the_full_tier_differs(monkeypatch: pytest.MonkeyPatch, image: str) -> None:
-    def wrong(config: Any, **counts: int) -> dict[str, Policy]:
-        return {**demo_policies(config, **counts), "100%": Policy.depthwise(LAYERS, mha_depth=1)}
-
-    monkeypatch.setattr(demo_module, "demo_policies", wrong)
-    with pytest.raises(RuntimeError, match="differ from the original"):
-        run_demo(repeats=1, max_new_tokens=2, image=Path(image), **TINY)
-
-
-def test_the_demo_refuses_what_is_no_image(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    (tmp_path / "photo.png").write_text("nothing")
-    assert "not an image" in refused(capsys, "demo", "--image", str(tmp_path / "photo.png"))
-
-
-def test_the_processor_and_the_model_agree_on_576_tokens() -> None:
-    processor = demo_processor()
-    inputs = processor(images=Image.new("RGB", (40, 30)), text=demo_module.PROMPT, return_tensors="pt")
-    assert int((inputs["input_ids"] == demo_module.IMAGE).sum()) == 576
-    assert not bool((inputs["input_ids"] == demo_module.UNKNOWN).any())
-    with torch.device("meta"):
-        assert demo_model().config.image_token_id == demo_module.IMAGE
+        main(["explain", "x", "--debug"])

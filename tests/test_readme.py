@@ -14,11 +14,12 @@ import torch
 import transformers as hf
 
 import dop_compile
-from dop_compile import explain
+from digits_vlm import data, models
+from dop_compile import demo, explain
 from dop_compile.cli import _parser, main
-from dop_compile.demo import demo_model, demo_policies, demo_processor, photograph
 from dop_compile.explain_table import show_bytes, show_percent
 from dop_compile.reducers import registry
+from tests.local_llava import local_llava, local_processor, picture
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -34,14 +35,14 @@ def test_the_python_blocks_run(
 ) -> None:
     """In one namespace, top to bottom, with a tiny model where a checkpoint is named, and run eagerly."""
     monkeypatch.chdir(tmp_path)
-    photograph().save("photo.jpg")
+    picture().save("photo.jpg")
     sizes: dict[str, Any] = {"layers": LAYERS, "hidden": 32, "image_size": 112}
 
     def load_model(name: str, dtype: torch.dtype) -> Any:
-        return demo_model(**sizes).to(dtype)
+        return local_llava(**sizes).to(dtype)
 
     monkeypatch.setattr(hf.LlavaForConditionalGeneration, "from_pretrained", load_model)
-    monkeypatch.setattr(hf.AutoProcessor, "from_pretrained", lambda name: demo_processor(112))
+    monkeypatch.setattr(hf.AutoProcessor, "from_pretrained", lambda name: local_processor(112))
     eagerly = functools.partial(dop_compile.dop_compile, backend="eager")
     monkeypatch.setattr(dop_compile, "dop_compile", eagerly)
     monkeypatch.setattr(registry, "_factories", dict(registry._factories))
@@ -72,17 +73,25 @@ def test_the_make_targets_exist() -> None:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 
+def token_counts(prompt: str) -> dict[str, int]:
+    """Tokens of a prompt about one canvas: before it, its own, and after it."""
+    before, after = models.tokenizer("llava")(prompt.split("<image>"))["input_ids"]
+    return {"system": len(before), "visual": demo.VISUAL, "text": len(after) - 1}  # one <s>, at the beginning
+
+
 def test_the_demo_table_has_todays_costs() -> None:
     (table,) = re.findall(r"<!-- DEMO -->\n```text\n(.*?)```\n<!-- /DEMO -->", README, re.DOTALL)
-    with torch.device("meta"):
-        model = demo_model()
-    counts: Any = {"system": 22, "visual": 576, "text": 17}
-    compiled = dop_compile.dop_compile(model, demo_policies(model.config, **counts), backend="eager")
+    lines = [" ".join(line.split()) for line in table.splitlines()]
+    _, questions = demo.compose()
+    for question in questions:
+        assert any(line.startswith(f"{question.text} {question.answer} ") for line in lines), question
+    counts: Any = token_counts(data.prompt(questions[0].text))
+    assert f"{counts['system']} system + {counts['visual']} visual + {counts['text']} text tokens" in table
+    compiled = dop_compile.dop_compile(models.build("llava").eval(), demo.demo_policies(), backend="eager")
     for cost in explain(compiled, **counts).tiers:
-        figures = f"{show_percent(cost.eq11_ratio)} {show_percent(cost.executed_ratio)} {show_bytes(cost.kv_bytes)}"
-        assert any(line.startswith(cost.tier) and figures in " ".join(line.split()) for line in table.splitlines()), (
-            f"{cost.tier}: {figures}"
-        )
+        figures = [show_percent(cost.eq11_ratio), show_percent(cost.executed_ratio), show_bytes(cost.kv_bytes)]
+        start = " ".join([cost.tier, *figures, ""])
+        assert any(line.startswith(start) for line in lines), start
 
 
 def test_the_explain_table_is_todays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -93,10 +102,13 @@ def test_the_explain_table_is_todays(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_the_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    runpy.run_path(str(ROOT / "examples" / "tiers.py"))
-    assert "visual frozen" in capsys.readouterr().out
-
-
-def test_the_prompt_counts_of_the_demo_are_its_processors() -> None:
-    inputs = demo_processor()(images=photograph(), text=dop_compile.demo.PROMPT, return_tensors="pt")
-    assert inputs["input_ids"].shape == (1, 22 + 576 + 17)
+    names = runpy.run_path(str(ROOT / "examples" / "tiers.py"))
+    out = capsys.readouterr().out
+    question = names["question"]
+    # A trained model: it answers with digits, as it was asked to
+    answers = re.findall(rf"^(\w+): \d(?: \d)* \(expected {question.answer}\)$", out, re.MULTILINE)
+    assert answers == ["all", "fewer", "frozen"]
+    assert "visual frozen" in out
+    counts = token_counts(data.prompt(question.text))
+    assert sum(counts.values()) == names["inputs"]["input_ids"].shape[1]
+    assert f"{counts['system']} system + {counts['visual']} visual + {counts['text']} text tokens" in out

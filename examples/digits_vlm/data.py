@@ -25,11 +25,14 @@ __all__ = ["CANVAS", "GRID", "KINDS", "SYSTEM", "Canvas", "Example", "Question",
 GRID = 3
 CELL = 32
 DIGIT = 24
+STEP = 4
+"""Digits are shifted by multiples of this many pixels."""
 CANVAS = GRID * CELL
 """Side of a canvas in pixels."""
 
 SYSTEM = "Look at the handwritten digits."
 KINDS = ("read", "row", "yesno", "count", "choice")
+SPLITS = ("train", "validation")
 LETTERS = ("a", "b", "c", "d")
 VALIDATION_SCANS = 300
 
@@ -84,8 +87,8 @@ def _scans(split: str) -> tuple[np.ndarray, np.ndarray]:
     data = load_digits()
     order = np.random.default_rng(0).permutation(len(data.images))
     chosen = {"validation": order[:VALIDATION_SCANS], "train": order[VALIDATION_SCANS:]}
-    if split not in chosen:
-        raise ValueError(f"split {split!r}: expected 'train' or 'validation'")
+    if split not in SPLITS:
+        raise ValueError(f"split {split!r}: expected {' or '.join(map(repr, SPLITS))}")
     enlarged = [
         np.asarray(
             Image.fromarray((scan * (255 / 16)).astype(np.uint8)).resize((DIGIT, DIGIT), Image.Resampling.BICUBIC)
@@ -95,12 +98,15 @@ def _scans(split: str) -> tuple[np.ndarray, np.ndarray]:
     return np.stack(enlarged), data.target[chosen[split]]
 
 
-def canvas(split: str, number: int, seed: int = 0) -> Canvas:
-    """Canvas `number` of a split: one to nine digits of one to six kinds, wherever the draw puts them."""
-    rng = np.random.default_rng([seed, ("train", "validation").index(split), number])
+def canvas(split: str, number: int, seed: int = 0, full: bool = False) -> Canvas:
+    """Canvas `number` of a split: one to nine digits of one to six kinds, wherever the draw puts them.
+
+    With `full`, a digit in every cell, of any kinds.
+    """
     scans, labels = _scans(split)
-    kinds = rng.choice(10, size=rng.integers(1, 7), replace=False)
-    cells = rng.choice(GRID * GRID, size=rng.integers(1, GRID * GRID + 1), replace=False)
+    rng = np.random.default_rng([seed, SPLITS.index(split), number])
+    kinds = rng.choice(10, size=10 if full else rng.integers(1, 7), replace=False)
+    cells = rng.choice(GRID * GRID, size=GRID * GRID if full else rng.integers(1, GRID * GRID + 1), replace=False)
     picture = np.full((CANVAS, CANVAS), rng.uniform(0, 0.15))
     digits = np.full((GRID, GRID), -1)
     corners = np.zeros((GRID, GRID, 2), dtype=int)
@@ -109,7 +115,7 @@ def canvas(split: str, number: int, seed: int = 0) -> Canvas:
         scan = Image.fromarray(scans[rng.choice(np.flatnonzero(labels == digit))])
         ink = np.asarray(scan.rotate(rng.uniform(-12, 12), Image.Resampling.BILINEAR), dtype=float) / 255
         row, column = divmod(int(cell), GRID)
-        top, left = np.array([row, column]) * CELL + rng.integers(0, CELL - DIGIT + 1, size=2)
+        top, left = np.array([row, column]) * CELL + STEP * rng.integers(0, (CELL - DIGIT) // STEP + 1, size=2)
         window = picture[top : top + DIGIT, left : left + DIGIT]
         np.maximum(window, ink * rng.uniform(0.6, 1.0), out=window)
         digits[row, column], corners[row, column] = digit, (top, left)

@@ -37,6 +37,7 @@ _CHAT = (
 )
 _PLACEHOLDER = {"llava": "<image>", "qwen2_5_vl": "<|vision_start|><|image_pad|><|vision_end|>"}
 _WEIGHTS = "model.safetensors"
+SCALE = 0.4
 
 
 def tokenizer(name: str) -> Any:
@@ -143,6 +144,21 @@ def _qwen2_5_vl() -> Any:
     )
 
 
+@torch.no_grad()
+def _place(tower: Any) -> None:
+    """Begin with position embeddings of sines and cosines, as strong as what patches look like.
+
+    Those that transformers draws are so weak that the features hardly say where they come from, and a question for a
+    row and a column has nothing to look for.
+    """
+    weight = next(value for name, value in tower.named_parameters() if name.endswith("position_embedding.weight"))
+    side, quarter = int((weight.shape[0] - 1) ** 0.5), weight.shape[1] // 4
+    angles = torch.arange(side)[:, None] * 100.0 ** (-torch.arange(quarter) / quarter)
+    waves = torch.cat([angles.sin(), angles.cos()], dim=1)
+    rows, columns = waves[:, None].expand(-1, side, -1), waves[None].expand(side, -1, -1)
+    weight[1:] = SCALE * torch.cat([rows, columns], dim=2).flatten(0, 1)
+
+
 def build(name: str, seed: int = 0) -> Any:
     """A model with random weights, drawn from the seed."""
     makers = {
@@ -155,6 +171,8 @@ def build(name: str, seed: int = 0) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = model_class(configuration())
+        if name == "llava":
+            _place(model.model.vision_tower)
     settings = model.generation_config
     settings.max_new_tokens, settings.do_sample = 8, False
     settings.pad_token_id, settings.bos_token_id, settings.eos_token_id = PAD, BOS, EOS

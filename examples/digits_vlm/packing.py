@@ -19,7 +19,7 @@ from digits_vlm import data, models
 
 __all__ = ["Batch", "decode_batch", "make_batch"]
 
-KIND_WEIGHTS = {"read": 0.16, "row": 0.17, "yesno": 0.15, "count": 0.24, "choice": 0.28}
+KIND_WEIGHTS = {"read": 0.2, "row": 0.2, "yesno": 0.12, "count": 0.2, "choice": 0.28}
 HINT_WEIGHT = 0.5
 
 
@@ -35,7 +35,7 @@ class Batch:
         offset: (batch, length) place of each token in its question.
         targets: (n, 3) batch row, column among the questions, and token to predict there; weights: (n,).
         patches: (batch, image tokens, 2) digit of each image token (10: empty) and whether it is a digit's centre.
-        present: (batch, 10) which digits there are.
+        cells: (batch, cells) digit of each cell (10: empty); present: (batch, 10) which digits there are.
         kept: (batch, kept) image tokens that enter the decoder; None for all.
         compact: whether they are numbered anew.
     """
@@ -49,6 +49,7 @@ class Batch:
     targets: Tensor
     weights: Tensor
     patches: Tensor
+    cells: Tensor
     present: Tensor
     kept: Tensor | None
     compact: bool
@@ -85,15 +86,24 @@ def _drop(rng: np.random.Generator, batch: int, tokens: int) -> np.ndarray:
 
 
 def make_batch(
-    name: str, numbers: range, *, seed: int = 0, questions: int = 14, split: str = "train", words: Any, images: Any
+    name: str,
+    numbers: range,
+    *,
+    seed: int = 0,
+    questions: int = 14,
+    split: str = "train",
+    full: bool = False,
+    words: Any,
+    images: Any,
 ) -> Batch:
     """The batch of the canvases `numbers`; it depends on nothing but the arguments.
 
     Args:
+        full: every cell of the canvases has a digit.
         words, images: the model's tokenizer and image processor.
     """
     rng = np.random.default_rng([seed, 3, numbers.start])
-    canvases = [data.canvas(split, number, seed) for number in numbers]
+    canvases = [data.canvas(split, number, seed, full) for number in numbers]
     side = data.CANVAS if name == "llava" else int(rng.choice([72, 96, 120, 144], p=[0.2, 0.4, 0.2, 0.2]))
     pictures = [canvas.image.resize((side, side)) for canvas in canvases]
     pixels = dict(images(pictures, return_tensors="pt"))
@@ -145,6 +155,7 @@ def make_batch(
         targets=torch.tensor(targets),
         weights=torch.tensor(weights),
         patches=torch.from_numpy(np.stack([_patch_labels(canvas, tokens_per_side) for canvas in canvases])),
+        cells=torch.from_numpy(np.stack([canvas.digits.flatten() for canvas in canvases])) % 11,
         present=torch.from_numpy(present).float(),
         kept=kept,
         compact=name == "llava" and bool(rng.random() < 0.5),

@@ -5,7 +5,8 @@
 
 First the vision tower learns to say which digit each image token belongs to, then everything is trained on packed
 questions. Training can be interrupted: the same command goes on from the last saved step, and gives the same model as
-one that was never interrupted. Processes share each step's pictures and average their gradients.
+one that was never interrupted. Processes share each step's pictures and average their gradients; with another number
+of them other questions are drawn.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from digits_vlm import models
+from digits_vlm import data, models
 from digits_vlm.packing import Batch, decode_batch, make_batch
 
 STAGES = ("tower", "answers")
@@ -35,25 +36,39 @@ SAVE_EVERY_S = 60
 
 
 class Heads(nn.Module):
-    """What the tower is asked about its tokens: the digit (or none), whether it is its centre, and, of [CLS], which
-    digits there are. Only for training; not part of the checkpoint."""
+    """What the tower is asked: the digit (or none) of each token and of the mean over each cell, which tokens are a
+    digit's centre, which cell each token is in, and, of [CLS], which digits there are. Only for training; not part of
+    the checkpoint."""
 
     def __init__(self, model: Any):
         super().__init__()
         width = model.config.text_config.hidden_size
-        self.digit, self.centre = nn.Linear(width, 11), nn.Linear(width, 1)
-        self.present = nn.Linear(width, 10)
+        self.digit, self.cell, self.centre = nn.Linear(width, 11), nn.Linear(width, 11), nn.Linear(width, 1)
+        self.present, self.place = nn.Linear(width, 10), nn.Linear(width, data.GRID**2)
 
     def loss(self, features: Tensor, cls: Tensor | None, batch: Batch) -> Tensor:
         digit, centre = batch.patches.unbind(-1)
         weight = torch.ones(11, device=features.device)
         weight[10] = 0.2
         loss = F.cross_entropy(self.digit(features).flatten(0, 1), digit.flatten(), weight)
+        side = int(features.shape[1] ** 0.5)
+        line = torch.arange(side, device=features.device) * data.GRID // side
+        place = (line[:, None] * data.GRID + line).flatten().expand(features.shape[0], -1)
+        loss = loss + 0.3 * F.cross_entropy(self.place(features).flatten(0, 1), place.flatten())
+        cells = self.cell(cell_means(features))
+        loss = loss + F.cross_entropy(cells.flatten(0, 1), batch.cells.flatten())
         logits = self.centre(features).squeeze(-1)
         loss = loss + F.binary_cross_entropy_with_logits(logits, centre.float(), pos_weight=logits.new_tensor(5.0))
         if cls is not None:
             loss = loss + 0.3 * F.binary_cross_entropy_with_logits(self.present(cls), batch.present)
         return loss
+
+
+def cell_means(features: Tensor) -> Tensor:
+    """(batch, cells, hidden): the mean over each cell of the canvas, of (batch, image tokens, hidden)."""
+    side = int(features.shape[1] ** 0.5)
+    picture = features.transpose(1, 2).unflatten(2, (side, side))
+    return F.adaptive_avg_pool2d(picture, data.GRID).flatten(2).transpose(1, 2)
 
 
 def image_features(model: Any, pixels: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
@@ -97,48 +112,60 @@ class Training:
         decayed = [p for _, p in named if p.dim() > 1]
         plain = [p for _, p in named if p.dim() <= 1]
         groups = [{"params": decayed, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}]
-        return torch.optim.AdamW(groups, lr=self.options.lr, betas=(0.9, 0.98))
+        return torch.optim.AdamW(groups, lr=self._peak, betas=(0.9, 0.98))
+
+    @property
+    def _peak(self) -> float:
+        return float(self.options.tower_lr if self.stage == "tower" else self.options.lr)
 
     def _rate(self) -> float:
-        total = self.steps[self.stage]
+        total = max(1, self.steps[self.stage])
         warm = min(1.0, (self.step + 1) / max(1, min(100, total // 10)))
-        return float(self.options.lr * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * self.step / total))))
+        return float(self._peak * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * self.step / total))))
 
-    def train_step(self) -> dict[str, float]:
+    def loss(self) -> tuple[Tensor, dict[str, float]]:
+        """Of this process's share of the step's pictures."""
         share = self.options.batch // self.world
         first = (STAGES.index(self.stage) * 10**7) + self.step * self.options.batch + self.rank * share
         batch = make_batch(
             self.options.model,
             range(first, first + share),
             seed=self.options.seed,
-            questions=self.options.questions if self.stage == "answers" else 1,
+            questions=1 if self.stage == "tower" else self.options.questions,
+            full=self.stage == "tower",
             words=self.words,
             images=self.images,
         ).to(self.device)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self._rate()
         features, cls = image_features(self.model, batch.pixels)
         seen = self.heads.loss(features, cls, batch)
-        loss, logs = seen, {"tower": seen.item()}
-        if self.stage == "answers":
-            logits = decode_batch(self.model, batch, features)
-            each = F.cross_entropy(logits, batch.targets[:, 2], reduction="none")
-            answers = (each * batch.weights).sum() / batch.weights.sum()
-            loss = answers + 0.1 * seen
-            sure = batch.weights == 1
-            right = (logits.argmax(-1) == batch.targets[:, 2])[sure].float().mean()
-            logs |= {"answers": answers.item(), "right": right.item()}
-        loss.backward()
+        if self.stage == "tower":
+            return seen, {"tower": seen.item()}
+        logits = decode_batch(self.model, batch, features)
+        each = F.cross_entropy(logits, batch.targets[:, 2], reduction="none")
+        answers = (each * batch.weights).sum() / batch.weights.sum()
+        right = (logits.argmax(-1) == batch.targets[:, 2])[batch.weights == 1].float().mean()
+        logs = {"tower": seen.item(), "answers": answers.item(), "right": right.item()}
+        return answers + 0.1 * seen, logs
+
+    def update(self) -> None:
+        """One step of the optimizer, with the gradients that were accumulated."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._rate()
         parameters = [p for _, p in self.parameters() if p.grad is not None]
         self._average(parameters)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
+
+    def train_step(self) -> dict[str, float]:
+        loss, logs = self.loss()
+        loss.backward()
+        self.update()
         return logs
 
     def _average(self, parameters: list[nn.Parameter]) -> None:
-        if self.world == 1:
+        if not dist.is_initialized():
             return
         flat = torch.cat([p.grad.flatten() for p in parameters])
         dist.all_reduce(flat)
@@ -150,7 +177,7 @@ class Training:
 
     @property
     def _settings(self) -> str:
-        kept = ("model", "seed", "batch", "questions", "lr", "steps", "tower_steps")
+        kept = ("model", "seed", "batch", "questions", "lr", "steps", "tower_lr", "tower_steps")
         return json.dumps({name: getattr(self.options, name) for name in kept}, sort_keys=True)
 
     def _state(self) -> dict[str, Tensor]:
@@ -202,9 +229,7 @@ class Training:
         self.resume(path)
         saved = time.monotonic()
         for stage in STAGES[STAGES.index(self.stage) :]:
-            if stage != self.stage:
-                self.stage, self.step = stage, 0
-                self.optimizer = self._optimizer()
+            self.enter(stage)
             total = self.steps[stage]
             bar = tqdm(total=total, initial=self.step, desc=stage, disable=self.rank > 0, mininterval=10)
             while self.step < total:
@@ -217,16 +242,23 @@ class Training:
             bar.close()
         self.save(path)
 
+    def enter(self, stage: str) -> None:
+        """Begin a stage, unless it has been begun."""
+        if stage != self.stage:
+            self.stage, self.step = stage, 0
+            self.optimizer = self._optimizer()
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=models.NAMES)
     parser.add_argument("--out", type=Path, required=True, help="directory for the checkpoint")
-    parser.add_argument("--steps", type=int, default=2000, help="steps on questions (default %(default)s)")
-    parser.add_argument("--tower-steps", type=int, default=500, help="steps on the vision tower (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=1700, help="steps on questions (default %(default)s)")
+    parser.add_argument("--tower-steps", type=int, default=900, help="steps on the vision tower (default %(default)s)")
     parser.add_argument("--batch", type=int, default=16, help="pictures a step, over all processes")
     parser.add_argument("--questions", type=int, default=14, help="questions a picture")
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--lr", type=float, default=1.5e-3, help="peak learning rate on questions")
+    parser.add_argument("--tower-lr", type=float, default=3e-3, help="peak learning rate on the vision tower")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()

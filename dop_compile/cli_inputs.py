@@ -1,0 +1,193 @@
+"""What users name on the command line, turned into values, or into an error of one line that says what is wrong."""
+
+from __future__ import annotations
+
+import os
+from argparse import Namespace
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+import transformers
+from PIL import Image, UnidentifiedImageError
+
+from dop_compile.compiler import dop_compile
+from dop_compile.policy import Policy
+
+# Typed loosely: transformers annotates only a part of what is used here
+hf: Any = transformers
+
+__all__ = [
+    "UsageError",
+    "check_backend",
+    "compile_model",
+    "load_model_on_meta",
+    "load_processor",
+    "load_vision_config",
+    "load_vision_model",
+    "one_line",
+    "read_images",
+    "read_policies",
+    "write_file",
+]
+
+DEPTHS = ("mha_depth", "mha_query_depth", "mha_key_value_depth", "mlp_depth", "system_mha_depth", "system_mlp_depth")
+POLICY_OPTIONS = (*DEPTHS, "visual_tokens", "reducer", "positions")
+
+
+class UsageError(Exception):
+    """The command was given something wrong; the message says what, in one line."""
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def located(model: str) -> str:
+    """The model as `from_pretrained` takes it; a path has to exist, anything else is a hub id."""
+    path = Path(model).expanduser()
+    if path.exists():
+        return str(path)
+    if model.startswith(("/", ".", "~")) or model.count("/") != 1 or model.endswith(".json"):
+        raise UsageError(f"model {model!r}: no such directory or file, and not a hub id (owner/name)")
+    return model
+
+
+def load(kind: Any, model: str, **settings: Any) -> Any:
+    try:
+        return kind.from_pretrained(model, **settings)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UsageError(f"model {model!r}: {one_line(error)}") from error
+
+
+def load_model_on_meta(model: str, dtype: str) -> Any:
+    """The model without its weights, from its configuration alone."""
+    config = load(hf.AutoConfig, located(model))
+    for kind in (hf.AutoModelForImageTextToText, hf.AutoModelForCausalLM):
+        if type(config) in kind._model_mapping:
+            with torch.device("meta"):
+                settings = {} if dtype == "auto" else {"dtype": getattr(torch, dtype)}
+                return kind.from_config(config, **settings).eval()
+    raise UsageError(f"model {model!r}: {type(config).__name__} is not of a language or vision-language model")
+
+
+def _depthwise(arguments: Namespace, layers: int) -> Policy | None:
+    given = {name: value for name in POLICY_OPTIONS if (value := getattr(arguments, name)) is not None}
+    if not given:
+        return None
+    if arguments.policy:
+        raise UsageError("give either --policy or options such as --mha-depth, not both")
+    try:
+        return Policy.depthwise(layers, **given)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"policy: {one_line(error)}") from error
+
+
+def read_policies(arguments: Namespace, layers: int) -> dict[str, Policy]:
+    """The tiers that the command line describes; empty if it says nothing of a policy."""
+    if (policy := _depthwise(arguments, layers)) is not None:
+        return {"policy": policy}
+    tiers: dict[str, Policy] = {}
+    for text in arguments.policy:
+        name, separator, file = text.partition("=")
+        if not separator or Path(text).exists():
+            name, file = Path(text).stem, text
+        if name in tiers:
+            raise UsageError(f"--policy: the name {name!r} is given twice; name policies apart with NAME=FILE")
+        try:
+            tiers[name] = Policy.load(file)
+        except (OSError, ValueError, TypeError) as error:
+            raise UsageError(f"policy {file!r}: {one_line(error)}") from error
+    if arguments.tier is not None and arguments.tier not in tiers:
+        raise UsageError(f"--tier: {arguments.tier!r} is not one of the policies given ({', '.join(tiers) or 'none'})")
+    return tiers
+
+
+def read_images(paths: list[str]) -> list[Image.Image]:
+    images = []
+    for path in paths:
+        try:
+            images.append(Image.open(path).convert("RGB"))
+        except UnidentifiedImageError as error:
+            raise UsageError(f"image {path!r}: not an image that can be decoded") from error
+        except OSError as error:
+            raise UsageError(f"image {path!r}: {error.strerror or one_line(error)}") from error
+        except (SyntaxError, ValueError, Image.DecompressionBombError) as error:  # damaged inside, or enormous
+            raise UsageError(f"image {path!r}: {one_line(error)}") from error
+    return images
+
+
+def check_backend(name: str) -> None:
+    if name == "eager":
+        return
+    # Imported late: it takes seconds, and eager does not need it
+    from torch._dynamo import lookup_backend
+    from torch._dynamo.exc import InvalidBackend
+
+    try:
+        lookup_backend(name)
+    except InvalidBackend as error:
+        known = ", ".join(["eager", *torch.compiler.list_backends()])
+        raise UsageError(f"--backend {name!r}: not a backend of torch.compile; expected one of {known}") from error
+
+
+def compile_model(model: Any, tiers: Mapping[str, Policy], backend: str) -> Any:
+    check_backend(backend)
+    try:
+        return dop_compile(model, tiers, backend=backend)
+    except (TypeError, ValueError) as error:  # another depth, another model, a class that cannot be pruned
+        raise UsageError(one_line(error)) from error
+
+
+def load_device(name: str) -> torch.device:
+    """The device of that name, if there is one."""
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device {name!r}: {one_line(error)}") from error
+    return device
+
+
+def load_vision_config(model: str) -> Any:
+    """The configuration of a vision-language model."""
+    config = load(hf.AutoConfig, located(model))
+    if type(config) not in hf.AutoModelForImageTextToText._model_mapping:
+        raise UsageError(f"model {model!r}: {type(config).__name__} is not of a vision-language model")
+    return config
+
+
+def load_processor(model: str) -> Any:
+    return load(hf.AutoProcessor, located(model))
+
+
+def load_vision_model(model: str, device: str, dtype: str) -> Any:
+    """A vision-language model in eval mode; `dtype` a name in torch, or "auto"."""
+    load_vision_config(model)
+    where = load_device(device)
+    kind = "auto" if dtype == "auto" else getattr(torch, dtype)
+    return load(hf.AutoModelForImageTextToText, located(model), dtype=kind).to(where).eval()
+
+
+def write_file(path: Path, content: str | Callable[[BinaryIO], object], option: str = "--out") -> None:
+    """Write a text, or what a function writes, in one step: a failure leaves the previous file as it was.
+
+    `option` is the one that named the path.
+    """
+    scratch = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with scratch.open("wb") as file:
+                if isinstance(content, str):
+                    file.write(content.encode())
+                else:
+                    content(file)
+            os.replace(scratch, path)
+        finally:
+            scratch.unlink(missing_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"{option} {str(path.parent)!r}: cannot write {path.name}: {error.strerror or error}"
+        ) from error

@@ -1,0 +1,116 @@
+"""Options of the commands that search for policies: ``dop-compile profile|search|greedy|report``."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+__all__ = ["add_search_commands", "count", "positive"]
+
+PROFILE = """\
+Measure what a model loses when visual tokens take part in fewer layers, and when fewer of them enter:
+the divergence from the original's first token, along each axis, on a few samples.
+
+Samples are a JSON Lines file with an object per line:
+  {"image": "photos/7.png", "prompt": "What does the sign say?", "answers": ["exit"]}
+(paths relative to the file, a list for several images, answers optional), or a Hugging Face data set:
+an id, or a local folder, with --split and the names of its columns.
+
+Finished samples are kept beside --out, so that the same command goes on where it was stopped. Under
+torchrun every process takes its share of the samples.
+"""
+SEARCH = """\
+Find the best policy for each budget in measured divergences, and save it as OUT/<budget>.json.
+
+  split   (default) queries and keys apart: visual tokens may stop being updated and still be read
+  dop     one depth for attention, one for the MLP, and a number of tokens: the paper's space
+
+With --verify-top the best candidates are run on samples, and the best of those is taken.
+"""
+GREEDY = """\
+Sort operations by how little they are missed, one after the other (GSOP): finer than depths, and slower.
+Any budget is a prefix of the order.
+"""
+REPORT = """\
+Draw what was measured: divergence along each axis with 95 % confidence bands, divergence against FLOPs
+of policies, and which operations each keeps. With --model and --samples the policies are also run:
+joint divergence, and right answers where samples have them.
+"""
+
+
+def count(text: str) -> int:
+    """A whole number >= 0."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"expected a number >= 0, got {value}")
+    return value
+
+
+def positive(text: str) -> int:
+    """A whole number >= 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a number >= 1, got {value}")
+    return value
+
+
+count.__name__ = positive.__name__ = "whole number"  # argparse names the type in its messages
+
+
+def _samples(required: bool) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(add_help=False)
+    group = parser.add_argument_group("samples")
+    group.add_argument("--samples", required=required, metavar="FILE|ID", help="JSON Lines file, or data set")
+    group.add_argument("--count", type=positive, metavar="N", help="draw N of them; all unless given")
+    group.add_argument("--seed", type=count, default=0, metavar="N", help="of the draw (0)")
+    group.add_argument("--skip-bad", action="store_true", help="leave out samples whose images do not decode")
+    group.add_argument("--split", default="train", help="of a data set (train)")
+    group.add_argument("--image-column", default="image", metavar="NAME", help="of a data set (image)")
+    group.add_argument("--prompt-column", default="question", metavar="NAME", help="of a data set (question)")
+    group.add_argument("--answers-column", metavar="NAME", help="of a data set; none unless given")
+    group.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
+    dtypes = ("auto", "float32", "bfloat16", "float16")
+    group.add_argument("--dtype", choices=dtypes, default="auto", help="of the weights; auto: as saved")
+    group.add_argument("--backend", default="eager", metavar="NAME", help="eager (default), inductor, ...")
+    return parser
+
+
+def add_search_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
+    """Add the commands by `command(name, summary, text, *parents)`, which makes a subparser."""
+    metrics = ("top_k_kl", "kl", "forced_kl", "accuracy_drop")
+    one = command("profile", "measure what pruning costs, on a few samples", PROFILE, _samples(True))
+    one.add_argument("model", metavar="MODEL", help="model directory or hub id")
+    one.add_argument("--out", required=True, metavar="FILE", help="where the divergences go (JSON)")
+    one.add_argument("--axis", action="append", metavar="NAME", help="measure this axis; repeat for several")
+    one.add_argument("--metric", choices=metrics, default="top_k_kl", help="what is compared (top_k_kl)")
+    one.add_argument("--tokens", type=positive, default=4, metavar="N", help="tokens that forced_kl compares (4)")
+    one.add_argument("--reducer", default="uniform", metavar="NAME", help="who chooses visual tokens (uniform)")
+    one.add_argument("--positions", choices=("original", "compact"), default="original", help="of kept tokens")
+
+    two = command("search", "find a policy per budget", SEARCH, _samples(False))
+    two.add_argument("divergences", metavar="FILE", help="what profile wrote")
+    two.add_argument("--budget", type=float, action="append", metavar="F", help="fraction of FLOPs; repeatable")
+    two.add_argument("--max-kv-bytes", type=float, metavar="N", help="bytes of a sample's KV cache")
+    two.add_argument("--max-ms", type=float, metavar="MS", help="prefill milliseconds, by --latency")
+    two.add_argument("--latency", metavar="FILE", help="measured latencies; made by --model and --samples if missing")
+    two.add_argument("--out", required=True, metavar="DIR", help="where the policies go")
+    two.add_argument("--space", choices=("split", "dop"), default="split", help="of policies (split)")
+    two.add_argument("--alpha", default="auto", help="at least alpha n_e visual tokens: a number, auto, or off")
+    two.add_argument("--raw-curves", action="store_true", help="do not make the curves monotone")
+    two.add_argument("--verify-top", type=positive, default=1, metavar="N", help="candidates that are run (1)")
+    two.add_argument("--model", metavar="MODEL", help="for --verify-top and --latency")
+
+    three = command("greedy", "sort operations by how little they are missed", GREEDY, _samples(True))
+    three.add_argument("model", metavar="MODEL", help="model directory or hub id")
+    three.add_argument("--out", required=True, metavar="FILE", help="where the order goes (JSON)")
+    three.add_argument("--metric", choices=metrics, default="top_k_kl", help="what is compared (top_k_kl)")
+    three.add_argument("--reducer", default="uniform", metavar="NAME", help="who ranks visual tokens (uniform)")
+    three.add_argument("--max-loss", type=float, metavar="X", help="mean loss at which the order ends")
+    three.add_argument("--steps", type=positive, default=15, metavar="N", help="strides up to that loss (15)")
+    three.add_argument("--budget", type=float, action="append", default=[], metavar="F", help="also print its policy")
+
+    four = command("report", "tables and pictures", REPORT, _samples(False))
+    four.add_argument("divergences", metavar="FILE", help="what profile wrote")
+    four.add_argument("--policy", action="append", default=[], metavar="FILE", help="a policy; repeat for several")
+    four.add_argument("--out", required=True, metavar="DIR", help="where tables and pictures go")
+    four.add_argument("--model", metavar="MODEL", help="run the policies on --samples")

@@ -1,0 +1,111 @@
+"""The demo's picture: image, answers, and which operations each tier keeps.
+
+Drawn from a `DemoResult` alone, on matplotlib's Agg canvas: no display is needed, and no global state of matplotlib is
+changed.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dop_compile.costs import policy_tokens
+from dop_compile.demo_result import DemoResult, TierResult, shorten
+from dop_compile.explain_table import show_percent
+from dop_compile.policy import MODULES, Policy
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+__all__ = ["draw", "draw_operation_map", "operation_map"]
+
+RIGHT, WRONG, UNKNOWN = "#1b7837", "#b2182b", "#222222"
+COLOURS = "viridis"
+
+
+def operation_map(policy: Policy, visual_tokens: int) -> NDArray[np.int64]:
+    """Visual tokens of one sample that each operation processes, as the policy is written.
+
+    Args:
+        policy: which operations are kept; tokens that its reducer leaves out are in no layer.
+        visual_tokens: visual tokens of the sample, before reduction.
+
+    Returns:
+        (layers, 3): per layer the tokens in `mha_query`, `mha_key_value` and `mlp`.
+
+    Raises:
+        TypeError, ValueError: `visual_tokens` is not a whole number >= 0.
+    """
+    tokens = policy_tokens(policy, system=0, visual=visual_tokens, text=0)
+    return np.array([[layer.query, layer.key_value, layer.mlp] for layer in tokens], dtype=np.int64)
+
+
+def draw_operation_map(axes: Any, policy: Policy, visual_tokens: int) -> Any:
+    """Draw `operation_map` into matplotlib axes, layer 0 at the top, and return the image (for a colour bar)."""
+    counts = operation_map(policy, visual_tokens)
+    shown = axes.imshow(counts, cmap=COLOURS, vmin=0, vmax=max(visual_tokens, 1), aspect="auto")
+    for (layer, module), count in np.ndenumerate(counts):
+        # Viridis ends in yellow: black is read better on its upper half
+        colour = "black" if 2 * count > visual_tokens else "white"
+        axes.text(module, layer, str(count), ha="center", va="center", fontsize=8, color=colour)
+    axes.set_xticks(range(len(MODULES)), MODULES, fontsize=8)
+    axes.set_yticks(range(policy.num_layers))
+    axes.set_ylabel("layer")
+    return shown
+
+
+def draw(result: DemoResult) -> Any:
+    """A matplotlib figure: the image and the answers above, one operation map per tier below.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure: Any = Figure(figsize=(12, 8), layout="constrained")
+    FigureCanvasAgg(figure)
+    upper, lower = figure.subfigures(2, 1, height_ratios=(5, 6))
+    left, right = upper.subplots(1, 2, width_ratios=(1, 3))
+    left.imshow(np.asarray(result.image))
+    left.set_title("input", fontsize=10)
+    left.set_axis_off()
+    _draw_answers(right, result)
+    maps = lower.subplots(1, len(result.tiers), squeeze=False)[0]
+    for axes, tier in zip(maps, result.tiers, strict=True):
+        shown = draw_operation_map(axes, tier.policy, result.visual)
+        axes.set_title(_caption(tier, result), fontsize=9)
+    lower.colorbar(shown, ax=list(maps), label="visual tokens processed")
+    return figure
+
+
+def _caption(tier: TierResult, result: DemoResult) -> str:
+    cost = tier.cost
+    prefill = tier.answered.milliseconds[-1] / result.original.milliseconds[-1]
+    return (
+        f"{cost.tier}\nFLOPs {show_percent(cost.eq11_ratio)} (executed {show_percent(cost.executed_ratio)})\n"
+        f"KV cache {show_percent(cost.kv_ratio)}, prefill time {show_percent(prefill)} (batch {result.batches[-1]})"
+    )
+
+
+def _draw_answers(axes: Any, result: DemoResult) -> None:
+    """A table of questions by models; right and wrong are told by a mark and by colour."""
+    axes.set_axis_off()
+    looks = {True: (" \N{CHECK MARK}", RIGHT), False: (" \N{BALLOT X}", WRONG), None: ("", UNKNOWN)}
+    judged = [result.right(model.answers) for model in result.models]
+    cells = [[question.text, question.answer or "?"] for question in result.questions]
+    for model, right in zip(result.models, judged, strict=True):
+        for row, answer, mark in zip(cells, model.answers, right, strict=True):
+            row.append(shorten(answer) + looks[mark][0])
+    heads = ["question", "expected", *(model.name for model in result.models)]
+    widths = [0.46, 0.09] + [0.45 / len(result.models)] * len(result.models)
+    table = axes.table(cells, colLabels=heads, colWidths=widths, loc="center", cellLoc="left", colLoc="left")
+    table.auto_set_font_size(False)
+    table.set_fontsize(9)
+    table.scale(1, 1.7)
+    for (row, column), cell in table.get_celld().items():
+        cell.set_edgecolor("#cccccc")
+        cell.PAD = 0.04
+        if row and column >= 2:
+            cell.get_text().set_color(looks[judged[column - 2][row - 1]][1])

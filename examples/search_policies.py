@@ -1,0 +1,113 @@
+"""Search policies for a shipped model and compare them at equal FLOPs, by accuracy per kind of question.
+
+    python examples/search_policies.py llava --samples 100 --questions 200
+
+Writes divergences, policies, curves and a Markdown table to --out. Profiling can be interrupted and goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+sys.path.append(str(Path(__file__).parent))
+
+from digits_vlm import data, models
+from digits_vlm.evaluate import accuracy
+from dop_compile import Policy, dop_compile, prefill_flops_ratio
+from dop_compile.search import Divergences, measure_divergences, measure_policies, optimize
+from dop_compile.search.report import curves_figure, describe, pareto_figure, policies_table, policy_row
+
+BUDGETS = (0.5, 0.37, 0.28, 0.23)
+
+
+def reduction(divergences: Divergences, budget: float) -> Policy:
+    """Fewer visual tokens and nothing else: as many as the budget allows."""
+    counts = divergences.counts[0]
+    full = Policy.full(divergences.num_layers)
+    fitting = (
+        policy
+        for tokens in range(counts[1], -1, -1)
+        if prefill_flops_ratio(divergences.dims, policy := full.replace(visual_tokens=tokens), *counts) <= budget
+    )
+    return next(fitting)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", choices=models.NAMES)
+    parser.add_argument("--checkpoint", type=Path, help="default: the shipped one")
+    parser.add_argument("--samples", type=int, default=100, help="training canvases to profile on (%(default)s)")
+    parser.add_argument("--questions", type=int, default=200, help="validation questions of each kind (%(default)s)")
+    parser.add_argument("--verify-top", type=int, default=8, help="candidates measured jointly (%(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("search_policies"))
+    options = parser.parse_args()
+    shipped = Path(__file__).parent / "digits_vlm" / "checkpoints" / options.model
+    model, reader = models.load(options.checkpoint or shipped)
+    options.out.mkdir(parents=True, exist_ok=True)
+
+    samples = [
+        {**reader([e.image], [e.prompt]), "answers": [e.answer]}
+        for e in data.examples("train", options.samples, seed=5)
+    ]
+    started = time.perf_counter()
+    divergences = measure_divergences(model, samples, resume=options.out / f"divergences-{options.samples}.json")
+    seconds = time.perf_counter() - started
+    print(describe(divergences), f"\nmeasured in {seconds:.0f} s")
+    curves_figure(divergences).savefig(options.out / "divergences.png", dpi=120)
+
+    def joint(policies: Any) -> Any:
+        return measure_policies(model, samples, policies).mean(axis=1)
+
+    tiers: dict[str, Policy] = {"original": Policy.full(divergences.num_layers)}
+    for budget in BUDGETS:
+        tiers[f"{budget:.0%} tokens only"] = reduction(divergences, budget)
+        tiers[f"{budget:.0%} DOP"] = optimize(divergences, budget, space="dop")
+        tiers[f"{budget:.0%} DOP, best of {options.verify_top}"] = optimize(
+            divergences, budget, space="dop", verify_top=options.verify_top, measure=joint
+        )
+        tiers[f"{budget:.0%} split"] = optimize(divergences, budget)
+        tiers[f"{budget:.0%} split, best of {options.verify_top}"] = optimize(
+            divergences, budget, verify_top=options.verify_top, measure=joint
+        )
+    measured = joint(list(tiers.values()))
+    rows = [
+        policy_row(divergences, name, policy, float(value))
+        for (name, policy), value in zip(tiers.items(), measured, strict=True)
+    ]
+    print(policies_table(rows))
+    pareto_figure([row for row in rows if row.name.endswith(("split", "original"))], "top_k_kl").savefig(
+        options.out / "pareto.png", dpi=120
+    )
+    for name, policy in tiers.items():
+        policy.save(options.out / f"{name.replace('%', '').replace(',', '').replace(' ', '-')}.json")
+
+    compiled = dop_compile(model, {name: p.replace(provenance=None) for name, p in tiers.items()}, backend="eager")
+    asked = list(data.examples("validation", options.questions * len(data.KINDS), seed=1))
+    lines = [
+        f"{options.model}, {options.samples} samples, {options.questions} validation questions a kind; PyTorch "
+        f"{torch.__version__}, transformers {transformers.__version__}, {platform.machine()}",
+        "",
+        "| policy | FLOPs | joint KL | " + " | ".join(data.KINDS) + " | mean, of the original's |",
+        "| --- | --- | --- |" + " --- |" * (len(data.KINDS) + 1),
+    ]
+    base: dict[str, float] = {}
+    for row in rows:
+        found = accuracy(compiled.tier(row.name), reader, asked)
+        base = base or found
+        share = sum(found[kind] / base[kind] for kind in data.KINDS) / len(data.KINDS)
+        cells = [row.name, f"{row.flops:.1%}", f"{row.measured:.4f}", *(f"{found[kind]:.1%}" for kind in data.KINDS)]
+        lines.append("| " + " | ".join([*cells, f"{share:.1%}"]) + " |")
+        print(lines[-1], flush=True)
+    (options.out / "table.md").write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""What the processes of `test_measure.py` run: measurements that are killed, and measurements of several ranks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from dop_compile.search import Divergences, measure_divergences
+from tests.support import make_batch, shared_model
+
+SETTINGS: dict[str, Any] = {
+    "points": {"mha_depth": (2, 0), "mlp_depth": (1,), "mha_query_depth": (1,), "visual_tokens": (0.5, 0.0)},
+    "seed": 7,
+}
+
+
+def prompts(count: int) -> list[dict[str, Any]]:
+    """Prompts of one or two images, for the tiny LLaVA."""
+    rows = [
+        [("text", 2 + n % 3), *([("image",), ("text", 2)] if n % 2 else []), ("image", 1), ("text", 3)]
+        for n in range(count)
+    ]
+    return [make_batch("llava", [row], seed=number).inputs for number, row in enumerate(rows)]
+
+
+class Slow(Sequence[dict[str, Any]]):
+    """Samples that take a while to come, so that a process can be killed between two of them."""
+
+    def __init__(self, samples: Sequence[dict[str, Any]]):
+        self._samples = samples
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, number: Any) -> Any:
+        time.sleep(0.05)
+        return self._samples[number]
+
+
+def measure(count: int, path: Path | None, **changes: Any) -> Divergences:
+    return measure_divergences(shared_model("llava"), prompts(count), resume=path, **SETTINGS | changes)
+
+
+def measure_slowly(count: int, path: Path) -> None:
+    torch.set_num_threads(1)
+    measure_divergences(shared_model("llava"), Slow(prompts(count)), resume=path, **SETTINGS)
+
+
+def measure_as_rank(rank: int, world: int, count: int, folder: Path) -> None:
+    """One process of several; saves what it returns."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    try:
+        found = measure(count, folder / "d.json")
+        found.save(folder / f"rank-{rank}.json")
+    finally:
+        dist.destroy_process_group()
