@@ -21,7 +21,8 @@ sys.path.append(str(Path(__file__).parent))
 
 from digits_vlm import data, models
 from digits_vlm.evaluate import accuracy
-from dop_compile import Policy, dop_compile, prefill_flops_ratio
+from dop_compile import Policy, dop_compile
+from dop_compile.costs import prefill_flops_ratio
 from dop_compile.search import Divergences, measure_divergences, measure_policies, optimize
 from dop_compile.search.report import curves_figure, describe, pareto_figure, policies_table, policy_row
 

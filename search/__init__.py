@@ -2,7 +2,9 @@
 
 from dop_compile.search.divergences import Divergences
 from dop_compile.search.greedy import greedy_order
-from dop_compile.search.measure import measure_divergences, measure_policies
+from dop_compile.search.joint import measure_accuracy, measure_policies
+from dop_compile.search.latency import LatencyModel, measure_latency
+from dop_compile.search.measure import measure_divergences
 from dop_compile.search.optimize import InfeasibleBudgetError, candidates, optimize
 from dop_compile.search.order import OperationOrder
 from dop_compile.search.transfer import transfer
@@ -10,10 +12,13 @@ from dop_compile.search.transfer import transfer
 __all__ = [
     "Divergences",
     "InfeasibleBudgetError",
+    "LatencyModel",
     "OperationOrder",
     "candidates",
     "greedy_order",
+    "measure_accuracy",
     "measure_divergences",
+    "measure_latency",
     "measure_policies",
     "optimize",
     "transfer",

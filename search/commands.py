@@ -15,11 +15,12 @@ import torch.distributed as dist
 from dop_compile.cli_inputs import UsageError, load_processor, load_vision_model, one_line, write_file
 from dop_compile.policy import Policy
 from dop_compile.search import report
-from dop_compile.search.accuracy import measure_accuracy
 from dop_compile.search.divergences import Divergences
 from dop_compile.search.greedy import greedy_order
+from dop_compile.search.joint import measure_accuracy, measure_policies
 from dop_compile.search.latency import LatencyModel, measure_latency
-from dop_compile.search.measure import ANSWERS, measure_divergences, measure_policies
+from dop_compile.search.measure import measure_divergences
+from dop_compile.search.meter import ANSWERS
 from dop_compile.search.optimize import optimize
 from dop_compile.search.samples import Row, Samples, check_images, choose, read_data_set, read_jsonl
 

@@ -30,10 +30,11 @@ from dop_compile.fingerprint import model_fingerprint
 from dop_compile.policy import JsonScalar, Operation, Policy
 from dop_compile.policy_json import choice, integer
 from dop_compile.search.greedy_sort import GreedyRules, Measure, default_danger, greedy_sort
-from dop_compile.search.measure import SampleMeter, _barrier, _digest, _world
+from dop_compile.search.meter import SampleMeter, sample_digest
 from dop_compile.search.metrics import METRICS
 from dop_compile.search.order import OperationOrder, check_counts
-from dop_compile.search.progress import Progress
+from dop_compile.search.processes import barrier, world
+from dop_compile.search.progress import Progress, check_header
 
 __all__ = ["greedy_order"]
 
@@ -47,30 +48,56 @@ PROGRAMS = 64
 """Compiled programs kept. Each policy is measured once, and a large decoder's program takes some megabytes."""
 
 
+def _of_first(read: Callable[[], Any]) -> Any:
+    """What the first process reads, in all of them; so is the ValueError that it raises."""
+    rank, processes = world()
+    shared: list[Any] = [None, None]
+    if rank == 0:
+        try:
+            shared[1] = read()
+        except ValueError as error:
+            shared[0] = str(error)
+    if processes > 1:
+        dist.broadcast_object_list(shared, src=0)
+    if shared[0] is not None:
+        raise ValueError(shared[0])
+    return shared[1]
+
+
+def _share(samples: Sequence[Any]) -> range:
+    """The numbers of the samples that this process measures."""
+    rank, processes = world()
+    return range(rank, len(samples), processes)
+
+
+def _gather(own: dict[int, Any]) -> list[Any]:
+    """One value per sample, from the process that has it; by the samples' numbers."""
+    parts: list[Any] = [own]
+    if world()[1] > 1:
+        parts = [None] * world()[1]
+        dist.all_gather_object(parts, own)
+    whole = {number: value for part in parts for number, value in part.items()}
+    return [whole[number] for number in sorted(whole)]
+
+
 class _Samples:
     """This process's share of the samples, ready to be run under any policy; losses are means over all samples."""
 
     def __init__(self, compiled: Any, samples: Sequence[Mapping[str, Any]], metric: str, **options: Any):
-        rank, world = _world()
         self._state, self._count = compiled.dop, len(samples)
         self._meters: dict[int, SampleMeter] = {}
         own: dict[int, tuple[str, tuple[int, int, int]]] = {}
-        numbers = range(rank, len(samples), world)
-        for number in tqdm(numbers, desc="preparing", leave=False, disable=rank > 0, file=sys.stderr):
+        for number in tqdm(_share(samples), desc="preparing", leave=False, disable=world()[0] > 0, file=sys.stderr):
             sample = samples[number]
             meter = self._meters[number] = SampleMeter(compiled, sample, metric, **options)
-            own[number] = _digest(sample), meter.counts
+            own[number] = sample_digest(sample), meter.counts
             if not meter.counts[1]:
                 raise ValueError(
                     f"sample {number}: it has no visual tokens; leave it out, or pass token_groups with it"
                 )
-        parts: list[Any] = [own]
-        if world > 1:
-            parts = [None] * world
-            dist.all_gather_object(parts, own)
-        whole = {number: row for part in parts for number, row in part.items()}
-        self.digests = [whole[number][0] for number in range(self._count)]
-        self.counts = [whole[number][1] for number in range(self._count)]
+        whole = _gather(own)
+        self.digests = tuple(digest for digest, _ in whole)
+        self.counts = tuple(counts for _, counts in whole)
 
     def __call__(self, policy: Policy) -> float:
         """The same number in every process, and whatever their number is."""
@@ -79,7 +106,7 @@ class _Samples:
         values = torch.zeros(self._count, dtype=torch.float64)
         for number, meter in self._meters.items():
             values[number] = meter.divergence(policy)
-        if _world()[1] > 1:
+        if world()[1] > 1:
             # Each entry is zero but in one process, so that the sum is exact
             values = values.cuda() if dist.get_backend() == "nccl" else values
             dist.all_reduce(values)
@@ -87,34 +114,23 @@ class _Samples:
 
 
 class _Replayed:
-    """A measure that answers from finished evaluations as long as there are any."""
+    """A measure that answers from finished evaluations as long as there are any, and keeps those that it makes."""
 
     def __init__(self, measure: Measure, path: Path | None, header: dict[str, Any], bar: Any):
-        rank, world = _world()
-        error: str | None = None
-        self.progress = Progress(None, header)
-        if rank == 0:  # the other processes follow what it has read, whatever disk they see
-            try:
-                self.progress = Progress(path, header)
-            except ValueError as found:
-                error = str(found)
-        shared: list[Any] = [error, dict(self.progress.rows)]
-        if world > 1:
-            dist.broadcast_object_list(shared, src=0)
-        if shared[0] is not None:
-            raise ValueError(shared[0])
-        self._rows: dict[int, dict[str, Any]] = shared[1]
+        # The others follow what the first process has read, and write nothing
+        self.progress: Progress = _of_first(lambda: Progress(path, header))
+        if world()[0] > 0:
+            rows, self.progress = self.progress.rows, Progress(None, header)
+            self.progress.rows = dict(rows)
         self._measure, self._path, self._bar, self._number = measure, path, bar, 0
 
     def __call__(self, policy: Policy) -> float:
         number, self._number = self._number, self._number + 1
         digest = hashlib.sha256(repr(sorted(policy.pruned)).encode()).hexdigest()[:16]
-        row = self._rows.get(number)
-        if row is None:
-            row = {"pruned": digest, "divergence": self._measure(policy)}
-            if _world()[0] == 0:
-                self.progress.add(number, row)
-        elif row["pruned"] != digest:
+        if number not in self.progress.rows:
+            self.progress.add(number, {"pruned": digest, "divergence": self._measure(policy)})
+        row = self.progress.rows[number]
+        if row["pruned"] != digest:
             raise ValueError(
                 f"{self._path}: its finished evaluations are of another search (number {number} differs); remove its "
                 "progress file to search again"
@@ -157,7 +173,7 @@ def greedy_order(
             the original's accuracy, to be given where that is not near 1).
         steps: strides that max_loss is divided into; 15 or 20 published. At most so many rankings are made.
         resume: where the result is saved; every finished evaluation is kept beside it, by the first process, and a
-            later call goes on there.
+            later call goes on there. A result that is there already is returned.
 
     Raises:
         TypeError, ValueError: no samples, a sample without visual tokens, wrong values; what is found at `resume`
@@ -195,27 +211,30 @@ def _search(
     tokens: int,
     decode: Callable[[Tensor], str] | None,
 ) -> OperationOrder:
-    rank = _world()[0]
-    base = rules.base
-    # A split policy never goes on from a stored stream: its ranking is made at the decoder's input
-    depths = () if base.salient_fraction is not None else range(0, base.num_layers, -(-base.num_layers // STREAMS))
-    meters = _Samples(
-        dop_compile(model, base, backend=backend), samples, metric, depths=depths, tokens=tokens, decode=decode
-    )
-    check_counts(base, meters.counts)
+    rank, base = world()[0], rules.base
     settings = {name: getattr(rules, name) for name in ("free_layer", "tolerance", "max_loss", "steps")}
     options = (("tokens", tokens),) if METRICS[metric].forced else ()
     fingerprint = model_fingerprint(model)
-    header = {
-        "fingerprint": fingerprint,
-        "samples": meters.digests,
-        "metric": [metric, *options],
-        "base": base.to_json(),
-        "danger": sorted(rules.danger),
-        "settings": settings,
-    }
+
+    def header(digests: Sequence[str]) -> dict[str, Any]:
+        return _header(fingerprint, digests, metric, options, base, rules.danger, settings)
+
+    if path is not None and _of_first(path.exists):
+        done: OperationOrder = _of_first(lambda: OperationOrder.load(path))
+        own = done.model_fingerprint, done.digests, done.metric, done.metric_options, done.base, done.danger
+        digests = _gather({number: sample_digest(samples[number]) for number in _share(samples)})
+        check_header(path, _header(*own, dict(done.settings)), header(digests))
+        if rank == 0:
+            Progress(path, header(digests)).remove()
+        barrier()
+        return done
+    # A split policy never goes on from a stored stream: its ranking is made at the decoder's input
+    depths = () if base.salient_fraction is not None else range(0, base.num_layers, -(-base.num_layers // STREAMS))
+    compiled = dop_compile(model, base, backend=backend)
+    meters = _Samples(compiled, samples, metric, depths=depths, tokens=tokens, decode=decode)
+    check_counts(base, meters.counts)
     with tqdm(desc="sorting", unit=" evaluations", disable=rank > 0, file=sys.stderr) as bar:
-        measure = _Replayed(meters, path, header, bar)
+        measure = _Replayed(meters, path, header(meters.digests), bar)
         found = greedy_sort(rules, measure)
     result = OperationOrder(
         model_fingerprint=fingerprint,
@@ -223,7 +242,8 @@ def _search(
         metric=metric,
         metric_options=options,
         base=base,
-        counts=tuple(meters.counts),
+        counts=meters.counts,
+        digests=meters.digests,
         danger=rules.danger,
         free=found.free,
         free_divergence=found.free_divergence,
@@ -236,5 +256,25 @@ def _search(
         if rank == 0:
             result.save(path)
             measure.progress.remove()
-        _barrier()
+        barrier()
     return result
+
+
+def _header(
+    fingerprint: str,
+    digests: Sequence[str],
+    metric: str,
+    options: tuple[tuple[str, JsonScalar], ...],
+    base: Policy,
+    danger: frozenset[Operation],
+    settings: Mapping[str, JsonScalar],
+) -> dict[str, Any]:
+    """What makes two searches the same."""
+    return {
+        "fingerprint": fingerprint,
+        "samples": list(digests),
+        "metric": [metric, *options],
+        "base": base.to_json(),
+        "danger": sorted(danger),
+        "settings": dict(settings),
+    }

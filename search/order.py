@@ -52,6 +52,7 @@ class OperationOrder:
         metric: name of the metric, and `metric_options`.
         base: a policy that prunes nothing; names the reducer whose ranking splits the visual group, and the split.
         counts: system, visual and text tokens of every sample.
+        digests: SHA-256 of each sample's inputs.
         danger: operations that no prefix prunes ("danger-to-prune").
         free: operations pruned first, all at once ("free-to-prune"), and the divergence with them pruned.
         steps: the order after them.
@@ -69,6 +70,7 @@ class OperationOrder:
     metric_options: tuple[tuple[str, JsonScalar], ...]
     base: Policy
     counts: tuple[tuple[int, int, int], ...]
+    digests: tuple[str, ...]
     danger: frozenset[Operation]
     free: frozenset[Operation]
     free_divergence: float
@@ -89,6 +91,9 @@ class OperationOrder:
             raise ValueError(f"base: it is for {self.base.num_layers} layers, dims are of {self.dims.num_layers}")
         store(self, "counts", tuple(_counts(row) for row in self.counts))
         check_counts(self.base, self.counts)
+        store(self, "digests", tuple(self.digests))
+        if len(self.digests) != len(self.counts) or not all(isinstance(digest, str) for digest in self.digests):
+            raise ValueError(f"digests: expected {len(self.counts)} strings, one per sample")
         store(self, "free_divergence", finite("free_divergence", self.free_divergence))
         store(self, "evaluations", integer("evaluations", self.evaluations, low=0))
         for field in ("metric_options", "settings", "versions"):
@@ -279,6 +284,7 @@ def _fields(document: dict[str, Any]) -> dict[str, Any]:
         "dims": DecoderDims(**sizes),
         "base": Policy.from_json(json.dumps(document["base"])),
         "counts": tuple(array("counts")),
+        "digests": tuple(array("digests")),
         "danger": array("danger"),
         "free": array("free"),
         "steps": tuple(Step(Operation(*step[:3]), step[3]) for step in array("steps")),

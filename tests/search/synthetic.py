@@ -75,3 +75,15 @@ def random_divergences(
     values = {axis: [draw(st.lists(value, **samples)) for _ in own] for axis, own in points.items()}
     model_type = draw(st.sampled_from(["llava", "llava_next", "qwen2_5_vl"]))
     return divergences_of(points, values, counts, dims, model_type=model_type)
+
+
+def make_divergences(layers: int, visual: int) -> Divergences:
+    """Three samples whose divergence falls to zero along every axis, measured at every value."""
+    counts = [(2, visual, 3), (2, visual, 4), (2, visual, 6)]
+    points: dict[str, list[int | float]] = {axis: list(range(layers - 1, -1, -1)) for axis in DEPTHS}
+    points["visual_tokens"] = [number / visual for number in range(visual - 1, -1, -1)]
+    values = {
+        axis: [[(1 + sample) * 0.5 ** (len(own) - rank) for sample in range(3)] for rank in range(len(own))]
+        for axis, own in points.items()
+    }
+    return divergences_of(points, values, counts, dims_of(layers))

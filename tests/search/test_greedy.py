@@ -26,9 +26,9 @@ from torch import Tensor
 from dop_compile import Policy, dop_compile
 from dop_compile.costs import DecoderDims
 from dop_compile.policy import MODULES, SPLIT_VISUAL_GROUPS
-from dop_compile.search import OperationOrder, greedy_order, measure_policies
+from dop_compile.search import OperationOrder, greedy, greedy_order, measure_policies
 from dop_compile.search.greedy_sort import GreedyRules, GreedySort, default_danger, greedy_sort
-from dop_compile.search.measure import SampleMeter
+from dop_compile.search.meter import SampleMeter
 from tests.families import FAMILIES
 from tests.reference import reference_logits
 
@@ -224,6 +224,7 @@ def an_order(rules: GreedyRules, found: GreedySort) -> OperationOrder:
         metric_options=(),
         base=rules.base,
         counts=((4, 9, 3), (3, 1, 3)),
+        digests=("a", "b"),
         danger=rules.danger,
         free=found.free,
         free_divergence=found.free_divergence,
@@ -449,6 +450,8 @@ def test_interrupted_and_resumed_is_uninterrupted(
     assert enough - left == (order.evaluations - finished) * len(samples)
     assert found == order == OperationOrder.load(path)
     assert list(tmp_path.iterdir()) == [path]
+    left = 0
+    assert greedy_order(model, samples, resume=path, **SETTINGS) == order
 
 
 def run_process(rank: int, world: int, folder: Path, search: Callable[[Path], OperationOrder]) -> None:
@@ -519,6 +522,34 @@ def test_all_processes_refuse_what_the_first_one_finds(
     assert errors[0] == errors[1]
 
 
+def refuses_other_searches(model: Any, samples: list[dict[str, Tensor]], path: Path) -> None:
+    for other, name in (
+        ({"samples": samples[:1]}, "samples"),
+        ({"samples": samples[::-1]}, "samples"),
+        ({"max_loss": 0.6}, "settings"),
+        ({"metric": "kl"}, "metric"),
+        ({"metric": "forced_kl", "tokens": 2}, "metric"),
+        ({"salient_fraction": 0.5}, "base"),
+        ({"danger": []}, "danger"),
+        ({"model": FAMILY.build(seed=1)}, "fingerprint"),
+    ):
+        arguments = {"model": model, "samples": samples, "resume": path, **SETTINGS, **other}
+        with pytest.raises(ValueError, match=rf"another measurement \({name} differ\)"):
+            greedy_order(**arguments)
+
+
+def test_result_of_another_search_is_refused(
+    model: Any, samples: list[dict[str, Tensor]], order: OperationOrder, tmp_path: Path
+) -> None:
+    path = tmp_path / "order.json"
+    order.save(path)
+    refuses_other_searches(model, samples, path)
+    assert OperationOrder.load(path) == order
+    path.write_text("{}")
+    with pytest.raises(ValueError, match="not the file of an operation order"):
+        greedy_order(model, samples, resume=path, **SETTINGS)
+
+
 def test_progress_of_another_search_is_refused(
     model: Any, samples: list[dict[str, Tensor]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -535,17 +566,7 @@ def test_progress_of_another_search_is_refused(
     monkeypatch.setattr(SampleMeter, "divergence", divergence)
     with pytest.raises(KeyboardInterrupt):
         greedy_order(model, samples, resume=path, **SETTINGS)
-    for other, name in (
-        ({"samples": samples[:1]}, "samples"),
-        ({"max_loss": 0.6}, "settings"),
-        ({"metric": "kl"}, "metric"),
-        ({"salient_fraction": 0.5}, "base"),
-        ({"danger": []}, "danger"),
-        ({"model": FAMILY.build(seed=1)}, "fingerprint"),
-    ):
-        arguments = {"model": model, "samples": samples, "resume": path, **SETTINGS, **other}
-        with pytest.raises(ValueError, match=rf"another measurement \({name} differ\)"):
-            greedy_order(**arguments)
+    refuses_other_searches(model, samples, path)
     progress = tmp_path / "order.json.progress-0"
     lines = [json.loads(line) for line in progress.read_text().splitlines()]
     lines[2]["pruned"] = "0" * 16
@@ -554,12 +575,31 @@ def test_progress_of_another_search_is_refused(
         greedy_order(model, samples, resume=path, **SETTINGS)
 
 
-def test_without_a_split_it_goes_on_from_stored_streams(model: Any, samples: list[dict[str, Tensor]]) -> None:
-    found = greedy_order(model, samples[:1], salient_fraction=None, danger=[("visual", 0, "mha")], **SETTINGS)
+def test_without_a_split_it_goes_on_from_stored_streams(
+    model: Any, samples: list[dict[str, Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And keeps few programs."""
+    entered, held = set(), set()
+
+    def divergence(self: SampleMeter, policy: Policy) -> float:
+        found = measured(self, policy)
+        entered.add(self.replay.first_layer(policy))
+        held.add(len(self._compiled.dop.programs))
+        return found
+
+    measured = SampleMeter.divergence
+    with monkeypatch.context() as patch:
+        patch.setattr(SampleMeter, "divergence", divergence)
+        patch.setattr(greedy, "PROGRAMS", 4)
+        danger = [("visual", 0, "mha")]
+        found = greedy_order(model, samples[:1], salient_fraction=None, danger=danger, **SETTINGS)
+    assert entered == {0, 1}
+    assert max(held) == 5
     assert found.danger == {("visual", 0, "mha_query"), ("visual", 0, "mha_key_value")}
     assert {op.group for policy in found.policies() for op in policy.pruned} == {"visual"}
+    assert dict(found.settings) == {"free_layer": 0, **SETTINGS}
     joint = measure_policies(model, samples[:1], [policy.replace(provenance=None) for policy in found.policies()])
-    assert [step.divergence for step in found.steps] == pytest.approx(joint[-len(found.steps) :, 0], rel=1e-4)
+    assert [step.divergence for step in found.steps] == pytest.approx(joint[-len(found.steps) :, 0], abs=3e-6)
 
 
 def test_driven_by_accuracy(model: Any, samples: list[dict[str, Tensor]]) -> None:

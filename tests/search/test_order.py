@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dop_compile.costs import DecoderDims, prefill_flops
@@ -31,13 +31,14 @@ def an_order(**changes: Any) -> OperationOrder:
         Step(Operation("visual_salient", 0, "mha_query"), 0.2),
         Step(Operation("visual_rest", 0, "mlp"), 0.15),
     )
-    settings: dict[str, Any] = {
+    values: dict[str, Any] = {
         "model_fingerprint": "f" * 64,
         "dims": DIMS,
         "metric": "top_k_kl",
         "metric_options": (),
         "base": Policy(LAYERS, salient_fraction=0.25),
         "counts": COUNTS,
+        "digests": ("a", "b", "c"),
         "danger": frozenset({Operation("visual_salient", 0, "mlp")}),
         "free": free,
         "free_divergence": 1e-4,
@@ -46,7 +47,7 @@ def an_order(**changes: Any) -> OperationOrder:
         "settings": (("max_loss", 1.0), ("steps", 15)),
         "versions": (("torch", "2.13.0"),),
     }
-    return OperationOrder(**settings | changes)
+    return OperationOrder(**values | changes)
 
 
 def fraction(policy: Policy, counts: tuple[tuple[int, int, int], ...] = COUNTS) -> float:
@@ -84,6 +85,7 @@ def test_flops_are_those_of_the_policies_and_fall_strictly() -> None:
     assert order.flops[0] == 1.0
 
 
+@settings(deadline=None)
 @given(budget=st.floats(0, 1, exclude_min=True))
 def test_the_first_prefix_within_the_budget_is_taken(budget: float) -> None:
     order = an_order()
@@ -142,6 +144,7 @@ _WRONG: dict[str, tuple[Any, str]] = {
     "two counts": (_changed("counts", [[1, 2]]), "counts: expected .system, visual, text."),
     "counts a number": (_changed("counts", 3), "counts: expected a list"),
     "no salient token": (_changed("counts", [[4, 1, 3]]), "counts: no sample has tokens of the group visual_salient"),
+    "digests": (_changed("digests", ["a", "b"]), "digests: expected 3 strings"),
     "evaluations": (_changed("evaluations", 1.5), "evaluations: expected an integer"),
     "free incomplete": (_changed("free", [["visual_salient", 3, "mlp"]]), "free: it lacks operations"),
     "free shorthand": (_changed("free", [["visual", 3, "mlp"]]), "free: .*full names"),

@@ -11,10 +11,12 @@ import torch
 import torch.distributed as dist
 
 from dop_compile.search import Divergences, measure_divergences
+from dop_compile.search.axes import DOP_AXES
 from tests.support import make_batch, shared_model
 
 SETTINGS: dict[str, Any] = {
-    "points": {"mha_depth": (2, 0), "mlp_depth": (1,), "mha_query_depth": (1,), "visual_tokens": (0.5, 0.0)},
+    "axes": DOP_AXES,
+    "points": {"mha_depth": (1,), "mlp_depth": (1,), "visual_tokens": (0.5, 0.25)},
     "seed": 7,
 }
 

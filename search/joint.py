@@ -1,4 +1,4 @@
-"""Right answers of a model under policies, by greedy generation."""
+"""What whole policies cost on samples: joint divergence, and right answers."""
 
 from __future__ import annotations
 
@@ -14,10 +14,38 @@ from tqdm import tqdm
 from dop_compile.compiler import dop_compile
 from dop_compile.dropin import generate_under
 from dop_compile.policy import Policy
-from dop_compile.search.measure import ANSWERS
-from dop_compile.search.metrics import is_right
+from dop_compile.policy_json import choice
+from dop_compile.search.meter import ANSWERS, SampleMeter
+from dop_compile.search.metrics import METRICS, is_right
 
-__all__ = ["measure_accuracy"]
+__all__ = ["measure_accuracy", "measure_policies"]
+
+
+def measure_policies(
+    model: Any,
+    samples: Sequence[Mapping[str, Any]],
+    policies: Sequence[Policy],
+    *,
+    metric: str = "top_k_kl",
+    tokens: int = 4,
+    decode: Callable[[Tensor], str] | None = None,
+    backend: str = "eager",
+) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """(policies, samples) joint divergence of whole policies from the original.
+
+    Args: as `measure_divergences`.
+    """
+    choice("metric", metric, METRICS)
+    if not len(samples):
+        raise ValueError("samples: expected at least one, got none")
+    if not len(policies):
+        raise ValueError("policies: expected at least one, got none")
+    compiled = dop_compile(model, {str(number): policy for number, policy in enumerate(policies)}, backend=backend)
+    found = np.empty((len(policies), len(samples)))
+    for number in tqdm(range(len(samples)), desc="measuring policies", leave=False, file=sys.stderr):
+        meter = SampleMeter(compiled, samples[number], metric, tokens=tokens, decode=decode)
+        found[:, number] = [meter.divergence(policy) for policy in policies]
+    return found
 
 
 @torch.no_grad()

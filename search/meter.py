@@ -1,0 +1,131 @@
+"""One sample, prepared once and compared under any number of policies."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dop_compile.costs import prefill_flops
+from dop_compile.dropin import generate_under
+from dop_compile.policy import Policy
+from dop_compile.replay import Replay
+from dop_compile.search.metrics import METRICS, is_right
+
+__all__ = ["ANSWERS", "SampleMeter", "sample_digest"]
+
+ANSWERS = "answers"
+"""Where a sample keeps its right answers, beside the model's inputs."""
+
+
+class SampleMeter:
+    """One sample prepared for comparisons: how far the model under a policy is from the original on it.
+
+    Args:
+        compiled: a compiled model.
+        sample: what the model's `forward` takes; `answers` (a sequence of strings) where the metric needs them.
+        metric: a name in `METRICS`.
+        depths: where depth-wise policies may go on from.
+        tokens: for "forced_kl", how many of the original's tokens are compared.
+        decode: token ids to text, for "accuracy_drop".
+
+    Raises:
+        ValueError: the metric needs answers, and the sample has none.
+    """
+
+    def __init__(
+        self,
+        compiled: Any,
+        sample: Mapping[str, Any],
+        metric: str = "top_k_kl",
+        *,
+        depths: Sequence[int] = (),
+        tokens: int = 4,
+        decode: Callable[[Tensor], str] | None = None,
+    ):
+        self._metric = METRICS[metric]
+        self._compiled = compiled
+        self._answers = sample.get(ANSWERS)
+        self._inputs = {name: value for name, value in sample.items() if name != ANSWERS}
+        self._decode = decode
+        if isinstance(self._answers, str):
+            raise TypeError(f"answers: expected a list of strings, got {self._answers!r}")
+        if self._metric.compare is None and (not self._answers or decode is None):
+            raise ValueError("accuracy_drop: expected samples with answers, and decode (token ids to text)")
+        if "input_ids" not in self._inputs or self._inputs["input_ids"].shape[0] != 1:
+            raise ValueError("expected what the model's forward takes for one prompt: input_ids (1, tokens)")
+        columns = self._inputs["input_ids"].shape[1]
+        inputs, rows = self._inputs, 1
+        if self._metric.forced and tokens > 1:
+            inputs, rows = _forced(compiled, self._inputs, tokens - 1), tokens
+        self._forced_tokens = rows - 1
+        self.replay = Replay(compiled, inputs, depths=depths, prompt_tokens=columns, rows=rows)
+        self._right: bool | None = None
+
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        """System, visual and text tokens of the prompt, before reduction."""
+        system, visual, text = self.replay.counts
+        return system, visual, text - self._forced_tokens
+
+    def flops(self, policy: Policy) -> int:
+        """Decoder FLOPs of the run that `divergence` compares; of generated answers those of the prompt alone."""
+        if self._metric.compare is None:
+            return prefill_flops(self._compiled.config, policy, *self.counts)
+        return self.replay.flops(policy)
+
+    def divergence(self, policy: Policy) -> float:
+        """Of the model under `policy` from the original."""
+        if self._metric.compare is not None:
+            rows = zip(self.replay.original, self.replay.logits(policy), strict=True)
+            return float(np.mean([self._metric.compare(original, pruned) for original, pruned in rows]))
+        if self._right is None:
+            self._right = self._is_right(Policy.full(policy.num_layers))
+        return float(self._right) - float(self._is_right(policy))
+
+    def _is_right(self, policy: Policy) -> bool:
+        assert self._decode is not None
+        assert self._answers is not None
+        output = generate_under(self._compiled, policy, **self._inputs, do_sample=False)
+        return is_right(self._decode(output[0, self._inputs["input_ids"].shape[1] :]), self._answers)
+
+
+def _forced(compiled: Any, inputs: Mapping[str, Any], count: int) -> dict[str, Any]:
+    """The inputs with the original's first `count` greedy tokens behind the prompt."""
+    full = Policy.full(next(iter(compiled.dop.tiers.values())).num_layers)
+    settings = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False}
+    ids = generate_under(compiled, full, **inputs, **settings)
+    columns = inputs["input_ids"].shape[1]
+    longer = {**inputs, "input_ids": ids}
+    for name, value in inputs.items():
+        if name in ("input_ids", "token_groups"):  # the groups are those of the prompt
+            continue
+        if isinstance(value, Tensor) and value.shape == inputs["input_ids"].shape:
+            fill = 1 if name == "attention_mask" else 0
+            longer[name] = torch.nn.functional.pad(value, (0, ids.shape[1] - columns), value=fill)
+    return longer
+
+
+def sample_digest(sample: Mapping[str, Any]) -> str:
+    """SHA-256 of a sample's inputs and answers, in hexadecimal digits."""
+    found = hashlib.sha256()
+
+    def note(value: Any) -> None:
+        if isinstance(value, Tensor):
+            found.update(f"{tuple(value.shape)}{value.dtype}".encode())
+            found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        elif isinstance(value, list | tuple):
+            found.update(f"{type(value).__name__} {len(value)}".encode())
+            for item in value:
+                note(item)
+        else:
+            found.update(repr(value).encode())
+
+    for name, value in sorted(sample.items()):
+        found.update(name.encode())
+        note(value)
+    return found.hexdigest()

@@ -1,0 +1,139 @@
+"""The three commands from samples to policies to pictures, as a user types them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dop_compile import Policy
+from dop_compile.costs import prefill_flops_ratio
+from dop_compile.search import Divergences, OperationOrder
+from tests.command_line import refused, run
+from tests.local_llava import local_llava, local_processor, picture
+
+LAYERS = 4
+WORDS = ("table", "picture", "colour", "human")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, and four samples with answers."""
+    folder = tmp_path_factory.mktemp("search")
+    model = local_llava(layers=LAYERS, hidden=64, image_size=56)
+    model.generation_config.max_new_tokens = 2
+    model.save_pretrained(folder / "model")
+    local_processor(56).save_pretrained(folder / "model")
+    lines = []
+    for number, word in enumerate(WORDS):
+        picture().rotate(90 * number).save(folder / f"{number}.png")
+        lines.append({"image": f"{number}.png", "prompt": f"What is the {word} ?", "answers": [word]})
+    (folder / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def profiled(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from dop_compile.cli import main
+
+    out = tmp_path_factory.mktemp("out") / "divergences.json"
+    argv = ["profile", str(folder / "model"), "--samples", str(folder / "samples.jsonl"), "--out", str(out)]
+    assert main(argv) == 0
+    return out
+
+
+def test_profile_writes_divergences_and_nothing_else(profiled: Path) -> None:
+    found = Divergences.load(profiled)
+    assert len(found.digests) == 4
+    assert found.visual_tokens == 16
+    assert [path.name for path in profiled.parent.iterdir()] == [profiled.name]
+
+
+def test_profile_of_a_draw(capsys: pytest.CaptureFixture[str], folder: Path, profiled: Path, tmp_path: Path) -> None:
+    argv = ["profile", str(folder / "model"), "--samples", str(folder / "samples.jsonl"), "--count", "2"]
+    code, out, _ = run(capsys, *argv, "--axis", "mlp_depth", "--out", str(tmp_path / "d.json"))
+    assert code == 0
+    found = Divergences.load(tmp_path / "d.json")
+    assert len(found.digests) == 2
+    assert set(found.digests) < set(Divergences.load(profiled).digests)
+    assert set(found.points) == {"mlp_depth"}
+    assert "mlp_depth" in out
+
+
+def test_search_saves_a_policy_per_budget(capsys: pytest.CaptureFixture[str], profiled: Path, tmp_path: Path) -> None:
+    argv = ["search", str(profiled), "--alpha", "off", "--out", str(tmp_path)]
+    code, out, _ = run(capsys, *argv, "--budget", "1", "--budget", "0.7")
+    assert code == 0
+    found = Divergences.load(profiled)
+    assert Policy.load(tmp_path / "100.json").is_full
+    policy = Policy.load(tmp_path / "70.json")
+    assert prefill_flops_ratio(found.dims, policy, *found.counts[0]) <= 0.7
+    assert "70%" in out
+    assert run(capsys, *argv, "--budget", "0.7", "--space", "dop")[0] == 0
+    dop = Policy.load(tmp_path / "70.json")
+    assert dop.pruned_layers("visual", "mha_query") == dop.pruned_layers("visual", "mha_key_value")
+
+
+def test_search_verifies_on_samples_and_bounds_time(
+    capsys: pytest.CaptureFixture[str], folder: Path, profiled: Path, tmp_path: Path
+) -> None:
+    model = ["--model", str(folder / "model"), "--samples", str(folder / "samples.jsonl")]
+    argv = ["search", str(profiled), "--alpha", "off", "--out", str(tmp_path), *model]
+    assert run(capsys, *argv, "--budget", "0.7", "--verify-top", "2")[0] == 0
+    latency = tmp_path / "latency.json"
+    assert run(capsys, *argv, "--max-ms", "1e6", "--latency", str(latency))[0] == 0
+    assert not Policy.load(tmp_path / "policy.json").pruned
+    assert "max_ms" in refused(capsys, *argv, "--max-ms", "1e-6", "--latency", str(latency))
+
+
+def test_report_draws_and_runs_policies(
+    capsys: pytest.CaptureFixture[str], folder: Path, profiled: Path, tmp_path: Path
+) -> None:
+    run(capsys, "search", str(profiled), "--alpha", "off", "--budget", "0.7", "--budget", "1", "--out", str(tmp_path))
+    policies = ["--policy", str(tmp_path / "70.json"), "--policy", str(tmp_path / "100.json")]
+    out = tmp_path / "report"
+    assert run(capsys, "report", str(profiled), *policies, "--out", str(out))[0] == 0
+    files = {"divergences.png", "pareto.png", "operations.png", "report.txt"}
+    assert {path.name for path in out.iterdir()} == files
+    assert all((out / name).read_bytes().startswith(b"\x89PNG") for name in files if name.endswith("png"))
+    model = ["--model", str(folder / "model"), "--samples", str(folder / "samples.jsonl")]
+    code, text, _ = run(capsys, "report", str(profiled), *policies, "--out", str(out), *model)
+    assert code == 0
+    assert "measured" in text
+    assert "accuracy" in text
+    assert (out / "report.txt").read_text().strip() in text
+
+
+def test_greedy_saves_an_order(capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "order.json"
+    argv = ["greedy", str(folder / "model"), "--samples", str(folder / "samples.jsonl"), "--count", "1"]
+    code, text, _ = run(capsys, *argv, "--steps", "2", "--max-loss", "0.1", "--out", str(out))
+    assert code == 0
+    order = OperationOrder.load(out)
+    assert f"{len(order.steps)} steps" in text
+
+
+def test_bad_input(capsys: pytest.CaptureFixture[str], folder: Path, profiled: Path, tmp_path: Path) -> None:
+    model, samples, out = str(folder / "model"), str(folder / "samples.jsonl"), str(tmp_path / "o")
+    assert "no such file" in refused(capsys, "profile", model, "--samples", "none.jsonl", "--out", out)
+    assert "no such directory" in refused(capsys, "profile", "/no/model", "--samples", samples, "--out", out)
+    assert "unknown" in refused(capsys, "profile", model, "--samples", samples, "--out", out, "--reducer", "best")
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"image": "none.png", "prompt": "x"}\n')
+    assert "--skip-bad" in refused(capsys, "profile", model, "--samples", str(bad), "--out", out)
+    assert "no budget" in refused(capsys, "search", str(profiled), "--out", out)
+    assert "0 < budget <= 1" in refused(capsys, "search", str(profiled), "--budget", "0", "--out", out)
+    assert "is the least" in refused(capsys, "search", str(profiled), "--budget", "0.001", "--out", out)
+    assert "No such file" in refused(capsys, "search", "none.json", "--budget", "0.5", "--out", out)
+    (tmp_path / "other.json").write_text('{"format": "x"}')
+    assert "not a file of divergences" in refused(capsys, "search", str(tmp_path / "other.json"), "--out", out)
+    assert "--verify-top" in refused(
+        capsys, "search", str(profiled), "--budget", "0.5", "--verify-top", "3", "--out", out
+    )
+    assert "--alpha" in refused(capsys, "search", str(profiled), "--budget", "0.5", "--alpha", "x", "--out", out)
+    assert "--latency" in refused(capsys, "search", str(profiled), "--max-ms", "5", "--out", out)
+    Policy.full(9).save(tmp_path / "deep.json")
+    deep = ["--policy", str(tmp_path / "deep.json")]
+    assert "the policy is for 9 layers" in refused(capsys, "report", str(profiled), *deep, "--out", out)
+    assert not Path(out).exists()
