@@ -124,7 +124,7 @@ def _opened(decoder: nn.Module, layers: nn.ModuleList) -> set[int]:
 
 def _without_autocast(device: str) -> AbstractContextManager[Any]:
     """Autocast would cast the weights to fake tensors, and keep those for everybody."""
-    available: bool = torch.amp.is_autocast_available(device)  # type: ignore[no-untyped-call]
+    available: bool = torch.amp.is_autocast_available(device)
     return torch.autocast(device, enabled=False) if available else nullcontext()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
@@ -242,7 +243,7 @@ def report_command(arguments: Namespace) -> None:
         figures["operations.png"] = report.tier_maps_figure(rows, divergences.visual_tokens)
     text = report.describe(divergences) + ("\n\n" + report.policies_table(rows) if rows else "")
     for name, figure in figures.items():
-        write_file(out / name, lambda file, figure=figure: figure.savefig(file, format="png", dpi=120), "--out")
+        write_file(out / name, functools.partial(figure.savefig, format="png", dpi=120))
     write_file(out / "report.txt", text + "\n", "--out")
     print(text)
     print(f"\nsaved {', '.join([*figures, 'report.txt'])} in {out}")

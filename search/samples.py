@@ -8,6 +8,7 @@ optionally `answers` (a string or a list):
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
@@ -155,12 +156,16 @@ def read_data_set(
     return [
         Row(
             f"{name}, row {number}",
-            (lambda number=number: table[number][image],),
+            (functools.partial(_cell, table, number, image),),
             str(line[prompt]),
             tuple(map(str, _listed(line[answers]))) if answers else (),
         )
         for number, line in enumerate(texts)
     ]
+
+
+def _cell(table: Any, number: int, column: str) -> Any:
+    return table[number][column]
 
 
 def _listed(value: Any) -> list[Any]:

@@ -70,7 +70,7 @@ def test_any_policy_gives_the_logits_of_a_whole_run(name: str, data: st.DataObje
     assert_close(replay.logits(policy), expected)
 
 
-@pytest.mark.parametrize("name", ["llava", "llava_next", "qwen2_5_vl", "internvl", "gemma3"])
+@pytest.mark.parametrize("name", ["llava_next", "qwen2_5_vl"])
 def test_the_compiled_models_own_forward_agrees(name: str) -> None:
     batch, replay = prepared(name)
     layers = batch.family.num_layers
@@ -185,17 +185,15 @@ def test_hooks_go_also_when_the_original_fails() -> None:
 # --- what it costs
 
 
-@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
-def test_the_reported_flops_are_those_that_pytorch_counts(name: str) -> None:
+def test_the_reported_flops_are_those_that_pytorch_counts() -> None:
     """With eager attention every product of matrices is counted, also the one for the logits."""
-    batch = make_batch(name, ONE_IMAGE, model=FAMILIES[name].build(attn="eager"))
+    batch = make_batch("qwen2_5_vl", ONE_IMAGE, model=FAMILIES["qwen2_5_vl"].build(attn="eager"))
     replay = Replay(dop_compile(batch.model, Policy.full(4), backend="eager"), batch.inputs, depths=(1, 2, 3))
     logits = 2 * 64 * 128
     for policy in (
         Policy.full(4),
         Policy.depthwise(4, mha_depth=2),
         Policy.depthwise(4, mha_query_depth=1, mlp_depth=3),
-        Policy.depthwise(4, mlp_depth=0),
         Policy.depthwise(4, mha_depth=3, mlp_depth=2, visual_tokens=5),
     ):
         replay.logits(policy)  # traced outside the counter, which would count the example values

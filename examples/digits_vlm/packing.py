@@ -8,6 +8,7 @@ be dropped, as a reducer drops them: the others keep their positions, or are num
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,8 @@ from digits_vlm import data, models
 __all__ = ["Batch", "decode_batch", "make_batch"]
 
 KIND_WEIGHTS = {"read": 0.2, "row": 0.2, "yesno": 0.12, "count": 0.2, "choice": 0.28}
+REFINING = {"read": 0.12, "row": 0.12, "yesno": 0.08, "count": 0.16, "choice": 0.52}
+"""Shares of the kinds of question, at first and when a model is refined."""
 HINT_WEIGHT = 0.5
 
 
@@ -93,6 +96,7 @@ def make_batch(
     questions: int = 14,
     split: str = "train",
     full: bool = False,
+    kinds: Mapping[str, float] = KIND_WEIGHTS,
     words: Any,
     images: Any,
 ) -> Batch:
@@ -100,6 +104,7 @@ def make_batch(
 
     Args:
         full: every cell of the canvases has a digit.
+        kinds: share of each kind of question.
         words, images: the model's tokenizer and image processor.
     """
     rng = np.random.default_rng([seed, 3, numbers.start])
@@ -122,7 +127,7 @@ def make_batch(
         ids: list[int] = []
         block: list[int] = []
         offset: list[int] = []
-        for index, kind in enumerate(rng.choice(list(KIND_WEIGHTS), size=questions, p=list(KIND_WEIGHTS.values()))):
+        for index, kind in enumerate(rng.choice(list(kinds), size=questions, p=list(kinds.values()))):
             question = data.ask(canvas, str(kind), rng)
             asked = encode(f"{question.text} Answer:")
             answer = [*encode(question.answer), models.EOS]

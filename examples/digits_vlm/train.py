@@ -4,9 +4,9 @@
     torchrun --nproc-per-node=2 -m digits_vlm.train llava --out digits_vlm/checkpoints/llava  # two of one thread each
 
 First the vision tower learns to say which digit each image token belongs to, then everything is trained on packed
-questions. Training can be interrupted: the same command goes on from the last saved step, and gives the same model as
-one that was never interrupted. Processes share each step's pictures and average their gradients; with another number
-of them other questions are drawn.
+questions, and at last on a mix with more of the hardest kind. Training can be interrupted: the same command goes on
+from the last saved step, and gives the same model as one that was never interrupted. Processes share each step's
+pictures and average their gradients; with another number of them other questions are drawn.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from digits_vlm import data, models
-from digits_vlm.packing import Batch, decode_batch, make_batch
+from digits_vlm.packing import KIND_WEIGHTS, REFINING, Batch, decode_batch, make_batch
 
-STAGES = ("tower", "answers")
+STAGES = ("tower", "answers", "refine")
 SAVE_EVERY_S = 60
 
 
@@ -95,7 +95,7 @@ class Training:
         torch.manual_seed(options.seed + 1)
         self.heads = Heads(self.model).to(self.device)
         self.words, self.images = models.tokenizer(options.model), models.image_processor(options.model)
-        self.steps = {"tower": options.tower_steps, "answers": options.steps}
+        self.steps = {"tower": options.tower_steps, "answers": options.steps, "refine": options.refine_steps}
         self.stage, self.step = STAGES[0], 0
         self.optimizer = self._optimizer()
 
@@ -116,7 +116,8 @@ class Training:
 
     @property
     def _peak(self) -> float:
-        return float(self.options.tower_lr if self.stage == "tower" else self.options.lr)
+        peaks = {"tower": self.options.tower_lr, "answers": self.options.lr, "refine": self.options.lr / 1.5}
+        return float(peaks[self.stage])
 
     def _rate(self) -> float:
         total = max(1, self.steps[self.stage])
@@ -133,6 +134,7 @@ class Training:
             seed=self.options.seed,
             questions=1 if self.stage == "tower" else self.options.questions,
             full=self.stage == "tower",
+            kinds=REFINING if self.stage == "refine" else KIND_WEIGHTS,
             words=self.words,
             images=self.images,
         ).to(self.device)
@@ -177,7 +179,7 @@ class Training:
 
     @property
     def _settings(self) -> str:
-        kept = ("model", "seed", "batch", "questions", "lr", "steps", "tower_lr", "tower_steps")
+        kept = ("model", "seed", "batch", "questions", "lr", "steps", "tower_lr", "tower_steps", "refine_steps")
         return json.dumps({name: getattr(self.options, name) for name in kept}, sort_keys=True)
 
     def _state(self) -> dict[str, Tensor]:
@@ -254,6 +256,7 @@ def main() -> None:
     parser.add_argument("model", choices=models.NAMES)
     parser.add_argument("--out", type=Path, required=True, help="directory for the checkpoint")
     parser.add_argument("--steps", type=int, default=1700, help="steps on questions (default %(default)s)")
+    parser.add_argument("--refine-steps", type=int, default=450, help="steps of refining (default %(default)s)")
     parser.add_argument("--tower-steps", type=int, default=900, help="steps on the vision tower (default %(default)s)")
     parser.add_argument("--batch", type=int, default=16, help="pictures a step, over all processes")
     parser.add_argument("--questions", type=int, default=14, help="questions a picture")

@@ -17,7 +17,7 @@ from digits_vlm import models, train
 
 def options(name: str = "llava", **changes: object) -> argparse.Namespace:
     settings = {"model": name, "seed": 0, "device": "cpu", "tower_steps": 2, "steps": 2, "batch": 2, "questions": 3}
-    return argparse.Namespace(**{**settings, "lr": 1e-3, "tower_lr": 1e-3, **changes})
+    return argparse.Namespace(**{**settings, "lr": 1e-3, "tower_lr": 1e-3, "refine_steps": 2, **changes})
 
 
 def weights(training: train.Training) -> dict[str, torch.Tensor]:
@@ -29,7 +29,7 @@ def test_an_interrupted_training_ends_with_the_same_model(name: str, tmp_path: P
     whole = train.Training(options(name))
     whole.run(tmp_path / "whole.safetensors")
     path = tmp_path / "parts.safetensors"
-    for _ in range(4):  # stopped after every step, in the middle of each stage
+    for _ in range(6):  # stopped after every step, in the middle of each stage
         part = train.Training(options(name))
         part.resume(path)
         if part.step == part.steps[part.stage]:
@@ -57,20 +57,9 @@ def test_two_processes_average_their_gradients(tmp_path: Path) -> None:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port", port]
-    command += [
-        "-m",
-        "digits_vlm.train",
-        "llava",
-        "--steps",
-        "2",
-        "--tower-steps",
-        "2",
-        "--refine-steps",
-        "2",
-        "--batch",
-        "4",
-    ]
-    command += ["--questions", "3", "--device", "cpu", "--out", str(tmp_path / "shared")]
+    steps = ("--tower-steps=2", "--steps=2", "--refine-steps=2", "--tower-lr=1e-3", "--lr=1e-3")
+    command += ["-m", "digits_vlm.train", "llava", *steps, "--batch=4", "--questions=3", "--device=cpu"]
+    command += ["--out", str(tmp_path / "shared")]
     subprocess.run(command, check=True, cwd=Path(train.__file__).parent.parent, capture_output=True, timeout=200)
     shared = load_file(tmp_path / "shared.training.safetensors")
 

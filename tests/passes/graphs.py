@@ -14,7 +14,7 @@ from dop_compile.cache import PrunedCache, ReducedView
 from dop_compile.keep import KeepTable
 from dop_compile.layout import TokenLayout
 from dop_compile.masks import MaskSelector
-from dop_compile.passes import PIPELINE, DecoderGraph, Pass, check_graph, run_passes
+from dop_compile.passes import PIPELINE, DecoderGraph, Pass, PassReport, check_graph, run_passes
 from dop_compile.pieces import PieceLibrary
 from dop_compile.program import Program
 from dop_compile.tokens import Universe
@@ -90,6 +90,16 @@ def run_graph(graph: DecoderGraph, codes: Tensor, last_rows: int | None = None, 
     with torch.no_grad():
         hidden = program(values, lambda spec: index[spec.kind](spec))
     return hidden, values["past_key_values"]
+
+
+def up_to(last: Pass) -> tuple[Pass, ...]:
+    """The pipeline's passes as far as one of them."""
+    return PIPELINE[: PIPELINE.index(last) + 1]
+
+
+def report_of(graph: DecoderGraph, item: Pass) -> PassReport:
+    """What a pass did."""
+    return next(report for report in graph.reports if report.name == item.name)
 
 
 def calls_of(graph: DecoderGraph, part: str, layer: int | None = None) -> list[fx.Node]:

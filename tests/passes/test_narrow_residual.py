@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 
 from dop_compile import Policy, ops
 from dop_compile.errors import PassError
-from dop_compile.passes import PIPELINE, run_passes
+from dop_compile.passes import run_passes
 from dop_compile.passes.annotate import ANNOTATE
 from dop_compile.passes.narrow_residual import NARROW_RESIDUAL
 from dop_compile.passes.remove_dead import REMOVE_DEAD
 from dop_compile.passes.slice_operations import SLICE_OPERATIONS
-from tests.passes.graphs import LAYERS, build, calls_of, codes_of, kv_only_from, run_graph, targets
+from tests.passes.graphs import LAYERS, build, calls_of, codes_of, kv_only_from, run_graph, targets, up_to
 from tests.strategies import policies
 
 SLICED = [ANNOTATE, REMOVE_DEAD, SLICE_OPERATIONS]
@@ -91,4 +91,4 @@ def test_it_can_be_disabled_and_does_not_run_out_of_order() -> None:
     with pytest.raises(PassError, match="must run before share_frozen"):
         run_passes(graph, [NARROW_RESIDUAL])
     with pytest.raises(PassError, match="already run"):
-        run_passes(build(kv_only_from(1), PIPELINE[:4]), [NARROW_RESIDUAL])
+        run_passes(build(kv_only_from(1), up_to(NARROW_RESIDUAL)), [NARROW_RESIDUAL])

@@ -7,11 +7,11 @@ import torch
 
 from dop_compile import Policy
 from dop_compile.errors import PassError
-from dop_compile.passes import PIPELINE, run_passes
+from dop_compile.passes import run_passes
 from dop_compile.passes.annotate import ANNOTATE
 from dop_compile.passes.remove_dead import REMOVE_DEAD
 from dop_compile.passes.slice_operations import SLICE_OPERATIONS
-from tests.passes.graphs import LAYERS, build, codes_of, kv_only_from, run_graph
+from tests.passes.graphs import LAYERS, build, codes_of, kv_only_from, run_graph, up_to
 
 TEXT_ONLY = frozenset({"text"})
 NEVER_KEYS_FROM_2 = Policy.depthwise(LAYERS, mha_key_value_depth=2)
@@ -70,6 +70,6 @@ def test_after_slicing_it_is_refused() -> None:
 
 
 def test_twice_is_refused() -> None:
-    graph = build(Policy.full(LAYERS), PIPELINE[:2])
+    graph = build(Policy.full(LAYERS), up_to(REMOVE_DEAD))
     with pytest.raises(PassError, match="already run"):
         run_passes(graph, [REMOVE_DEAD])

@@ -9,10 +9,20 @@ from transformers import LlamaConfig, LlamaModel
 
 from dop_compile import Policy, ops
 from dop_compile.errors import PassError
-from dop_compile.passes import PIPELINE, run_passes
+from dop_compile.passes import run_passes
 from dop_compile.passes.graph import DecoderGraph
 from dop_compile.passes.share_frozen import SHARE_FROZEN
-from tests.passes.graphs import LAYERS, build, calls_of, codes_of, kv_only_from, run_graph, targets
+from tests.passes.graphs import (
+    LAYERS,
+    build,
+    calls_of,
+    codes_of,
+    kv_only_from,
+    report_of,
+    run_graph,
+    targets,
+    up_to,
+)
 
 TEXT_ONLY = frozenset({"text"})
 CODES = codes_of("ssvvvvtt", "..vvtttt")
@@ -39,7 +49,7 @@ def test_frozen_tokens_cost_keys_and_values_and_nothing_else() -> None:
     frozen = next(node for node in graph.graph.nodes if node.name == "frozen_visual")
     norms = [user for node in frozen.users for user in node.users if node.op == "call_module"]
     assert norms == [], "no layer's norm runs on the frozen tokens"
-    assert graph.reports[4].rewritten == LAYERS - 1
+    assert report_of(graph, SHARE_FROZEN).rewritten == LAYERS - 1
 
 
 def test_a_query_reads_its_own_norm_and_not_the_merge() -> None:
@@ -53,7 +63,7 @@ def test_a_query_reads_its_own_norm_and_not_the_merge() -> None:
 @pytest.mark.parametrize("policy", [Policy.full(LAYERS), Policy.depthwise(LAYERS, mha_depth=1, mlp_depth=1)])
 def test_without_frozen_tokens_nothing_happens(policy: Policy) -> None:
     graph = build(policy, requested=TEXT_ONLY, diff=True)
-    assert graph.reports[4].rewritten == 0
+    assert report_of(graph, SHARE_FROZEN).rewritten == 0
     assert graph.diffs["share_frozen"] == "unchanged"
 
 
@@ -107,7 +117,7 @@ def test_a_norm_that_cannot_be_opened_runs_per_layer(change: object) -> None:
     model = _with_norms(change)
     graph = build(kv_only_from(1), model=model, requested=TEXT_ONLY)
     assert _rsqrts(graph) == 0
-    assert sum("cannot be opened" in reason for reason in graph.reports[4].kept) == LAYERS - 1
+    assert sum("cannot be opened" in reason for reason in report_of(graph, SHARE_FROZEN).kept) == LAYERS - 1
     plain, _ = run_graph(build(kv_only_from(1), model=model, requested=TEXT_ONLY, disable=["share_frozen"]), CODES, 2)
     shared, _ = run_graph(graph, CODES, 2)
     torch.testing.assert_close(shared, plain, rtol=1e-6, atol=1e-6)
@@ -122,4 +132,4 @@ def test_the_users_modules_are_left_as_they_were() -> None:
 
 def test_twice_is_refused() -> None:
     with pytest.raises(PassError, match="already run"):
-        run_passes(build(kv_only_from(1), PIPELINE[:5]), [SHARE_FROZEN])
+        run_passes(build(kv_only_from(1), up_to(SHARE_FROZEN)), [SHARE_FROZEN])

@@ -12,14 +12,18 @@ from dop_compile import Policy, ops
 from dop_compile.errors import PassError
 from dop_compile.passes import PIPELINE, check_graph, run_passes
 from dop_compile.passes.graph import DecoderGraph
+from dop_compile.passes.infra import Pass
+from dop_compile.passes.remove_dead import REMOVE_DEAD
+from dop_compile.passes.share_frozen import SHARE_FROZEN
+from dop_compile.passes.slice_operations import SLICE_OPERATIONS
 from dop_compile.passes.verify import VERIFY
-from tests.passes.graphs import LAYERS, build, calls_of, kv_only_from, targets
+from tests.passes.graphs import LAYERS, build, calls_of, kv_only_from, targets, up_to
 
 TEXT_ONLY = frozenset({"text"})
 
 
-def _graph(policy: Policy | None = None, count: int = len(PIPELINE)) -> DecoderGraph:
-    return build(policy or kv_only_from(1), PIPELINE[:count], requested=TEXT_ONLY)
+def _graph(policy: Policy | None = None, last: Pass = VERIFY) -> DecoderGraph:
+    return build(policy or kv_only_from(1), up_to(last), requested=TEXT_ONLY)
 
 
 def _named(graph: DecoderGraph, name: str) -> fx.Node:
@@ -35,7 +39,7 @@ def test_legal_graphs_pass_any_number_of_times() -> None:
 
 def test_before_slicing_it_is_refused() -> None:
     with pytest.raises(PassError, match="needs slice_operations"):
-        run_passes(_graph(count=2), [VERIFY])
+        run_passes(_graph(last=REMOVE_DEAD), [VERIFY])
 
 
 # Each takes a legal graph, breaks it, and is found by the check that the message tells of.
@@ -190,7 +194,7 @@ def test_a_broken_graph_is_found(corrupt: Callable[[DecoderGraph], None], messag
 
 
 def test_the_error_names_pass_layer_node_and_what_ran_before() -> None:
-    graph = _graph(count=len(PIPELINE) - 1)
+    graph = _graph(last=SHARE_FROZEN)
     _stale_read(graph)
     with pytest.raises(PassError) as caught:
         run_passes(graph, [VERIFY])
@@ -203,11 +207,11 @@ def test_the_error_names_pass_layer_node_and_what_ran_before() -> None:
 
 
 def test_debug_mode_blames_the_pass_that_broke_the_graph() -> None:
-    graph = _graph(count=3)
+    graph = _graph(last=SLICE_OPERATIONS)
 
     def check(g: DecoderGraph) -> None:
         _pruned_more(g)
         check_graph(g)
 
     with pytest.raises(PassError, match=r"pass 'narrow_residual'.*the policy asks for"):
-        run_passes(graph, PIPELINE[3:], check=check)
+        run_passes(graph, PIPELINE[len(up_to(SLICE_OPERATIONS)) :], check=check)

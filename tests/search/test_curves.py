@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.interpolate import interp1d
 
@@ -54,6 +54,7 @@ def distinct_tokens(divergences: Divergences) -> bool:
     )
 
 
+@settings(max_examples=50)
 @given(random_divergences(max_layers=9, max_tokens=30), st.sampled_from([*DEPTHS, "visual_tokens"]))
 def test_the_raw_curve_is_linear_between_points(divergences: Divergences, axis: str) -> None:
     if axis == "visual_tokens" and not distinct_tokens(divergences):
@@ -63,6 +64,7 @@ def test_the_raw_curve_is_linear_between_points(divergences: Divergences, axis: 
     )
 
 
+@settings(max_examples=50)
 @given(random_divergences(max_layers=9, max_tokens=30, low=-1.0), st.sampled_from([*DEPTHS, "visual_tokens"]))
 def test_the_monotone_curve_is_the_least_at_or_below(divergences: Divergences, axis: str) -> None:
     raw = curve(divergences, axis, monotone=False).tolist()

@@ -257,7 +257,7 @@ def test_the_automatic_alpha_is_the_papers(model_type: str, alpha: float) -> Non
 # --- laws
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     random_divergences(max_layers=5, max_tokens=9), BUDGETS, st.sampled_from(SPACES), st.sampled_from([None, "auto"])
 )
@@ -278,7 +278,7 @@ def predicted(divergences: Divergences, budget: float | None, **options: Any) ->
         return math.inf
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(random_divergences(max_layers=5, max_tokens=9), BUDGETS, BUDGETS, st.sampled_from(SPACES), st.booleans())
 def test_without_alpha_more_budget_never_loses_more(
     divergences: Divergences, one: float, other: float, space: str, monotone: bool
@@ -294,7 +294,7 @@ def test_without_alpha_more_budget_never_loses_more(
     )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(random_divergences(max_layers=5, max_tokens=9), BUDGETS, st.sampled_from([None, "auto"]), st.booleans())
 def test_the_split_space_is_never_worse(
     divergences: Divergences, budget: float, alpha: str | None, monotone: bool
@@ -310,7 +310,7 @@ def named_bounds(error: BaseException) -> dict[str, tuple[float, float]]:
     return {name: (float(asked), float(least)) for name, asked, least in found}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     random_divergences(max_layers=5, max_tokens=9),
     st.floats(1e-4, 1),

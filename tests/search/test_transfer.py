@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dop_compile.costs import prefill_flops_ratio
@@ -31,6 +31,7 @@ def with_layers(divergences: Divergences, layers: int, visual: int) -> Divergenc
     return transfer(divergences, dims_of(layers), [(3, visual, 7)], **TARGET)
 
 
+@settings(max_examples=40)
 @given(random_divergences())
 def test_to_the_same_geometry_nothing_changes(divergences: Divergences) -> None:
     same = transfer(
