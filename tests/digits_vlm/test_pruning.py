@@ -41,7 +41,9 @@ class DigitsBatch(Batch):
 
 @functools.cache
 def trained(name: str) -> tuple[Any, models.Reader]:
-    return models.load(CHECKPOINTS / name)
+    model, reader = models.load(CHECKPOINTS / name)
+    model.generation_config.eos_token_id = None  # the oracle goes on behind an answer's end
+    return model, reader
 
 
 def digits_batch(name: str, start: int = 0, count: int = 3) -> Batch:
