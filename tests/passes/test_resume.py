@@ -8,6 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor, nn
+from transformers import GraniteConfig, GraniteModel
 
 from dop_compile import Policy
 from dop_compile.errors import PassError
@@ -25,11 +27,17 @@ CODES = codes_of("ssvvvvtt", "..vvtttt")
 
 
 def graph_from(
-    first: int, policy: Policy | None = None, *, name: str = "llama", cached: bool = False, packed: int = 0
+    first: int,
+    policy: Policy | None = None,
+    *,
+    name: str = "llama",
+    cached: bool = False,
+    packed: int = 0,
+    model: nn.Module | None = None,
 ) -> DecoderGraph:
     """A traced decoder that is to begin at a layer; no pass has run."""
     family = FAMILIES[name]
-    model = decoder(name)
+    model = decoder(name) if model is None else model
     keep = KeepTable.from_policy(policy or Policy.full(family.num_layers), GROUPS)
     rows = 3 if family.has_mrope else None
     inputs = DecoderInputs(cached=cached, first_layer=first, packed=packed, position_rows=rows)
@@ -90,6 +98,30 @@ def test_deepstack_before_the_layer_goes_with_it() -> None:
     assert "packed_1" not in {node.name for node in third.graph.nodes if node.users}
 
 
+def test_embeddings_that_are_scaled_once_are_not_scaled_again() -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": LAYERS, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    model = GraniteModel(GraniteConfig(vocab_size=32, embedding_multiplier=12.0, **sizes)).eval()
+    codes = codes_of("ssvvvvtt")
+    graph = run_passes(graph_from(2, model=model), PIPELINE, check=check_graph)
+    assert graph.entry is not None
+    assert graph.entry.name == "inputs_embeds"
+    assert "decoder.layers.2.input_layernorm(inputs_embeds)" in dump(graph.graph)
+    found, _ = run_graph(graph, codes)
+    torch.testing.assert_close(found, layers_from(model, 2, codes))
+
+
+def layers_from(model: nn.Module, first: int, codes: Tensor) -> Tensor:
+    """What Hugging Face's own layers and norm make of the random stream of `run_graph`."""
+    stream = torch.randn(*codes.shape, 64, generator=torch.Generator().manual_seed(0))
+    tables = model.rotary_emb(stream, torch.arange(codes.shape[1])[None])
+    with torch.no_grad():
+        for layer in model.layers[first:]:
+            stream = layer(stream, attention_mask=None, position_embeddings=tables)
+            stream = stream[0] if isinstance(stream, tuple) else stream
+        return model.norm(stream)
+
+
 def test_a_parallel_block_is_one_junction() -> None:
     graph = resumed(3, name="cohere2_vision")
     assert [block.name for block in graph.blocks] == ["L03_mha", "L03_mlp"]
@@ -112,15 +144,8 @@ def test_the_rest_computes_what_the_whole_computes_from_that_stream(policy: Poli
 
 def test_an_unpruned_rest_is_bitwise_the_layers_themselves() -> None:
     codes = codes_of("ssvvvvtt")
-    model = decoder()
     found, _ = run_graph(run_passes(graph_from(2), PIPELINE, check=check_graph), codes)
-    stream = torch.randn(1, 8, 64, generator=torch.Generator().manual_seed(0))
-    tables = model.rotary_emb(stream, torch.arange(8)[None])
-    with torch.no_grad():
-        for layer in model.layers[2:]:
-            stream = layer(stream, attention_mask=None, position_embeddings=tables)
-            stream = stream[0] if isinstance(stream, tuple) else stream
-        assert torch.equal(found, model.norm(stream))
+    assert torch.equal(found, layers_from(decoder(), 2, codes))
 
 
 def test_pruning_is_that_of_the_layers_that_are_left() -> None:
