@@ -33,7 +33,7 @@ from dop_compile.search.greedy_sort import GreedyRules, Measure, default_danger,
 from dop_compile.search.meter import SampleMeter, sample_digest
 from dop_compile.search.metrics import METRICS
 from dop_compile.search.order import OperationOrder, check_counts
-from dop_compile.search.processes import barrier, world
+from dop_compile.search.processes import barrier, gather, of_first, share, world
 from dop_compile.search.progress import Progress, check_header
 
 __all__ = ["greedy_order"]
@@ -48,38 +48,6 @@ PROGRAMS = 64
 """Compiled programs kept. Each policy is measured once, and a large decoder's program takes some megabytes."""
 
 
-def _of_first(read: Callable[[], Any]) -> Any:
-    """What the first process reads, in all of them; so is the ValueError that it raises."""
-    rank, processes = world()
-    shared: list[Any] = [None, None]
-    if rank == 0:
-        try:
-            shared[1] = read()
-        except ValueError as error:
-            shared[0] = str(error)
-    if processes > 1:
-        dist.broadcast_object_list(shared, src=0)
-    if shared[0] is not None:
-        raise ValueError(shared[0])
-    return shared[1]
-
-
-def _share(samples: Sequence[Any]) -> range:
-    """The numbers of the samples that this process measures."""
-    rank, processes = world()
-    return range(rank, len(samples), processes)
-
-
-def _gather(own: dict[int, Any]) -> list[Any]:
-    """One value per sample, from the process that has it; by the samples' numbers."""
-    parts: list[Any] = [own]
-    if world()[1] > 1:
-        parts = [None] * world()[1]
-        dist.all_gather_object(parts, own)
-    whole = {number: value for part in parts for number, value in part.items()}
-    return [whole[number] for number in sorted(whole)]
-
-
 class _Samples:
     """This process's share of the samples, ready to be run under any policy; losses are means over all samples."""
 
@@ -87,7 +55,7 @@ class _Samples:
         self._state, self._count = compiled.dop, len(samples)
         self._meters: dict[int, SampleMeter] = {}
         own: dict[int, tuple[str, tuple[int, int, int]]] = {}
-        for number in tqdm(_share(samples), desc="preparing", leave=False, disable=world()[0] > 0, file=sys.stderr):
+        for number in tqdm(share(samples), desc="preparing", leave=False, disable=world()[0] > 0, file=sys.stderr):
             sample = samples[number]
             meter = self._meters[number] = SampleMeter(compiled, sample, metric, **options)
             own[number] = sample_digest(sample), meter.counts
@@ -95,7 +63,7 @@ class _Samples:
                 raise ValueError(
                     f"sample {number}: it has no visual tokens; leave it out, or pass token_groups with it"
                 )
-        whole = _gather(own)
+        whole = gather(own)
         self.digests = tuple(digest for digest, _ in whole)
         self.counts = tuple(counts for _, counts in whole)
 
@@ -118,7 +86,7 @@ class _Replayed:
 
     def __init__(self, measure: Measure, path: Path | None, header: dict[str, Any], bar: Any):
         # The others follow what the first process has read, and write nothing
-        self.progress: Progress = _of_first(lambda: Progress(path, header))
+        self.progress: Progress = of_first(lambda: Progress(path, header))
         if world()[0] > 0:
             rows, self.progress = self.progress.rows, Progress(None, header)
             self.progress.rows = dict(rows)
@@ -219,10 +187,10 @@ def _search(
     def header(digests: Sequence[str]) -> dict[str, Any]:
         return _header(fingerprint, digests, metric, options, base, rules.danger, settings)
 
-    if path is not None and _of_first(path.exists):
-        done: OperationOrder = _of_first(lambda: OperationOrder.load(path))
+    if path is not None and of_first(path.exists):
+        done: OperationOrder = of_first(lambda: OperationOrder.load(path))
         own = done.model_fingerprint, done.digests, done.metric, done.metric_options, done.base, done.danger
-        digests = _gather({number: sample_digest(samples[number]) for number in _share(samples)})
+        digests = gather({number: sample_digest(samples[number]) for number in share(samples)})
         check_header(path, _header(*own, dict(done.settings)), header(digests))
         if rank == 0:
             Progress(path, header(digests)).remove()

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,12 +17,18 @@ from tqdm import tqdm
 
 from dop_compile.compiler import dop_compile
 from dop_compile.dropin import generate_under
+from dop_compile.fingerprint import model_fingerprint
 from dop_compile.policy import Policy
 from dop_compile.policy_json import choice
-from dop_compile.search.meter import ANSWERS, SampleMeter
+from dop_compile.search.meter import ANSWERS, SampleMeter, sample_digest
 from dop_compile.search.metrics import METRICS, is_right
+from dop_compile.search.processes import barrier, gather, world
+from dop_compile.search.progress import Progress
 
 __all__ = ["measure_accuracy", "measure_policies"]
+
+Losses = np.ndarray[Any, np.dtype[np.float64]]
+Answers = np.ndarray[Any, np.dtype[np.bool_]]
 
 
 def measure_policies(
@@ -30,22 +40,29 @@ def measure_policies(
     tokens: int = 4,
     decode: Callable[[Tensor], str] | None = None,
     backend: str = "eager",
-) -> np.ndarray[Any, np.dtype[np.float64]]:
+    resume: str | os.PathLike[str] | None = None,
+) -> Losses:
     """(policies, samples) joint divergence of whole policies from the original.
 
-    Args: as `measure_divergences`.
+    Under `torchrun` every process takes its share of the samples and returns the same array.
+
+    Args:
+        model, samples, metric, tokens, decode, backend: as `measure_divergences`.
+        resume: every finished sample is kept in files beside this path, and a later call goes on there; they stay.
+
+    Raises:
+        TypeError, ValueError: no samples or policies; what is found at `resume` belongs to another measurement.
     """
     choice("metric", metric, METRICS)
-    if not len(samples):
-        raise ValueError("samples: expected at least one, got none")
-    if not len(policies):
-        raise ValueError("policies: expected at least one, got none")
-    compiled = dop_compile(model, {str(number): policy for number, policy in enumerate(policies)}, backend=backend)
-    found = np.empty((len(policies), len(samples)))
-    for number in tqdm(range(len(samples)), desc="measuring policies", leave=False, file=sys.stderr):
-        meter = SampleMeter(compiled, samples[number], metric, tokens=tokens, decode=decode)
-        found[:, number] = [meter.divergence(policy) for policy in policies]
-    return found
+    options = (("tokens", tokens),) if METRICS[metric].forced else ()
+    progress = _progress(resume, model, samples, policies, {"metric": [metric, *options]})
+    compiled = dop_compile(model, policies[0], backend=backend)
+
+    def row(sample: Mapping[str, Any]) -> list[float]:
+        meter = SampleMeter(compiled, sample, metric, tokens=tokens, decode=decode)
+        return [meter.divergence(policy) for policy in policies]
+
+    return _rows(samples, progress, row, "measuring policies", float)
 
 
 @torch.no_grad()
@@ -56,31 +73,91 @@ def measure_accuracy(
     decode: Callable[[Tensor], str],
     *,
     backend: str = "eager",
+    resume: str | os.PathLike[str] | None = None,
     **settings: Any,
-) -> np.ndarray[Any, np.dtype[np.bool_]]:
+) -> Answers:
     """(policies, samples) whether the model under a policy answers right.
+
+    Under `torchrun` every process takes its share of the samples and returns the same array.
 
     Args:
         model: the untouched Hugging Face model.
         samples: model inputs of one row each, and `answers`.
         decode: new token ids to text.
+        resume: as `measure_policies`.
         settings: of `generate`, beside greedy decoding.
 
     Raises:
-        ValueError: no samples, or one without answers.
+        TypeError, ValueError: no samples or policies, or a sample without answers; what is found at `resume` belongs
+            to another measurement.
     """
-    if not len(samples):
-        raise ValueError("samples: expected at least one, got none")
+    shown = {name: repr(value) for name, value in sorted(settings.items())}
+    progress = _progress(resume, model, samples, policies, {"metric": ["accuracy", shown]})
     compiled = dop_compile(model, policies[0], backend=backend)
-    found = np.empty((len(policies), len(samples)), dtype=bool)
-    for number in tqdm(range(len(samples)), desc="answering", leave=False, file=sys.stderr):
-        sample = samples[number]
+
+    def row(sample: Mapping[str, Any]) -> list[bool]:
         answers = sample.get(ANSWERS)
         if not answers:
-            raise ValueError(f"sample {number}: it has no answers to compare with")
+            raise ValueError("it has no answers to compare with")
         inputs = {name: value for name, value in sample.items() if name != ANSWERS}
         columns = inputs["input_ids"].shape[1]
-        for index, policy in enumerate(policies):
-            output = generate_under(compiled, policy, **inputs, do_sample=False, **settings)
-            found[index, number] = is_right(decode(output[0, columns:]), answers)
-    return found
+        outputs = (generate_under(compiled, policy, **inputs, do_sample=False, **settings) for policy in policies)
+        return [is_right(decode(output[0, columns:]), answers) for output in outputs]
+
+    return _rows(samples, progress, row, "answering", bool)
+
+
+def _progress(
+    resume: str | os.PathLike[str] | None,
+    model: Any,
+    samples: Sequence[Mapping[str, Any]],
+    policies: Sequence[Policy],
+    measured: dict[str, Any],
+) -> Progress:
+    for name, given in (("samples", samples), ("policies", policies)):
+        if not len(given):
+            raise ValueError(f"{name}: expected at least one, got none")
+    plain = [policy.replace(provenance=None).to_json() for policy in policies]
+    header = {
+        "fingerprint": model_fingerprint(model) if resume is not None else "",
+        "samples": len(samples),
+        "policies": hashlib.sha256(json.dumps(plain).encode()).hexdigest(),
+        **measured,
+    }
+    progress = Progress(None if resume is None else Path(resume), header, world()[0])
+    barrier()  # all have read what is there before anybody writes
+    return progress
+
+
+def _rows(
+    samples: Sequence[Mapping[str, Any]],
+    progress: Progress,
+    row: Callable[[Mapping[str, Any]], list[Any]],
+    what: str,
+    kind: type,
+) -> np.ndarray[Any, np.dtype[Any]]:
+    """(policies, samples) of the rows that this process measures, those that were finished, and those of the others."""
+    rank, processes = world()
+    finished = set(progress.rows)
+    for number in finished:
+        if number % processes == rank and sample_digest(samples[number]) != progress.rows[number]["digest"]:
+            raise ValueError(
+                f"sample {number} is not the one that was measured before; go on with the same samples, or choose "
+                "another file"
+            )
+    todo = [number for number in range(len(samples)) if number not in finished]
+    with tqdm(
+        desc=what, total=len(samples), initial=len(finished), leave=False, disable=rank > 0, file=sys.stderr
+    ) as bar:
+        for index, number in enumerate(todo):
+            if index % processes != rank:
+                bar.update(rank == 0)
+                continue
+            sample = samples[number]
+            try:
+                values = row(sample)
+            except ValueError as error:
+                raise ValueError(f"sample {number}: {error}") from error
+            progress.add(number, {"digest": sample_digest(sample), "values": values})
+            bar.update()
+    return np.array([found["values"] for found in gather(progress.rows)], dtype=kind).T

@@ -31,7 +31,7 @@ from dop_compile.search.axes import DEPTH_AXES, SPLIT_AXES, VISUAL_TOKENS, axis_
 from dop_compile.search.divergences import Divergences
 from dop_compile.search.meter import SampleMeter, sample_digest
 from dop_compile.search.metrics import METRICS
-from dop_compile.search.processes import barrier, gather_rows, world
+from dop_compile.search.processes import barrier, gather, world
 from dop_compile.search.progress import Progress, check_header
 
 __all__ = ["measure_divergences"]
@@ -113,7 +113,7 @@ def measure_divergences(
             meter = SampleMeter(compiled, sample, metric, depths=depths, tokens=tokens, decode=decode)
             progress.add(number, _measure(meter, sample, number, chosen, base))
             bar.update()
-    rows = gather_rows(progress.rows, len(samples), chosen)
+    rows = gather(progress.rows)
     result = _result(header, chosen, rows, model, base, metric, options, seed)
     if path is not None:
         if rank == 0:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
-__all__ = ["barrier", "gather_rows", "world"]
+__all__ = ["barrier", "gather", "of_first", "share", "world"]
 
 
 def world() -> tuple[int, int]:
@@ -22,29 +21,33 @@ def barrier() -> None:
         dist.barrier()
 
 
-def gather_rows(
-    rows: Mapping[int, dict[str, Any]], samples: int, chosen: Mapping[str, Sequence[Any]]
-) -> list[dict[str, Any]]:
-    """All rows on every process. Rows that several processes have read from disk are counted once."""
-    if world()[1] == 1:
-        return [rows[number] for number in range(samples)]
-    width = 1 + 32 + 3 + 1 + sum(map(len, chosen.values()))
-    table = torch.full((samples, width), -torch.inf, dtype=torch.float64)
-    for number, row in rows.items():
-        flat = [value for axis in chosen for value in row["values"][axis]]
-        line = [float(number), *bytes.fromhex(row["digest"]), *row["counts"], row["prefills"], *flat]
-        table[number] = torch.tensor(line, dtype=torch.float64)
-    if dist.get_backend() == "nccl":
-        table = table.cuda()
-    dist.all_reduce(table, op=dist.ReduceOp.MAX)
-    found = []
-    for line in table.cpu().tolist():
-        values, start = {}, 37
-        for axis, points in chosen.items():
-            values[axis] = line[start : start + len(points)]
-            start += len(points)
-        digest = bytes(int(byte) for byte in line[1:33]).hex()
-        found.append(
-            {"digest": digest, "counts": [int(n) for n in line[33:36]], "prefills": line[36], "values": values}
-        )
-    return found
+def share(samples: Sequence[Any]) -> range:
+    """The numbers of the samples that this process measures."""
+    rank, processes = world()
+    return range(rank, len(samples), processes)
+
+
+def gather(own: Mapping[int, Any]) -> list[Any]:
+    """One value per sample, from a process that has it; by the samples' numbers. The same list on every process."""
+    parts: list[Any] = [dict(own)]
+    if world()[1] > 1:
+        parts = [None] * world()[1]
+        dist.all_gather_object(parts, dict(own))
+    whole = {number: value for part in parts for number, value in part.items()}
+    return [whole[number] for number in sorted(whole)]
+
+
+def of_first(read: Callable[[], Any]) -> Any:
+    """What the first process reads, in all of them; so is the ValueError that it raises."""
+    rank, processes = world()
+    shared: list[Any] = [None, None]
+    if rank == 0:
+        try:
+            shared[1] = read()
+        except ValueError as error:
+            shared[0] = str(error)
+    if processes > 1:
+        dist.broadcast_object_list(shared, src=0)
+    if shared[0] is not None:
+        raise ValueError(shared[0])
+    return shared[1]

@@ -120,7 +120,8 @@ def describe(divergences: Divergences) -> str:
     return "\n".join(lines + columns(table))
 
 
-def _figure(width: float, height: float) -> Any:
+def new_figure(width: float, height: float) -> Any:
+    """An empty picture of so many inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -144,7 +145,7 @@ def curves_figure(divergences: Divergences) -> Any:
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
     """
-    figure = _figure(11, 4.2)
+    figure = new_figure(11, 4.2)
     left, right = figure.subplots(1, 2)
     for axis in divergences.points:
         panel = right if axis == VISUAL_TOKENS else left
@@ -166,7 +167,7 @@ def curves_figure(divergences: Divergences) -> Any:
 def pareto_figure(rows: Sequence[PolicyRow], metric: str) -> Any:
     """Divergence against FLOPs of policies, predicted and measured, and accuracy where it is known."""
     known = any(row.accuracy is not None for row in rows)
-    figure = _figure(11 if known else 6, 4.2)
+    figure = new_figure(11 if known else 6, 4.2)
     panels = figure.subplots(1, 2 if known else 1, squeeze=False)[0]
     for field, marker in (("predicted", "x"), ("measured", "o")):
         found = [(100 * row.flops, value) for row in rows if (value := getattr(row, field)) is not None]
@@ -186,7 +187,7 @@ def pareto_figure(rows: Sequence[PolicyRow], metric: str) -> Any:
 
 def tier_maps_figure(rows: Sequence[PolicyRow], visual_tokens: int) -> Any:
     """Which operations each policy keeps: layers by modules, coloured by the visual tokens processed."""
-    figure = _figure(2.6 * len(rows) + 1, 0.28 * rows[0].policy.num_layers + 1.8)
+    figure = new_figure(2.6 * len(rows) + 1, 0.28 * rows[0].policy.num_layers + 1.8)
     panels = figure.subplots(1, len(rows), squeeze=False)[0]
     for panel, row in zip(panels, rows, strict=True):
         shown = draw_operation_map(panel, row.policy, visual_tokens)
