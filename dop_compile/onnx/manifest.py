@@ -1,0 +1,369 @@
+"""What an exported directory holds and how its graphs are run: the contract between export and every runtime.
+
+    manifest.json        this document
+    weights.bin          every weight once, by content; all graphs refer to it by offset (ONNX external data)
+    embed.onnx           input_ids -> embeddings
+    vision-*.onnx        one image or video -> features, one graph per layout of pixels
+    reduce-*.onnx        features -> the visual tokens that a tier keeps, where a reducer can be a graph
+    prefill-*.onnx       one per tier
+    decode.onnx          one for all tiers
+    config.json, ...     the model's configuration, and its processor's files
+
+**Sections.** A prompt enters a prefill graph not in the order of its tokens but by group: each *section* is a tensor of
+its own, and holds the tokens of one or more groups of each row in prompt order, **padded on the left** to the longest
+row. A tier's sections are listed in `Tier.sections`: `text` alone or `system` and `text` (apart only if a tier prunes
+them differently), and `visual`, or `visual_salient` and `visual_rest` under a split policy. Group membership is thus a
+value that enters the graph; what a layer keeps are whole sections. Three inputs per section NAME:
+
+    embeds.NAME        (batch, NAME, hidden)   in the graphs' dtype; anything finite where there is padding
+    position_ids.NAME  (batch, NAME) int64     or (position_rows, batch, NAME) with `position_rows` (M-RoPE: 3)
+    slots.NAME         (batch, NAME) int64     the token's number in its row after reduction, from 0; -1 for padding
+
+Slots are what causal masks and sliding windows count in: attention looks at them alone, so sections may stand in any
+order, and rows of any lengths, also rows without visual tokens, can share a batch. The last token of `text` is the
+last of the prompt, in every row: its logits come out. A section of `length` (a static size) takes rows with fewer
+tokens, padded like any other; more do not fit.
+
+    logits               (batch, vocabulary) float32, of the last token
+    present.L.key/value  (batch, KV heads, entries, head dimension) of every layer L whose policy keeps entries: the
+                         sections in `PastClass.tiers[tier]`, one after the other
+
+**Decoding.** `decode.onnx` takes one token per row, and any number of entries per layer. Layers that hold the same
+sections in every tier form a *past class* C (`Manifest.past_classes`); all of its layers have entries of one length
+`past_C`, which differs from class to class and from tier to tier:
+
+    input_ids                    (batch, 1) int64
+    position_ids                 (batch, 1), or (position_rows, batch, 1)
+    slots                        (batch, 1) int64, the token's slot: 1 more than the row's last
+    past_slots.C                 (batch, past_C) int64: the `slots` of the sections concatenated, then those of generated
+                                 tokens; -1 where nothing is stored
+    past_key_values.L.key/value  (batch, KV heads, past_C, head dimension)
+    logits                       (batch, vocabulary) float32
+    new.L.key/value              (batch, KV heads, 1, head dimension): the token's own entry
+
+The graph only returns the new entry. A runtime either appends it, or writes it into a buffer of a fixed capacity whose
+unused entries have slot -1: then no tensor is copied or bound anew from token to token, which also is the way of a
+static export (`past_C` a number). Where nothing is stored, keys and values must be finite.
+
+**From a prompt to sections** (`dop_compile.onnx.prepare` does it):
+  1. positions of all tokens by the model's own rule (`positions`: "sequential", or "model" for its get_rope_index);
+  2. image by image through the vision graph of its layout; the features are the embeddings of the row's placeholders
+     (`placeholder_ids`) in order. Rows numbered in `VisionGraph.newlines` are never dropped and not counted;
+  3. groups: `system` before the first placeholder, `visual` placeholders, `text` the rest; all `text` without any;
+  4. `Tier.reducer` keeps `Tier.policy.visual_tokens`; where `Tier.reducer.graph` is set that graph does it, else the
+     runtime, by the reducer's name and options;
+  5. slots number what is left, per row; kept tokens keep their positions ("original") or close up ("compact").
+The first generated token's position is 1 + the largest position of the row before reduction ("compact": less the number
+of dropped tokens); its slot is the number of slots.
+
+**Shapes.** Each input has `min`, `opt` and `max` sizes, a TensorRT profile; a name in `shape` is a dynamic size. Sizes of
+one name agree within a graph. Sections may be padded to reach a minimum.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dop_compile.onnx import records
+from dop_compile.policy import Policy
+from dop_compile.policy_json import write_atomic
+
+__all__ = [
+    "DECODE",
+    "MANIFEST",
+    "WEIGHTS",
+    "DataFile",
+    "Graph",
+    "InputSpec",
+    "Manifest",
+    "ModelInfo",
+    "OutputSpec",
+    "PastClass",
+    "ReducerInfo",
+    "SectionInfo",
+    "Tier",
+    "TierCheck",
+    "Verification",
+    "VisionGraph",
+]
+
+FORMAT = "dop_compile.onnx"
+VERSION = 1
+MANIFEST, WEIGHTS = "manifest.json", "weights.bin"
+DECODE = "decode"
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """A file of the directory: its name, size in bytes and SHA-256."""
+
+    file: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """A graph's input: `shape` has names for dynamic sizes; `min`, `opt` and `max` are its TensorRT profile."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+    min: tuple[int, ...]
+    opt: tuple[int, ...]
+    max: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class OutputSpec:
+    """A graph's output; a dynamic size is a name or a sum such as "visual + text"."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class Graph:
+    """One ONNX file."""
+
+    data: DataFile
+    inputs: tuple[InputSpec, ...]
+    outputs: tuple[OutputSpec, ...]
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """The exported model. `head_dims` and `kv_heads` are per layer; `dtype` is that of embeddings, keys and values."""
+
+    class_name: str
+    model_type: str
+    fingerprint: str
+    dtype: str
+    num_layers: int
+    hidden_size: int
+    vocabulary: int
+    kv_heads: tuple[int, ...]
+    head_dims: tuple[int, ...]
+    eos_token_ids: tuple[int, ...]
+    pad_token_id: int
+
+
+@dataclass(frozen=True)
+class VisionGraph:
+    """Pixels of one image or video to its features.
+
+    `modality` is "image" or "video". `constants` are the processor's integer tensors that the graph was made for (image
+    sizes, patch grids): it may be used for pixels with exactly these, and `tokens` is then their number of features;
+    without constants the first size of the pixels is dynamic where `tokens_per_item` is set. `newlines` are features
+    that are row separators. `example` is the shape of the pixels that it was made with.
+    """
+
+    graph: str
+    modality: str
+    pixels: str
+    example: tuple[int, ...]
+    constants: dict[str, tuple[tuple[int, ...], ...]]
+    tokens: int
+    items_dynamic: bool
+    newlines: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class SectionInfo:
+    """A section: the token groups that it holds, and its static length (None: dynamic)."""
+
+    name: str
+    groups: tuple[str, ...]
+    length: int | None
+
+
+@dataclass(frozen=True)
+class PastClass:
+    """Layers whose entries have the same slots in every tier; `tiers` names the sections that they hold after prefill."""
+
+    layers: tuple[int, ...]
+    tiers: dict[str, tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class ReducerInfo:
+    """Who keeps visual tokens. `graph` None: the runtime does, by `name` and the options in the tier's policy.
+
+    Otherwise the graph takes `features` (tokens, hidden) of one image and returns `indices` (kept,) int64 in ascending
+    order and `kept` (kept, hidden). It stands for prompts with one image whose features number `tokens`.
+    """
+
+    name: str
+    graph: str | None
+    tokens: int | None
+
+
+@dataclass(frozen=True)
+class TierCheck:
+    """One tier against PyTorch, over all samples, with ONNX Runtime's graph optimisations on and off.
+
+    `logit_difference`: largest |difference| of first-token logits; `logit_scale` the largest |logit|. `kl`: largest
+    KL(PyTorch || ONNX) of the first token, in nats. `same_text`: samples whose greedy text is the same.
+    """
+
+    tier: str
+    optimized: bool
+    samples: int
+    logit_difference: float
+    logit_scale: float
+    kl: float
+    same_text: int
+    passed: bool
+
+
+@dataclass(frozen=True)
+class Verification:
+    """`runnable` False: the provider does not run the graphs (`reason`), and nothing was compared."""
+
+    runnable: bool
+    reason: str
+    provider: str
+    samples_sha256: str
+    new_tokens: int
+    tolerance: float
+    passed: bool
+    checks: tuple[TierCheck, ...]
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Tier:
+    """One budget.
+
+    `counts`: system, visual and text tokens, before reduction, that the costs are for. `eq11_flops` is the policy as
+    written, `executed_flops` what the graph does; None where the model's sizes are not known.
+    """
+
+    policy: Policy
+    prefill: str
+    decode: str
+    sections: tuple[SectionInfo, ...]
+    reducer: ReducerInfo | None
+    counts: tuple[int, int, int]
+    eq11_flops: int | None
+    eq11_fraction: float | None
+    executed_flops: int | None
+    kv_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """`graphs` by name; `tiers` in the order given, the first is the default."""
+
+    format: str
+    version: int
+    opset: int
+    static: bool
+    model: ModelInfo
+    weights: DataFile
+    graphs: dict[str, Graph]
+    embed: str
+    vision: tuple[VisionGraph, ...]
+    tiers: dict[str, Tier]
+    past_classes: tuple[PastClass, ...]
+    placeholder_ids: dict[str, int]
+    positions: str
+    position_rows: int | None
+    files: tuple[DataFile, ...]
+    versions: dict[str, str]
+    verification: Verification | None = field(default=None)
+
+    def to_json(self) -> str:
+        return json.dumps(records.encode(self), indent=1, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str, where: str = "manifest") -> Manifest:
+        """Strict reading of `to_json` text; ValueError naming the field for anything else."""
+        try:
+            document = records.parse(text)
+            if not isinstance(document, dict) or document.get("format") != FORMAT:
+                raise ValueError(f"format: expected {FORMAT!r}; this is not the manifest of an export")
+            if document.get("version") != VERSION or type(document["version"]) is not int:
+                raise ValueError(
+                    f"version: this release reads version {VERSION}, got {document.get('version')!r}; export again"
+                )
+            manifest = records.decode(cls, text)
+            manifest._check()
+            return manifest
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{where}: {error}") from error
+
+    @classmethod
+    def load(cls, directory: str | os.PathLike[str], *, hashes: bool = False) -> Manifest:
+        """The manifest of a directory, whose files are there and of the right size (`hashes`: and content).
+
+        Raises:
+            FileNotFoundError: there is no manifest, or a file that it names is missing.
+            ValueError: a manifest that cannot be read, or a file that is not the one exported.
+        """
+        folder = Path(directory)
+        path = folder / MANIFEST
+        if not path.is_file():
+            raise FileNotFoundError(f"{folder}: no {MANIFEST} in it; expected a directory made by dop-compile export")
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: expected UTF-8 JSON text, {error}") from error
+        manifest = cls.from_json(text, str(path))
+        manifest.check_files(folder, hashes=hashes)
+        return manifest
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        write_atomic(Path(directory) / MANIFEST, self.to_json())
+
+    @property
+    def data_files(self) -> tuple[DataFile, ...]:
+        return (self.weights, *(graph.data for graph in self.graphs.values()), *self.files)
+
+    def check_files(self, directory: str | os.PathLike[str], *, hashes: bool = False) -> None:
+        """See `load`."""
+        for data in self.data_files:
+            path = Path(directory) / data.file
+            if not path.is_file():
+                raise FileNotFoundError(f"{path}: the file is missing; the export is incomplete, export again")
+            if (size := path.stat().st_size) != data.bytes:
+                raise ValueError(f"{path}: {size} bytes, the manifest says {data.bytes}; export or copy it again")
+            if hashes and (found := file_sha256(path)) != data.sha256:
+                raise ValueError(
+                    f"{path}: its SHA-256 is {found[:12]}..., the manifest says {data.sha256[:12]}...; it was changed or "
+                    "damaged, export or copy it again"
+                )
+
+    def past_class(self, layer: int) -> int:
+        """Number of the class that a layer belongs to."""
+        return next(number for number, group in enumerate(self.past_classes) if layer in group.layers)
+
+    def _check(self) -> None:
+        """What one field says of another."""
+        used = {"embed": self.embed, **{f"vision[{i}]": v.graph for i, v in enumerate(self.vision)}}
+        for name, tier in self.tiers.items():
+            used |= {f"tiers.{name}.prefill": tier.prefill, f"tiers.{name}.decode": tier.decode}
+            if tier.reducer is not None and tier.reducer.graph is not None:
+                used[f"tiers.{name}.reducer"] = tier.reducer.graph
+            tier.policy.check_layers(self.model.num_layers)
+        for where, graph in used.items():
+            if graph not in self.graphs:
+                raise ValueError(f"{where}: there is no graph {graph!r}")
+        for data in self.data_files:
+            if Path(data.file).is_absolute() or ".." in Path(data.file).parts:
+                raise ValueError(f"{data.file!r}: expected a file inside the directory")
+        if not self.tiers:
+            raise ValueError("tiers: expected at least one")
+        layers = sorted(layer for group in self.past_classes for layer in group.layers)
+        if layers != list(range(self.model.num_layers)):
+            raise ValueError(f"past_classes: expected each of {self.model.num_layers} layers once, got {layers}")
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
