@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
-from dop_compile.search import Divergences, measure_divergences
+from dop_compile import Policy
+from dop_compile.search import Divergences, measure_divergences, measure_policies
 from dop_compile.search.axes import DOP_AXES
 from tests.support import make_batch, shared_model
 
@@ -50,16 +52,31 @@ def measure(count: int, path: Path | None, **changes: Any) -> Divergences:
 
 
 def measure_slowly(count: int, path: Path) -> None:
-    torch.set_num_threads(1)
     measure_divergences(shared_model("llava"), Slow(prompts(count)), resume=path, **SETTINGS)
 
 
 def measure_as_rank(rank: int, world: int, count: int, folder: Path) -> None:
     """One process of several; saves what it returns."""
-    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     try:
         found = measure(count, folder / "d.json")
         found.save(folder / f"rank-{rank}.json")
+    finally:
+        dist.destroy_process_group()
+
+
+POLICIES = (Policy.depthwise(4, mha_depth=2, visual_tokens=2), Policy.depthwise(4, mlp_depth=1), Policy.full(4))
+
+
+def measure_joint(count: int, path: Path | None, **changes: Any) -> Any:
+    settings: dict[str, Any] = {"policies": POLICIES, "resume": path, **changes}
+    return measure_policies(shared_model("llava"), prompts(count), **settings)
+
+
+def measure_joint_as_rank(rank: int, world: int, count: int, folder: Path) -> None:
+    """One process of several; saves what it returns."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    try:
+        np.save(folder / f"rank-{rank}.npy", measure_joint(count, folder / "joint.json"), allow_pickle=False)
     finally:
         dist.destroy_process_group()
