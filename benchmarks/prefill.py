@@ -13,22 +13,15 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import platform
-import random
 import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from tqdm import tqdm
+from common import environment, interleave
 from transformers import CLIPVisionConfig, CLIPVisionModel, DynamicCache, LlamaConfig, LlamaForCausalLM
 
-import dop_compile as package
 from dop_compile import Policy, dop_compile, explain, prefill_flops
 from dop_compile.prompt import Prompt, make_reducer, reduce_prompt
 from dop_compile.runtime import run_decoder
@@ -133,31 +126,6 @@ class Bench:
         return call
 
 
-def synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def interleave(contenders: dict[str, Callable[[], Any]], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Milliseconds of each contender in each round."""
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    order = list(contenders)
-    shuffle = random.Random(0)
-    with torch.inference_mode():
-        for name in tqdm(order, desc="warm up", leave=False):
-            for _ in range(2):
-                contenders[name]()
-        for _ in tqdm(range(rounds), desc="rounds", leave=False):
-            shuffle.shuffle(order)
-            for name in order:
-                synchronise(device)
-                started = time.perf_counter()
-                contenders[name]()
-                synchronise(device)
-                times[name].append(1000 * (time.perf_counter() - started))
-    return times
-
-
 def measure(bench: Bench, backend: str, rounds: int) -> list[dict[str, Any]]:
     """Rows of the table for one backend."""
     geometry = bench.geometry
@@ -243,20 +211,6 @@ def measure_matmuls(bench: Bench, rounds: int) -> dict[int, float]:
     counts = [others + tokens for tokens in (geometry.visual, *kept, 0)]
     times = interleave({str(rows): call(rows) for rows in counts}, rounds, bench.device)
     return {int(rows): statistics.median(values) for rows, values in times.items()}
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    return {
-        "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "dop_compile": f"{package.__version__} ({commit})",
-        "command": " ".join(["python", *sys.argv]),
-    }
 
 
 def markdown(
