@@ -1,6 +1,6 @@
 """What a visual token reducer is given, and what it gives back.
 
-A reducer runs before the decoder, once per sample, and names the visual tokens that enter it.
+A reducer runs before the decoder and names, for each sample, the visual tokens that enter it.
 
     processor -> vision tower -> projector -> [reducer] -> decoder
                      |               |
@@ -10,7 +10,7 @@ Shapes: `tokens` visual tokens of one sample, `n_text` other prompt tokens, `hid
 Newline embeddings inside a placeholder run are never dropped, so they are not among the `tokens`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 __all__ = ["OPTIONAL_FIELDS", "Reducer", "Selection", "VisualContext"]
 
-OPTIONAL_FIELDS = frozenset({"features", "cls_attention", "grid"})
+OPTIONAL_FIELDS = frozenset({"features", "cls_attention", "keys", "project", "tiles", "grid", "text_ids"})
 """The fields of `VisualContext` that are filled in only for reducers that name them in `requires`."""
 
 
@@ -30,15 +30,26 @@ class VisualContext:
     Attributes:
         projected: (tokens, hidden) features after the projector, as they enter the decoder.
         text: (n_text, hidden) embeddings of the sample's other prompt tokens, padding left out.
-        segments: (tokens,) int64, the image or frame of this sample that each token belongs to, from 0.
+        segments: (tokens,) int64, the image or video of this sample that each token belongs to, from 0.
         sample_index: the sample's row in the batch. Only a reducer that is given something per row may
             use it: a row must select the same tokens alone and in a batch.
-        features: (tokens, vision_hidden) features before the projector.
-        cls_attention: (tokens,) attention that the [CLS] query of one vision layer pays to each token, mean
-            over heads; of a tower without [CLS], the mean over all queries.
-        grid: (frames, height, width) in tokens of each segment.
+        features: (tokens, vision_hidden) what the projector was given for each token; of towers that merge several
+            patches into a token, these patches one after the other.
+        cls_attention: (tokens,) float32, attention that the [CLS] query of the vision layer before the projector pays
+            to each token, mean over heads; of a tower without [CLS], the mean over all queries. Where a token is
+            made of several patches, the mean over them.
+        keys: (tokens, key_dim) float32, keys of the same layer, mean over heads (and over a token's patches).
+        project: the projector, for single tokens: (n, vision_hidden) features to (n, hidden). For reducers that merge
+            tokens before it.
+        tiles: (tokens,) int64 on the CPU, the tile of its image or frame of its video that each token belongs to:
+            what went through the vision tower as one picture. Numbered from 0 upwards, not necessarily densely.
+        grid: (frames or tiles, height, width) in tokens of each segment.
+        text_ids: (n_text,) int64, ids of the tokens of `text`.
         segment_index: 0 for a whole sample; the segment's number in its sample where `select_tokens` has
             narrowed the context to a single segment (whose `segments` are then all 0).
+        instruction_start: how many rows of `text` stand before the first visual token of the call; those after them
+            are the instruction.
+        relevance: (tokens,) what the reducer's own `prepare` found out about the whole segment.
 
     Raises:
         ValueError: shapes that contradict each other; the message names the field.
@@ -52,6 +63,12 @@ class VisualContext:
     cls_attention: Tensor | None = None
     grid: Sequence[tuple[int, int, int]] | None = None
     segment_index: int = 0
+    keys: Tensor | None = None
+    project: Callable[[Tensor], Tensor] | None = None
+    tiles: Tensor | None = None
+    text_ids: Tensor | None = None
+    instruction_start: int = 0
+    relevance: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.projected.ndim != 2:
@@ -59,19 +76,30 @@ class VisualContext:
         tokens, hidden = self.projected.shape
         if self.text.ndim != 2 or self.text.shape[1] != hidden:
             raise ValueError(f"text must be (n_text, {hidden}), not {tuple(self.text.shape)}")
-        if self.segments.shape != (tokens,) or self.segments.dtype != torch.long:
-            raise ValueError(
-                f"segments must be ({tokens},) int64, not {tuple(self.segments.shape)} {self.segments.dtype}"
-            )
-        if self.features is not None and (self.features.ndim != 2 or self.features.shape[0] != tokens):
-            raise ValueError(f"features must be ({tokens}, vision_hidden), not {tuple(self.features.shape)}")
-        if self.cls_attention is not None and self.cls_attention.shape != (tokens,):
-            raise ValueError(f"cls_attention must be ({tokens},), not {tuple(self.cls_attention.shape)}")
+        for name in ("segments", "tiles"):
+            value = getattr(self, name)
+            if value is not None and (value.shape != (tokens,) or value.dtype != torch.long):
+                raise ValueError(f"{name} must be ({tokens},) int64, not {tuple(value.shape)} {value.dtype}")
+        for name, width in (("features", "vision_hidden"), ("keys", "key_dim")):
+            value = getattr(self, name)
+            if value is not None and (value.ndim != 2 or value.shape[0] != tokens):
+                raise ValueError(f"{name} must be ({tokens}, {width}), not {tuple(value.shape)}")
+        for name in ("cls_attention", "relevance"):
+            value = getattr(self, name)
+            if value is not None and value.shape != (tokens,):
+                raise ValueError(f"{name} must be ({tokens},), not {tuple(value.shape)}")
+        if self.text_ids is not None and self.text_ids.shape != (len(self.text),):
+            raise ValueError(f"text_ids must be ({len(self.text)},), not {tuple(self.text_ids.shape)}")
 
     @property
     def tokens(self) -> int:
         """The number of visual tokens of the sample."""
         return self.projected.shape[0]
+
+    @property
+    def instruction(self) -> slice:
+        """The rows of `text` behind the first visual token; all rows where there is none behind it."""
+        return slice(self.instruction_start if self.instruction_start < len(self.text) else 0, None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,8 +128,16 @@ class Reducer(Protocol):
 
     Deterministic: the same context and count give the same selection; ties go to the lowest index.
 
-    A sample's images or frames are reduced one by one, each to its share of the count. A reducer that also
-    has the attribute `whole_sample = True` is called once with all of them and divides the count itself.
+    A sample's images or videos are reduced one by one, each to its share of the count. More may be said by attributes:
+
+    - `whole_sample = True`: called once with all images of a sample; divides the count itself.
+    - `per_tile = True`: called once per tile or frame, each having its share of the count. Implies that `tiles` is
+      required.
+    - `at_most = True`: may keep fewer tokens than asked for.
+    - `select_many(contexts, counts) -> Sequence[Selection]`: called in place of the reducer itself with all contexts
+      of a batch that have the same number of tokens, so that their numbers can be computed together.
+    - `prepare(contexts) -> Sequence[VisualContext]`: called before contexts are divided into tiles, for what needs the
+      whole image; returns them with `relevance` set.
     """
 
     @property

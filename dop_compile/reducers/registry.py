@@ -1,6 +1,6 @@
 """Reducers by name, as policies name them.
 
-Three are built in. Others come from `register`, or from an installed package's entry point:
+Some are built in. Others come from `register`, or from an installed package's entry point:
 
     [project.entry-points."dop_compile.reducers"]
     mine = "my_package.module:MyReducer"
@@ -14,11 +14,18 @@ from difflib import get_close_matches
 from importlib.metadata import entry_points
 
 from dop_compile.reducers.base import Reducer
+from dop_compile.reducers.cdpruner import CDPrunerReducer
+from dop_compile.reducers.divprune import DivPruneReducer
 from dop_compile.reducers.given import GivenReducer
+from dop_compile.reducers.prumerge import PruMergePlusReducer, PruMergeReducer
 from dop_compile.reducers.random import RandomReducer
+from dop_compile.reducers.select import needs
+from dop_compile.reducers.trim import TrimReducer
 from dop_compile.reducers.uniform import UniformReducer
+from dop_compile.reducers.visionzip import VisionZipReducer
+from dop_compile.reducers.vispruner import VisPrunerReducer
 
-__all__ = ["ENTRY_POINT_GROUP", "create", "known", "register"]
+__all__ = ["ENTRY_POINT_GROUP", "create", "fitting", "known", "register"]
 
 ENTRY_POINT_GROUP = "dop_compile.reducers"
 
@@ -26,7 +33,20 @@ _factories: dict[str, Callable[..., Reducer]] = {
     "uniform": UniformReducer,
     "random": RandomReducer,
     "given": GivenReducer,
+    "vispruner": VisPrunerReducer,
+    "cdpruner": CDPrunerReducer,
+    "divprune": DivPruneReducer,
+    "visionzip": VisionZipReducer,
+    "prumerge": PruMergeReducer,
+    "prumerge_plus": PruMergePlusReducer,
+    "trim": TrimReducer,
 }
+
+ELSEWHERE = {
+    "resize": "it works before the model: resize_processor(processor, visual_tokens) in dop_compile.reducers, with a "
+    "policy that keeps all visual tokens",
+}
+"""Methods that users look for here."""
 
 
 def register(name: str, factory: Callable[..., Reducer]) -> None:
@@ -73,6 +93,19 @@ def create(name: str, options: Mapping[str, object] | None = None) -> Reducer:
     return reducer
 
 
+def fitting(supplied: frozenset[str]) -> tuple[str, ...]:
+    """Names of registered reducers that can be made without options and require nothing but `supplied`, sorted."""
+    found = []
+    for name, factory in _factories.items():
+        try:
+            required = needs(factory())
+        except (TypeError, ValueError):
+            continue
+        if required <= supplied:
+            found.append(name)
+    return tuple(sorted(found))
+
+
 def _find(name: str) -> Callable[..., Reducer]:
     if name in _factories:
         return _factories[name]
@@ -84,6 +117,8 @@ def _find(name: str) -> Callable[..., Reducer]:
                 f"reducer {name!r}: its entry point {entry_point.value!r} cannot be loaded: {error}"
             ) from error
         return loaded
+    if name in ELSEWHERE:
+        raise ValueError(f"{name!r} is no reducer of a policy: {ELSEWHERE[name]}")
     close = get_close_matches(name, known(), n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
     raise ValueError(f"unknown reducer {name!r}; {hint}Known are {', '.join(known())}")

@@ -15,6 +15,10 @@ WELL_FORMED = {
     "features": torch.zeros(6, 8),
     "cls_attention": torch.zeros(6),
     "grid": ((1, 2, 3),),
+    "keys": torch.zeros(6, 5),
+    "project": lambda features: features[:, :4],
+    "tiles": torch.zeros(6, dtype=torch.long),
+    "text_ids": torch.zeros(3, dtype=torch.long),
 }
 
 
@@ -29,6 +33,11 @@ WELL_FORMED = {
         ("features", torch.zeros(5, 8)),
         ("features", torch.zeros(6)),
         ("cls_attention", torch.zeros(6, 6)),
+        ("keys", torch.zeros(5, 8)),
+        ("tiles", torch.zeros(5, dtype=torch.long)),
+        ("tiles", torch.zeros(6)),
+        ("text_ids", torch.zeros(2, dtype=torch.long)),
+        ("relevance", torch.zeros(6, 1)),
     ],
 )
 def test_a_contradicting_shape_is_named(field, value):
@@ -42,7 +51,7 @@ def test_optional_fields_are_exactly_those_that_may_be_missing():
         for field in dataclasses.fields(VisualContext)
         if field.default is None  # not MISSING, not a number
     }
-    assert absent == OPTIONAL_FIELDS
+    assert absent == OPTIONAL_FIELDS | {"relevance"}  # the reducer's own
     VisualContext(**{name: value for name, value in WELL_FORMED.items() if name not in OPTIONAL_FIELDS})
 
 

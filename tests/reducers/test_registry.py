@@ -4,20 +4,35 @@ from importlib.metadata import EntryPoint, EntryPoints
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dop_compile.reducers import (
     ENTRY_POINT_GROUP,
+    OPTIONAL_FIELDS,
+    CDPrunerReducer,
+    DivPruneReducer,
     GivenReducer,
+    PruMergePlusReducer,
+    PruMergeReducer,
     RandomReducer,
     Selection,
+    TrimReducer,
     UniformReducer,
+    VisionZipReducer,
+    VisPrunerReducer,
     create,
+    fitting,
     known,
     register,
     registry,
 )
+
+BUILT_IN = (
+    *("cdpruner", "divprune", "given", "prumerge", "prumerge_plus"),
+    *("random", "trim", "uniform", "vispruner", "visionzip"),
+)
+LISTED = ", ".join(sorted(BUILT_IN))
 
 
 class Mine:
@@ -57,6 +72,13 @@ def installed(monkeypatch):
         ("random", {}, RandomReducer(seed=0)),
         ("random", {"seed": 7}, RandomReducer(seed=7)),
         ("given", {"indices": [[2, 0]]}, GivenReducer([[2, 0]])),
+        ("vispruner", {"ratio": 0.25}, VisPrunerReducer(ratio=0.25)),
+        ("cdpruner", {}, CDPrunerReducer()),
+        ("divprune", {}, DivPruneReducer()),
+        ("visionzip", {"contextual": 0.5}, VisionZipReducer(contextual=0.5)),
+        ("prumerge", {"adaptive": True}, PruMergeReducer(adaptive=True)),
+        ("prumerge_plus", {"neighbours": 8}, PruMergePlusReducer(neighbours=8)),
+        ("trim", {}, TrimReducer()),
     ],
 )
 def test_built_in_reducers(name, options, reducer):
@@ -69,7 +91,7 @@ def test_a_registered_factory_gets_the_options():
     register("mine", Mine)
     assert create("mine", {"scale": 2, "ratio": 0.25}).options == (2, 0.25)
     assert create("mine", {"scale": 2}).options == (2, 0.5)
-    assert known() == ("given", "mine", "random", "uniform")
+    assert known() == tuple(sorted((*BUILT_IN, "mine")))
 
 
 def test_a_factory_that_takes_any_option():
@@ -93,7 +115,7 @@ def test_registering_twice():
 def test_an_installed_package_supplies_a_reducer(installed):
     installed(swift=f"{UniformReducer.__module__}:UniformReducer")
     assert create("swift") == UniformReducer()
-    assert known() == ("given", "random", "swift", "uniform")
+    assert known() == tuple(sorted((*BUILT_IN, "swift")))
 
 
 def test_an_installed_package_cannot_replace_a_built_in_one(installed):
@@ -111,13 +133,14 @@ def test_an_entry_point_that_cannot_be_loaded_is_named(installed, value):
 
 @pytest.mark.parametrize(("name", "hint"), [("unifrom", "did you mean 'uniform'"), ("Random", "did you mean 'random'")])
 def test_an_unknown_name_gets_the_nearest_one(name, hint):
-    with pytest.raises(ValueError, match=f"unknown reducer '{name}'; {hint}.*given, random, uniform"):
+    with pytest.raises(ValueError, match=f"unknown reducer '{name}'; {hint}.*{LISTED}"):
         create(name)
 
 
-@given(st.text().filter(lambda name: name not in known()))
+@settings(deadline=None)
+@given(st.text().filter(lambda name: name not in (*known(), "resize")))
 def test_any_other_name_lists_the_known_ones(name):
-    with pytest.raises(ValueError, match=r"unknown reducer .* Known are given, random, uniform"):
+    with pytest.raises(ValueError, match=rf"(?s)unknown reducer .* Known are {LISTED}"):
         create(name)
 
 
@@ -127,6 +150,11 @@ def test_any_other_name_lists_the_known_ones(name):
         ("uniform", {"seed": 1}, "unknown option 'seed' of reducer 'uniform'; accepted: none"),
         ("random", {"sed": 1}, "unknown option 'sed' of reducer 'random'; accepted: seed"),
         ("random", {"name": "x"}, "unknown option 'name' of reducer 'random'; accepted: seed"),
+        ("vispruner", {"share": 1}, "unknown option 'share' of reducer 'vispruner'; accepted: ratio"),
+        ("divprune", {"ratio": 1}, "unknown option 'ratio' of reducer 'divprune'; accepted: none"),
+        ("vispruner", {"ratio": 1.5}, "reducer 'vispruner': ratio must be from 0 to 1, not 1.5"),
+        ("visionzip", {"contextual": -1}, "reducer 'visionzip': contextual must be from 0 to 1, not -1"),
+        ("prumerge_plus", {"neighbours": -1}, "reducer 'prumerge_plus': neighbours must not be negative"),
         ("given", {}, "reducer 'given' needs the option 'indices'"),
         ("mine", {"ratio": 1, "scale": 1, "size": 2}, "unknown option 'size'.*accepted: scale, ratio"),
         ("mine", {"ratio": 1}, "reducer 'mine' needs the option 'scale'"),
@@ -141,6 +169,37 @@ def test_wrong_options_are_named(name, options, message):
 def test_a_wrong_option_value_is_the_reducers_own_error():
     with pytest.raises(TypeError, match="seed must be an integer, not 'a'"):
         create("random", {"seed": "a"})
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("vispruner", {"ratio": "x"}, "ratio must be a number, not 'x'"),
+        ("visionzip", {"contextual": True}, "contextual must be a number, not True"),
+        ("prumerge", {"adaptive": 1}, "adaptive must be true or false, not 1"),
+        ("prumerge", {"neighbours": 1.5}, "neighbours must be an integer, not 1.5"),
+        ("cdpruner", {"relevance": "clip"}, "relevance must be an InstructionRelevance or a ClipRelevance, not 'clip'"),
+        ("trim", {"relevance": None}, "relevance must be an InstructionRelevance or a ClipRelevance, not None"),
+    ],
+)
+def test_option_values_of_a_wrong_type(name, options, message):
+    with pytest.raises(TypeError, match=f"reducer '{name}': {message}"):
+        create(name, options)
+
+
+def test_resize_is_found_elsewhere():
+    with pytest.raises(ValueError, match=r"'resize' is no reducer of a policy.*resize_processor"):
+        create("resize")
+
+
+def test_fitting_reducers_require_no_more_than_there_is():
+    assert fitting(frozenset()) == ("divprune", "random", "uniform")
+    assert set(fitting(frozenset({"tiles"}))) == {"cdpruner", "divprune", "random", "uniform"}
+    assert set(fitting(frozenset({"tiles", "features", "cls_attention"}))) == {
+        *("cdpruner", "divprune", "random", "uniform", "vispruner")
+    }
+    register("mine", Mine)  # cannot be made without options
+    assert fitting(OPTIONAL_FIELDS) == tuple(sorted(set(BUILT_IN) - {"given"}))
 
 
 def test_a_factory_that_makes_no_reducer_is_named():

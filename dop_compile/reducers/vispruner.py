@@ -1,0 +1,78 @@
+"""VisPruner: tokens that [CLS] attends to, and a diverse choice of the rest (Zhang et al. 2025, arXiv 2412.01818).
+
+Per image, tile or frame, of N tokens T are kept, of which T_imp = int(T * ratio) are important:
+
+1. the T_imp tokens of the highest [CLS] attention;
+2. of the rest, in the order of their attention, tokens that resemble others are removed until T - T_imp remain: the
+   list is split in its even and its odd places; each token of an even place scores its highest cosine to one of an odd
+   place (features before the projector); the k = min(8, surplus) highest are removed; the others follow by descending
+   score, and then those of the odd places.
+
+Any T from 0 to N. Ties go to the lowest index.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from dop_compile.reducers.base import Selection, VisualContext
+from dop_compile.reducers.numbers import by_count, cosine, fraction, ranked, stacked
+
+__all__ = ["VisPrunerReducer"]
+
+REMOVED_AT_ONCE = 8
+
+
+@dataclass(frozen=True)
+class VisPrunerReducer:
+    """Ranks the important tokens first, by attention, then the diverse ones in the order that removal leaves.
+
+    Args:
+        ratio: share of the kept tokens that are important ones.
+
+    Raises:
+        TypeError, ValueError: a ratio that is not a number from 0 to 1.
+    """
+
+    ratio: float = 0.5
+    name: ClassVar[str] = "vispruner"
+    requires: ClassVar[frozenset[str]] = frozenset({"features", "cls_attention"})
+    per_tile: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        fraction("vispruner", "ratio", self.ratio)
+
+    def __call__(self, context: VisualContext, count: int) -> Selection:
+        return self.select_many([context], [count])[0]
+
+    def select_many(self, contexts: Sequence[VisualContext], counts: Sequence[int]) -> list[Selection]:
+        order = ranked(stacked(contexts, "cls_attention"))
+        similarity = cosine(stacked(contexts, "features"))
+
+        def select(_: Sequence[VisualContext], numbers: Tensor, count: int) -> list[Selection]:
+            important = int(count * self.ratio)
+            own = order[numbers.to(order.device)]
+            rest = _diverse(similarity, numbers.to(order.device), own[:, important:], count - important)
+            return [Selection(row) for row in torch.cat([own[:, :important], rest], dim=1)]
+
+        return by_count(contexts, counts, select)
+
+
+def _diverse(similarity: Tensor, numbers: Tensor, order: Tensor, keep: int) -> Tensor:
+    """(units, keep) of the tokens in `order` (units, rest); `numbers` are the units' places in `similarity`."""
+    if keep == 0:
+        return order[:, :0]
+    unit = numbers[:, None, None]
+    while (surplus := order.shape[1] - keep) > 0:
+        even, odd = order[:, 0::2], order[:, 1::2]
+        scores = similarity[unit, even[:, :, None], odd[:, None, :]].amax(dim=-1)
+        by_index = even.argsort(dim=1)
+        by_score = ranked(scores.gather(1, by_index))
+        even = even.gather(1, by_index).gather(1, by_score)
+        order = torch.cat([even[:, min(REMOVED_AT_ONCE, surplus, even.shape[1]) :], odd], dim=1)
+    return order
