@@ -2,7 +2,8 @@
 
     python examples/search_policies.py llava --samples 100 --questions 200
 
-Writes divergences, policies, curves and a Markdown table to --out. Profiling can be interrupted and goes on.
+Writes divergences, policies, curves and a Markdown table to --out. Profiling and the greedy search can be interrupted
+and go on.
 """
 
 from __future__ import annotations
@@ -23,7 +24,15 @@ from digits_vlm import data, models
 from digits_vlm.evaluate import accuracy
 from dop_compile import Policy, dop_compile
 from dop_compile.costs import prefill_flops_ratio
-from dop_compile.search import Divergences, measure_divergences, measure_policies, optimize
+from dop_compile.search import (
+    Divergences,
+    InfeasibleBudgetError,
+    OperationOrder,
+    greedy_order,
+    measure_divergences,
+    measure_policies,
+    optimize,
+)
 from dop_compile.search.report import curves_figure, describe, pareto_figure, policies_table, policy_row
 
 BUDGETS = (0.5, 0.37, 0.28, 0.23)
@@ -41,12 +50,22 @@ def reduction(divergences: Divergences, budget: float) -> Policy:
     return next(fitting)
 
 
+def greedy_policy(order: OperationOrder, budget: float) -> Policy | None:
+    """The order's policy for a budget; None where all that it may prune leaves more than that."""
+    try:
+        return order.policy(budget)
+    except InfeasibleBudgetError as error:
+        print(f"GSOP: {error}")
+        return None
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=models.NAMES)
     parser.add_argument("--checkpoint", type=Path, help="default: the shipped one")
     parser.add_argument("--samples", type=int, default=100, help="training canvases to profile on (%(default)s)")
     parser.add_argument("--questions", type=int, default=200, help="validation questions of each kind (%(default)s)")
+    parser.add_argument("--greedy", type=int, default=25, help="of the samples, for GSOP (%(default)s)")
     parser.add_argument("--verify-top", type=int, default=8, help="candidates measured jointly (%(default)s)")
     parser.add_argument("--out", type=Path, default=Path("search_policies"))
     options = parser.parse_args()
@@ -64,6 +83,9 @@ def main() -> None:
     print(describe(divergences), f"\nmeasured in {seconds:.0f} s")
     curves_figure(divergences).savefig(options.out / "divergences.png", dpi=120)
 
+    order = greedy_order(model, samples[: options.greedy], resume=options.out / f"order-{options.greedy}.json")
+    print(f"GSOP: {order.evaluations} evaluations of {options.greedy} samples")
+
     def joint(policies: Any) -> Any:
         return measure_policies(model, samples, policies).mean(axis=1)
 
@@ -78,6 +100,8 @@ def main() -> None:
         tiers[f"{budget:.0%} split, best of {options.verify_top}"] = optimize(
             divergences, budget, verify_top=options.verify_top, measure=joint
         )
+        if (greedy := greedy_policy(order, budget)) is not None:
+            tiers[f"{budget:.0%} GSOP"] = greedy
     measured = joint(list(tiers.values()))
     rows = [
         policy_row(divergences, name, policy, float(value))

@@ -32,6 +32,8 @@ from digits_vlm import data, models
 from digits_vlm.packing import KIND_WEIGHTS, REFINING, Batch, decode_batch, make_batch
 
 STAGES = ("tower", "answers", "refine")
+STEPS = {"tower": "tower_steps", "answers": "steps", "refine": "refine_steps"}
+"""The option that holds the steps of each stage."""
 SAVE_EVERY_S = 60
 
 
@@ -95,8 +97,8 @@ class Training:
         torch.manual_seed(options.seed + 1)
         self.heads = Heads(self.model).to(self.device)
         self.words, self.images = models.tokenizer(options.model), models.image_processor(options.model)
-        self.steps = {"tower": options.tower_steps, "answers": options.steps, "refine": options.refine_steps}
-        self.stage, self.step = STAGES[0], 0
+        self.steps = {stage: getattr(options, option) for stage, option in STEPS.items()}
+        self.stage, self.step = "tower", 0
         self.optimizer = self._optimizer()
 
     # --- one step -------------------------------------------------------------------------------------------------
@@ -178,9 +180,9 @@ class Training:
     # --- saving and going on --------------------------------------------------------------------------------------
 
     @property
-    def _settings(self) -> str:
-        kept = ("model", "seed", "batch", "questions", "lr", "steps", "tower_lr", "tower_steps", "refine_steps")
-        return json.dumps({name: getattr(self.options, name) for name in kept}, sort_keys=True)
+    def _settings(self) -> dict[str, Any]:
+        kept = ("model", "seed", "batch", "questions", "lr", "tower_lr", *STEPS.values())
+        return {name: getattr(self.options, name) for name in kept}
 
     def _state(self) -> dict[str, Tensor]:
         state = {f"model.{n}": p for n, p in self.model.state_dict().items()}
@@ -193,13 +195,13 @@ class Training:
     def save(self, path: Path) -> None:
         if self.rank == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
-            metadata = {"stage": self.stage, "step": str(self.step), "settings": self._settings}
+            metadata = {"stage": self.stage, "step": str(self.step), "settings": json.dumps(self._settings)}
             partial = path.with_suffix(".partial")
             save_file(self._state(), partial, metadata=metadata)
             partial.replace(path)
 
     def resume(self, path: Path) -> None:
-        """Go on from a saved step.
+        """Go on from a saved step. The number of steps of a stage that had not begun there may be another one.
 
         Raises:
             ValueError: it was saved by a training with other settings.
@@ -208,10 +210,12 @@ class Training:
             return
         with safe_open(path, framework="pt") as saved:
             metadata = saved.metadata()
-            if metadata["settings"] != self._settings:
+            to_come = STAGES[STAGES.index(metadata["stage"]) + 1 :]
+            settings = {**json.loads(metadata["settings"]), **{STEPS[stage]: self.steps[stage] for stage in to_come}}
+            if settings != self._settings:
                 raise ValueError(
-                    f"{path} belongs to a training with the settings {metadata['settings']}, not {self._settings}; "
-                    "use those, another --out, or remove the file"
+                    f"{path} belongs to a training with the settings {settings}, not {self._settings}; use those, "
+                    "another --out, or remove the file"
                 )
             state = {name: saved.get_tensor(name) for name in saved.keys()}  # noqa: SIM118
         self.stage, self.step = metadata["stage"], int(metadata["step"])

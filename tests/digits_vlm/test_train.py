@@ -52,6 +52,22 @@ def test_other_settings_do_not_go_on_from_a_saved_step(tmp_path: Path) -> None:
         train.Training(options(lr=2e-3)).resume(path)
 
 
+def test_steps_of_a_stage_to_come_may_change(tmp_path: Path) -> None:
+    path = tmp_path / "state.safetensors"
+    train.Training(options("llava", steps=0, tower_steps=1, refine_steps=1)).run(path)
+    with pytest.raises(ValueError, match="belongs to a training"):
+        train.Training(options("llava", steps=0, tower_steps=1)).resume(path)
+    path.unlink()
+    first = train.Training(options("llava", tower_steps=1))
+    first.train_step()
+    first.save(path)
+    second = train.Training(options("llava", tower_steps=1, steps=7, refine_steps=9))
+    second.resume(path)
+    assert (second.stage, second.step) == ("tower", 1)
+    with pytest.raises(ValueError, match="belongs to a training"):
+        train.Training(options("llava", tower_steps=2)).resume(path)
+
+
 def test_two_processes_average_their_gradients(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("localhost", 0))

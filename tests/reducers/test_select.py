@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dop_compile.reducers import (
@@ -51,6 +51,7 @@ def first(context, count):
 # --- what comes out -----------------------------------------------------------------------------------
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.integers(0, 30), min_size=1, max_size=6),
     st.integers(0, 200),
@@ -68,6 +69,7 @@ def test_each_image_keeps_its_quota_of_distinct_tokens(sizes, count, reducer, sh
     assert per_segment == quotas(count, sizes)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 30), min_size=1, max_size=6), st.data())
 def test_a_prefix_of_the_ranking_holds_the_best_of_every_image(sizes, data):
     count = data.draw(st.integers(0, sum(sizes)))
