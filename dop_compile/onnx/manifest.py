@@ -35,7 +35,7 @@ sections in every tier form a *past class* C (`Manifest.past_classes`); all of i
     input_ids                    (batch, 1) int64
     position_ids                 (batch, 1), or (position_rows, batch, 1)
     slots                        (batch, 1) int64, the token's slot: 1 more than the row's last
-    past_slots.C                 (batch, past_C) int64: the `slots` of the sections concatenated, then those of generated
+    past_slots.C                 (batch, past_C) int64: the `slots` of the sections in a row, then those of generated
                                  tokens; -1 where nothing is stored
     past_key_values.L.key/value  (batch, KV heads, past_C, head dimension)
     logits                       (batch, vocabulary) float32
@@ -56,8 +56,8 @@ static export (`past_C` a number). Where nothing is stored, keys and values must
 The first generated token's position is 1 + the largest position of the row before reduction ("compact": less the number
 of dropped tokens); its slot is the number of slots.
 
-**Shapes.** Each input has `min`, `opt` and `max` sizes, a TensorRT profile; a name in `shape` is a dynamic size. Sizes of
-one name agree within a graph. Sections may be padded to reach a minimum.
+**Shapes.** Each input has `min`, `opt` and `max` sizes, a TensorRT profile; a name in `shape` is a dynamic size. Sizes
+of one name agree within a graph. Sections may be padded to reach a minimum.
 """
 
 from __future__ import annotations
@@ -184,7 +184,7 @@ class SectionInfo:
 
 @dataclass(frozen=True)
 class PastClass:
-    """Layers whose entries have the same slots in every tier; `tiers` names the sections that they hold after prefill."""
+    """Layers whose entries have the same slots in every tier; `tiers`: the sections that they hold after prefill."""
 
     layers: tuple[int, ...]
     tiers: dict[str, tuple[str, ...]]
@@ -335,8 +335,8 @@ class Manifest:
                 raise ValueError(f"{path}: {size} bytes, the manifest says {data.bytes}; export or copy it again")
             if hashes and (found := file_sha256(path)) != data.sha256:
                 raise ValueError(
-                    f"{path}: its SHA-256 is {found[:12]}..., the manifest says {data.sha256[:12]}...; it was changed or "
-                    "damaged, export or copy it again"
+                    f"{path}: its SHA-256 is {found[:12]}..., the manifest says {data.sha256[:12]}...; it was "
+                    "changed or damaged, export or copy it again"
                 )
 
     def past_class(self, layer: int) -> int:
