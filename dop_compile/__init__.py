@@ -1,11 +1,16 @@
 """Compile Hugging Face multimodal decoders that skip the operations a policy prunes."""
 
+from typing import TYPE_CHECKING, Any
+
 from dop_compile.compiler import dop_compile
 from dop_compile.costs import prefill_flops
 from dop_compile.errors import PassError, UnsupportedModelError, UnsupportedUsageError
 from dop_compile.explain import Explanation, executed_flops, explain
 from dop_compile.fingerprint import model_fingerprint
 from dop_compile.policy import Policy
+
+if TYPE_CHECKING:
+    from dop_compile.onnx.export import export_onnx
 
 __all__ = [
     "Explanation",
@@ -16,8 +21,17 @@ __all__ = [
     "dop_compile",
     "executed_flops",
     "explain",
+    "export_onnx",
     "model_fingerprint",
     "prefill_flops",
 ]
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name == "export_onnx":  # imported late: it needs the packages of the extra "onnx"
+        from dop_compile import onnx
+
+        return onnx.export_onnx
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

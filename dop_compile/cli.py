@@ -1,6 +1,7 @@
-"""The command line: ``dop-compile explain|run|demo|profile|search|greedy|report``.
+"""The command line: ``dop-compile explain|run|demo|profile|search|greedy|report|export|verify``.
 
-Exit codes: 0 done; 2 wrong usage or bad input, with one line on stderr that says what; 1 any other failure.
+Exit codes: 0 done; 2 wrong usage or bad input, with one line on stderr that says what; 1 any other failure. `verify`
+adds 1 for a tier that differs, and 3 for graphs that cannot run here.
 """
 
 from __future__ import annotations
@@ -8,8 +9,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+from dop_compile.cli_onnx import add_onnx_commands
 from dop_compile.cli_search import add_search_commands, count, positive
 
 __all__ = ["main"]
@@ -38,6 +40,8 @@ examples:
   dop-compile profile ./my-model --samples samples.jsonl --out divergences.json
   dop-compile search divergences.json --budget 0.37 --budget 0.28 --out policies
   dop-compile report divergences.json --policy policies/37.json --policy policies/28.json --out report
+  dop-compile export ./my-model --policy 28%=policies/28.json --out exported
+  dop-compile verify exported --samples samples.jsonl
 """
 EXPLAIN = """\
 Print, per layer, how many tokens are queries, keys and in the MLP, the FLOPs and the KV cache, and a
@@ -134,6 +138,7 @@ def _parser() -> argparse.ArgumentParser:
     three.add_argument("--backend", default="eager", metavar="NAME", help=backend)
     three.add_argument("--repeats", type=positive, default=10, metavar="N", help="timed rounds (10)")
     add_search_commands(command)
+    add_onnx_commands(command, policy)
     return parser
 
 
@@ -147,11 +152,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     from transformers.utils import logging
 
     from dop_compile import commands
+    from dop_compile.onnx import commands as onnx
     from dop_compile.search import commands as search
 
     if not arguments.debug:
         logging.set_verbosity(40)  # errors only
-    run = {
+    run: dict[str, Callable[[argparse.Namespace], int | None]] = {
         "explain": commands.explain_command,
         "run": commands.run_command,
         "demo": commands.demo_command,
@@ -159,9 +165,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "search": search.search_command,
         "greedy": search.greedy_command,
         "report": search.report_command,
+        "export": onnx.export_command,
+        "verify": onnx.verify_command,
     }
     try:
-        run[arguments.command](arguments)
+        code = run[arguments.command](arguments)
         sys.stdout.flush()
     except KeyboardInterrupt:
         return 130
@@ -179,7 +187,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = " ".join(str(error).split())
         print(f"dop-compile {arguments.command}: {type(error).__name__}: {message}", file=sys.stderr)
         return 1
-    return 0
+    return code or 0
 
 
 if __name__ == "__main__":

@@ -1,26 +1,34 @@
 """Export to ONNX: one prefill graph per budget tier, one decode graph, one copy of the weights.
 
-`dop_compile.onnx.manifest` documents the directory and every graph's inputs and outputs.
+`dop_compile.onnx.manifest` documents the directory and every graph's inputs and outputs. Names are imported when they
+are first used: nothing here needs the ONNX packages before that.
 """
 
 from __future__ import annotations
 
+import importlib
+from importlib.util import find_spec
 from typing import Any
 
-__all__ = ["Manifest", "export_onnx", "verify"]
+__all__ = ["Manifest", "Shapes", "export_onnx", "require_packages", "verify"]
+
+_HOMES = {
+    "Manifest": "dop_compile.onnx.manifest",
+    "Shapes": "dop_compile.onnx.shapes",
+    "export_onnx": "dop_compile.onnx.export",
+    "verify": "dop_compile.onnx.verification",
+}
+PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+
+
+def require_packages() -> None:
+    """ModuleNotFoundError, with what to do, where a package for ONNX is missing."""
+    if missing := [name for name in PACKAGES if find_spec(name) is None]:
+        raise ModuleNotFoundError(f"{', '.join(missing)}: not installed; pip install dop_compile[onnx]")
 
 
 def __getattr__(name: str) -> Any:
-    if name == "Manifest":
-        from dop_compile.onnx.manifest import Manifest
-
-        return Manifest
-    if name == "export_onnx":
-        from dop_compile.onnx.export import export_onnx
-
-        return export_onnx
-    if name == "verify":
-        from dop_compile.onnx.verify import verify
-
-        return verify
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    require_packages()
+    return getattr(importlib.import_module(_HOMES[name]), name)

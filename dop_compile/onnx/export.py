@@ -390,6 +390,7 @@ def _model_info(model: Any, hidden: int, kv_heads: tuple[int, ...], head_dims: t
     pad = settings.pad_token_id
     return ModelInfo(
         class_name=type(model).__name__,
+        source=str(model.config._name_or_path or ""),
         model_type=str(model.config.model_type),
         fingerprint=model_fingerprint(model),
         dtype=str(model.dtype).removeprefix("torch."),

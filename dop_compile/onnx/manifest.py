@@ -138,9 +138,13 @@ class Graph:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """The exported model. `head_dims` and `kv_heads` are per layer; `dtype` is that of embeddings, keys and values."""
+    """The exported model. `head_dims` and `kv_heads` are per layer; `dtype` is that of embeddings, keys and values.
+
+    `source`: where it was loaded from, a path or a hub id; "" where it was not.
+    """
 
     class_name: str
+    source: str
     model_type: str
     fingerprint: str
     dtype: str

@@ -1,0 +1,65 @@
+"""ONNX Runtime sessions over an exported directory, tensors in and out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import torch
+from torch import Tensor
+
+from dop_compile.onnx.manifest import Manifest
+
+__all__ = ["GraphSession", "UnrunnableError", "check_provider", "open_graph"]
+
+
+class UnrunnableError(RuntimeError):
+    """The provider does not run a graph; the message says why."""
+
+
+def check_provider(provider: str) -> None:
+    """ValueError where ONNX Runtime, as installed, does not have a provider."""
+    available = ort.get_available_providers()
+    if provider not in available:
+        raise ValueError(f"provider {provider!r} is not available here; expected one of {', '.join(available)}")
+
+
+class GraphSession:
+    """One graph of a directory, ready to run.
+
+    Raises:
+        UnrunnableError: the provider has no kernel for the graph's dtype or operators.
+    """
+
+    def __init__(self, path: Path, provider: str, optimized: bool):
+        options = ort.SessionOptions()
+        level = ort.GraphOptimizationLevel
+        options.graph_optimization_level = level.ORT_ENABLE_ALL if optimized else level.ORT_DISABLE_ALL
+        options.log_severity_level = 4
+        options.intra_op_num_threads = torch.get_num_threads()
+        try:
+            self._session = ort.InferenceSession(str(path), options, providers=[provider])
+        except Exception as error:  # ONNX Runtime's own exceptions have no common class
+            raise UnrunnableError(f"{path.name}: {' '.join(str(error).split())[:300]}") from error
+        self._types = {i.name: i.type for i in self._session.get_inputs()}
+        self.outputs = [o.name for o in self._session.get_outputs()]
+
+    def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Outputs by name. Inputs that the graph does not use are left out."""
+        given = {n: _array(t) for n, t in inputs.items() if n in self._types}
+        try:
+            found: Sequence[Any] = self._session.run(None, given)
+        except Exception as error:
+            raise UnrunnableError(" ".join(str(error).split())[:300]) from error
+        return {name: torch.from_numpy(np.asarray(v)) for name, v in zip(self.outputs, found, strict=True)}
+
+
+def _array(tensor: Tensor) -> Any:
+    return tensor.detach().cpu().contiguous().numpy()
+
+
+def open_graph(folder: Path, manifest: Manifest, name: str, provider: str, optimized: bool) -> GraphSession:
+    return GraphSession(folder / manifest.graphs[name].data.file, provider, optimized)
