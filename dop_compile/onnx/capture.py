@@ -107,7 +107,8 @@ def capture_prompt(model: Any, inputs: Mapping[str, Any]) -> Capture:
 
     def decoder(*args: Any, **kwargs: Any) -> Any:
         bound = inspect.signature(type(chain[-1]).forward).bind(chain[-1], *args, **kwargs).arguments
-        taken.update({**bound, **bound.pop("kwargs", {})})
+        taken.update(bound.pop("kwargs", {}))
+        taken.update(bound)
         raise _Stop
 
     chain[-1].forward = decoder
@@ -151,7 +152,7 @@ def _noting(found: Capture, modality: str, path: str, module: Any, method: Any) 
 
     def call(*args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(module, *args, **kwargs).arguments
-        given = {**bound, **bound.pop("kwargs", {})}
+        given = {**bound.pop("kwargs", {}), **bound}
         given.pop("self", None)
         result = method(module, *args, **kwargs)
         features = features_of(result).detach()

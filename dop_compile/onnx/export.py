@@ -27,7 +27,7 @@ from dop_compile.fingerprint import model_fingerprint
 from dop_compile.onnx.capture import Capture, VisionCall, capture_prompt, modality_id
 from dop_compile.onnx.check import OPSETS
 from dop_compile.onnx.convert import Range, Signature, write_graph
-from dop_compile.onnx.graphs import Decode, Embed, Prefill, Vision
+from dop_compile.onnx.graphs import Decode, Embed, Prefill, Vision, flat
 from dop_compile.onnx.manifest import (
     DECODE,
     FORMAT,
@@ -259,7 +259,8 @@ class _Exporter:
         signature = Signature(((call.pixels, pixels.dtype, (first, *pixels.shape[1:])),), Vision.output_names)
         items = {"items": Range(1, 1, 8)}
         example = torch.cat([pixels[:1]] * 2) if first == "items" else pixels
-        self._write(name, Vision(self.model, call), signature, items, [example])
+        module = Vision(self.model, call)
+        self._write(name, module if free else flat(module, pixels), signature, items, [example])
 
     # --- all of it ------------------------------------------------------------------------------------------------
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dop_compile.compiler import build_graph
 from dop_compile.keep import KeepTable
@@ -21,7 +23,7 @@ from dop_compile.policy import Policy
 from dop_compile.tokens import Universe
 from dop_compile.trace import DecoderInputs
 
-__all__ = ["Decode", "Embed", "Prefill", "Vision"]
+__all__ = ["Decode", "Embed", "Prefill", "Vision", "flat"]
 
 
 class _Head:
@@ -161,3 +163,13 @@ class Vision(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         arguments = {self._pixels: pixels, **self._given}
         return features_of(self._method(self._module, **arguments))
+
+
+def flat(vision: Vision, pixels: Tensor) -> nn.Module:
+    """The operations that a vision module does for pixels of this very shape, without its control flow.
+
+    Towers whose control flow reads their layout (patch grids, image sizes) are run once, for real; what depends on the
+    layout alone becomes constant.
+    """
+    with sdpa_kernel(SDPBackend.MATH):
+        return make_fx(lambda x: vision(x), tracing_mode="real")(pixels)

@@ -41,8 +41,8 @@ class PlainPipeline:
         """Free a graph that is not needed any more."""
         self._sessions.pop(name, None)
 
-    def embeddings(self, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """(batch, tokens, hidden) embeddings with features in their places, and (batch, tokens) newlines."""
+    def embeddings(self, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+        """(batch, tokens, hidden) embeddings, and the (batch, tokens) places of features and of newlines among them."""
         ids = inputs["input_ids"]
         pixels = {g.pixels for g in self.manifest.vision}
         given = any(inputs.get(name) is not None for name in pixels)
@@ -60,7 +60,7 @@ class PlainPipeline:
                 raise ValueError(f"{int(place.sum())} {modality} placeholders for {len(features)} features")
             embeds[place] = features.to(embeds)
             newlines[place] = torch.cat([rows for _, rows in parts])
-        return embeds, newlines
+        return embeds, visual, newlines
 
     def _features(self, inputs: Mapping[str, Any], modality: str) -> list[tuple[Tensor, Tensor]]:
         """Per image, features and which of them are newlines."""
@@ -77,9 +77,12 @@ class PlainPipeline:
         return found
 
     def prepare(self, tier: str, inputs: Mapping[str, Any]) -> Prepared:
-        embeds, newlines = self.embeddings(inputs)
+        """A left-padded batch, as a processor returns it, for a tier's prefill."""
+        info = self.manifest.tiers[tier]
+        embeds, visual, newlines = self.embeddings(inputs)
         positions = prompt_positions(self.model, self.manifest, inputs)
-        return prepare(self.manifest, tier, inputs["input_ids"], inputs["attention_mask"], embeds, positions, newlines)
+        mask = inputs["attention_mask"]
+        return prepare(info.policy, info.sections, embeds, mask, positions, visual, newlines=newlines)
 
     def generate(self, tier: str, prepared: Prepared, new_tokens: int) -> tuple[Tensor, Tensor]:
         """Greedy generation.

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from dop_compile.layout import NO_TOKEN
-from dop_compile.onnx.manifest import Manifest, Tier
+from dop_compile.onnx.manifest import Manifest, SectionInfo
+from dop_compile.policy import Policy
 from dop_compile.prompt import Prompt, Reduction, call_groups, make_reducer, reduce_prompt
 
 __all__ = ["Prepared", "placeholders", "prepare", "prompt_positions"]
@@ -67,50 +68,59 @@ def prompt_positions(model: Any, manifest: Manifest, inputs: Mapping[str, Any]) 
 
 
 def prepare(
-    manifest: Manifest,
-    tier: str,
-    input_ids: Tensor,
-    attention_mask: Tensor,
+    policy: Policy,
+    sections: Sequence[SectionInfo],
     embeds: Tensor,
+    attention_mask: Tensor,
     positions: Tensor,
+    visual: Tensor,
+    *,
     newlines: Tensor | None = None,
-    visual: Tensor | None = None,
     system: Tensor | None = None,
     visual_indices: Sequence[Any] | None = None,
+    minimum: int = 2,
 ) -> Prepared:
     """A left-padded batch as the inputs of a tier's prefill graph.
 
     Args:
-        input_ids, attention_mask: (batch, tokens).
+        policy, sections: the tier's.
         embeds: (batch, tokens, hidden) in any float dtype, with features in the places of placeholders.
+        attention_mask: (batch, tokens).
         positions: from `prompt_positions`.
+        visual: (batch, tokens) bool, from `placeholders`.
         newlines: (batch, tokens) bool, which placeholders are row separators.
-        visual, system: (batch, tokens) bool groups, for models without placeholders.
+        system: (batch, tokens) bool, for models without placeholders; None: what stands before the first visual token.
         visual_indices: per row, for the reducer "given".
+        minimum: length that dynamic sections have at least.
 
     Raises:
         ValueError: padding on the right, more tokens than a static section holds, no text after the images.
     """
-    info: Tier = manifest.tiers[tier]
     valid = attention_mask.bool()
     if not bool(valid[:, -1].all()):
         raise ValueError("attention_mask: expected padding on the left, a row ends with padding")
-    visual = (placeholders(manifest, input_ids) if visual is None else visual) & valid
+    visual = visual & valid
     newlines = torch.zeros_like(visual) if newlines is None else newlines & visual
     if system is None:
-        system = (visual.long().cumsum(1) == 0) & visual.any(1, keepdim=True) & valid
-    prompt = Prompt(embeds, valid, visual, newlines, system & valid)
-    reducer = make_reducer(info.policy, visual_indices, len(input_ids)) if bool(visual.any()) else None
-    reduction = reduce_prompt(prompt, info.policy, reducer)
-    return _sections(manifest, info, prompt, reduction, positions)
+        system = visual.long().cumsum(1) == 0
+    system = system & visual.any(1, keepdim=True) & valid
+    prompt = Prompt(embeds, valid, visual, newlines, system)
+    reducer = make_reducer(policy, visual_indices, len(embeds)) if bool(visual.any()) else None
+    reduction = reduce_prompt(prompt, policy, reducer)
+    return _sections(policy, sections, prompt, reduction, positions, minimum)
 
 
-def _sections(manifest: Manifest, tier: Tier, prompt: Prompt, reduction: Reduction, positions: Tensor) -> Prepared:
-    columns = (
-        torch.arange(prompt.valid.shape[1]).expand_as(prompt.valid)
-        if reduction.columns is None
-        else (reduction.columns)
-    )
+def _sections(
+    policy: Policy,
+    sections: Sequence[SectionInfo],
+    prompt: Prompt,
+    reduction: Reduction,
+    positions: Tensor,
+    minimum: int,
+) -> Prepared:
+    columns = reduction.columns
+    if columns is None:
+        columns = torch.arange(prompt.valid.shape[1]).expand_as(prompt.valid)
     codes = reduction.codes
     real = codes != NO_TOKEN
     slots = real.long().cumsum(1) - 1
@@ -122,18 +132,18 @@ def _sections(manifest: Manifest, tier: Tier, prompt: Prompt, reduction: Reducti
     taken = whole.gather(-1, sources.clamp(min=0).expand(*whole.shape[:-2], -1, -1))
     last = torch.where(prompt.valid, whole, -1).amax(-1)
     last = last.amax(0) if last.dim() == 2 else last
-    if tier.policy.positions == "compact":
+    if policy.positions == "compact":
         if reduction.dropped_before is not None:
             taken = taken - reduction.dropped_before
         if reduction.dropped is not None:
             last = last - reduction.dropped[:, 0]
-    groups = call_groups(tier.policy)
+    groups = call_groups(policy)
     inputs: dict[str, Tensor] = {}
     section_slots: dict[str, Tensor] = {}
-    for section in tier.sections:
+    for section in sections:
         wanted = torch.tensor([group in section.groups for group in groups] + [False])
         members = wanted[codes]
-        index, held = _grid(members, section.length, section.name, _minimum(manifest, tier, section.name))
+        index, held = _grid(members, section.length, section.name, minimum)
         inputs[f"embeds.{section.name}"] = torch.where(
             held[..., None], embeds.gather(1, index[..., None].expand(-1, -1, embeds.shape[-1])), 0
         )
@@ -145,11 +155,6 @@ def _sections(manifest: Manifest, tier: Tier, prompt: Prompt, reduction: Reducti
     if not torch.equal(ends, slots[:, -1]):
         raise ValueError("the prompt ends with a visual token; it needs text after its images")
     return Prepared(inputs, section_slots, slots[:, -1] + 1, last + 1)
-
-
-def _minimum(manifest: Manifest, tier: Tier, name: str) -> int:
-    spec = next(s for s in manifest.graphs[tier.prefill].inputs if s.name == f"slots.{name}")
-    return spec.min[1]
 
 
 def _grid(members: Tensor, length: int | None, name: str, minimum: int) -> tuple[Tensor, Tensor]:
