@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
-__all__ = ["add_search_commands", "count", "positive"]
+__all__ = ["add_search_commands", "count", "positive", "samples_options"]
 
 PROFILE = """\
 Measure what a model loses when visual tokens take part in fewer layers, and when fewer of them enter:
@@ -57,7 +57,7 @@ def positive(text: str) -> int:
 count.__name__ = positive.__name__ = "whole number"  # argparse names the type in its messages
 
 
-def _samples(required: bool) -> argparse.ArgumentParser:
+def samples_options(required: bool) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False)
     group = parser.add_argument_group("samples")
     group.add_argument("--samples", required=required, metavar="FILE|ID", help="JSON Lines file, or data set")
@@ -78,7 +78,7 @@ def _samples(required: bool) -> argparse.ArgumentParser:
 def add_search_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     """Add the commands by `command(name, summary, text, *parents)`, which makes a subparser."""
     metrics = ("top_k_kl", "kl", "forced_kl", "accuracy_drop")
-    one = command("profile", "measure what pruning costs, on a few samples", PROFILE, _samples(True))
+    one = command("profile", "measure what pruning costs, on a few samples", PROFILE, samples_options(True))
     one.add_argument("model", metavar="MODEL", help="model directory or hub id")
     one.add_argument("--out", required=True, metavar="FILE", help="where the divergences go (JSON)")
     one.add_argument("--axis", action="append", metavar="NAME", help="measure this axis; repeat for several")
@@ -87,7 +87,7 @@ def add_search_commands(command: Callable[..., argparse.ArgumentParser]) -> None
     one.add_argument("--reducer", default="uniform", metavar="NAME", help="who chooses visual tokens (uniform)")
     one.add_argument("--positions", choices=("original", "compact"), default="original", help="of kept tokens")
 
-    two = command("search", "find a policy per budget", SEARCH, _samples(False))
+    two = command("search", "find a policy per budget", SEARCH, samples_options(False))
     two.add_argument("divergences", metavar="FILE", help="what profile wrote")
     two.add_argument("--budget", type=float, action="append", metavar="F", help="fraction of FLOPs; repeatable")
     two.add_argument("--max-kv-bytes", type=float, metavar="N", help="bytes of a sample's KV cache")
@@ -100,7 +100,7 @@ def add_search_commands(command: Callable[..., argparse.ArgumentParser]) -> None
     two.add_argument("--verify-top", type=positive, default=1, metavar="N", help="candidates that are run (1)")
     two.add_argument("--model", metavar="MODEL", help="for --verify-top and --latency")
 
-    three = command("greedy", "sort operations by how little they are missed", GREEDY, _samples(True))
+    three = command("greedy", "sort operations by how little they are missed", GREEDY, samples_options(True))
     three.add_argument("model", metavar="MODEL", help="model directory or hub id")
     three.add_argument("--out", required=True, metavar="FILE", help="where the order goes (JSON)")
     three.add_argument("--metric", choices=metrics, default="top_k_kl", help="what is compared (top_k_kl)")
@@ -109,7 +109,7 @@ def add_search_commands(command: Callable[..., argparse.ArgumentParser]) -> None
     three.add_argument("--steps", type=positive, default=15, metavar="N", help="strides up to that loss (15)")
     three.add_argument("--budget", type=float, action="append", default=[], metavar="F", help="also print its policy")
 
-    four = command("report", "tables and pictures", REPORT, _samples(False))
+    four = command("report", "tables and pictures", REPORT, samples_options(False))
     four.add_argument("divergences", metavar="FILE", help="what profile wrote")
     four.add_argument("--policy", action="append", default=[], metavar="FILE", help="a policy; repeat for several")
     four.add_argument("--out", required=True, metavar="DIR", help="where tables and pictures go")

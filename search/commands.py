@@ -25,11 +25,20 @@ from dop_compile.search.meter import ANSWERS
 from dop_compile.search.optimize import optimize
 from dop_compile.search.samples import Row, Samples, check_images, choose, read_data_set, read_jsonl
 
-__all__ = ["greedy_command", "profile_command", "report_command", "search_command"]
+__all__ = [
+    "decoder_of",
+    "greedy_command",
+    "model_and_samples",
+    "processes",
+    "profile_command",
+    "report_command",
+    "search_command",
+    "usage_errors",
+]
 
 
 @contextmanager
-def _usage_errors() -> Iterator[None]:
+def usage_errors() -> Iterator[None]:
     """Wrong input, whoever finds it, ends the command with one line and exit code 2."""
     try:
         yield
@@ -46,27 +55,30 @@ def _rows(arguments: Namespace) -> list[Row]:
             raise UsageError(f"--samples {arguments.samples!r}: no such file")
         else:
             columns = {"image": arguments.image_column, "prompt": arguments.prompt_column}
-            rows = read_data_set(arguments.samples, split=arguments.split, answers=arguments.answers_column, **columns)
+            columns |= {"answers": arguments.answers_column, "task": getattr(arguments, "task_column", None)}
+            rows = read_data_set(arguments.samples, split=arguments.split, **columns)
     except OSError as error:
         raise UsageError(f"--samples {arguments.samples!r}: {error.strerror or one_line(error)}") from error
     return check_images(choose(rows, arguments.count, arguments.seed), skip_bad=arguments.skip_bad)
 
 
-def _model_and_samples(arguments: Namespace) -> tuple[Any, Samples, Any]:
-    with _usage_errors():
+def model_and_samples(arguments: Namespace) -> tuple[Any, Samples, Any]:
+    """The model, the samples as its inputs, and its processor, as the options of `samples_options` name them."""
+    with usage_errors():
         rows = _rows(arguments)
     processor = load_processor(arguments.model)
     model = load_vision_model(arguments.model, arguments.device, arguments.dtype)
     return model, Samples(rows, processor, device=model.device, dtype=model.dtype), processor
 
 
-def _decode(processor: Any) -> Callable[[Any], str]:
+def decoder_of(processor: Any) -> Callable[[Any], str]:
+    """From token ids to text."""
     tokenizer = getattr(processor, "tokenizer", processor)
     return lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True))
 
 
 @contextmanager
-def _processes(arguments: Namespace) -> Iterator[int]:
+def processes(arguments: Namespace) -> Iterator[int]:
     """The process group of `torchrun`, if it started this process; yields the rank."""
     if "WORLD_SIZE" not in os.environ:
         yield 0
@@ -85,16 +97,16 @@ def _processes(arguments: Namespace) -> Iterator[int]:
 def profile_command(arguments: Namespace) -> None:
     """Measure the divergences of a model and save them."""
     out = Path(arguments.out).expanduser()
-    with _processes(arguments) as rank:
-        model, samples, processor = _model_and_samples(arguments)
+    with processes(arguments) as rank:
+        model, samples, processor = model_and_samples(arguments)
         settings: dict[str, Any] = {} if not arguments.axis else {"axes": tuple(arguments.axis)}
-        with _usage_errors():
+        with usage_errors():
             found = measure_divergences(
                 model,
                 samples,
                 metric=arguments.metric,
                 tokens=arguments.tokens,
-                decode=_decode(processor),
+                decode=decoder_of(processor),
                 reducer=arguments.reducer,
                 positions=arguments.positions,
                 backend=arguments.backend,
@@ -120,7 +132,7 @@ def _joint(arguments: Namespace, divergences: Divergences) -> Callable[[Sequence
     """Mean joint divergence of policies on the samples that are named."""
     if not arguments.model or not arguments.samples:
         raise UsageError("--verify-top: give also --model and --samples, on which the candidates are measured")
-    model, samples, processor = _model_and_samples(arguments)
+    model, samples, processor = model_and_samples(arguments)
     options = dict(divergences.metric_options)
 
     def measure(policies: Sequence[Policy]) -> list[float]:
@@ -131,7 +143,7 @@ def _joint(arguments: Namespace, divergences: Divergences) -> Callable[[Sequence
             list(policies),
             metric=divergences.metric,
             tokens=tokens if isinstance(tokens, int) else 1,
-            decode=_decode(processor),
+            decode=decoder_of(processor),
         )
         return [float(value) for value in values.mean(axis=1)]
 
@@ -146,10 +158,10 @@ def _latency(arguments: Namespace) -> LatencyModel:
     if not path.exists():
         if not arguments.model or not arguments.samples:
             raise UsageError(f"--latency {arguments.latency!r}: no such file; to measure it give --model and --samples")
-        model, samples, _ = _model_and_samples(arguments)
-        with _usage_errors():
+        model, samples, _ = model_and_samples(arguments)
+        with usage_errors():
             measure_latency(model, _without_answers(samples[0]), backend=arguments.backend).save(path)
-    with _usage_errors():
+    with usage_errors():
         return LatencyModel.load(path)
 
 
@@ -173,7 +185,7 @@ def search_command(arguments: Namespace) -> None:
     latency = _latency(arguments) if arguments.max_ms is not None else None
     rows = []
     for budget in arguments.budget or [None]:
-        with _usage_errors():
+        with usage_errors():
             policy = optimize(
                 divergences,
                 budget,
@@ -197,14 +209,14 @@ def search_command(arguments: Namespace) -> None:
 def greedy_command(arguments: Namespace) -> None:
     """Sort operations and save their order."""
     out = Path(arguments.out).expanduser()
-    with _processes(arguments) as rank:
-        model, samples, processor = _model_and_samples(arguments)
-        with _usage_errors():
+    with processes(arguments) as rank:
+        model, samples, processor = model_and_samples(arguments)
+        with usage_errors():
             order = greedy_order(
                 model,
                 samples,
                 metric=arguments.metric,
-                decode=_decode(processor),
+                decode=decoder_of(processor),
                 reducer=arguments.reducer,
                 backend=arguments.backend,
                 max_loss=arguments.max_loss,
@@ -218,7 +230,7 @@ def greedy_command(arguments: Namespace) -> None:
                 f"{order.evaluations} evaluations; saved {out}"
             )
             for budget in arguments.budget:
-                with _usage_errors():
+                with usage_errors():
                     print(f"{budget:.0%}: {order.policy(budget)}")
 
 
@@ -253,10 +265,10 @@ def _measured(
     arguments: Namespace, divergences: Divergences, rows: Sequence[report.PolicyRow]
 ) -> list[report.PolicyRow]:
     """The rows with joint divergences, and accuracies where the samples have answers."""
-    model, samples, processor = _model_and_samples(arguments)
+    model, samples, processor = model_and_samples(arguments)
     policies = [row.policy for row in rows]
-    decode = _decode(processor)
-    with _usage_errors():
+    decode = decoder_of(processor)
+    with usage_errors():
         joint = measure_policies(model, samples, policies, metric="top_k_kl").mean(axis=1)
         accuracy: list[float | None] = [None] * len(rows)
         if all(row.answers for row in samples.rows):

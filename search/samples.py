@@ -1,9 +1,9 @@
 """Samples to measure on: a JSON Lines file, or a Hugging Face data set.
 
 A line of the file is an object with `image` (a path, or a list of paths, relative to the file), `prompt`, and
-optionally `answers` (a string or a list):
+optionally `answers` (a string or a list) and `task` (a name, by which accuracies are told apart):
 
-    {"image": "photos/7.png", "prompt": "Which digit is in row 1 column 2?", "answers": ["7"]}
+    {"image": "photos/7.png", "prompt": "Which digit is in row 1 column 2?", "answers": ["7"], "task": "read"}
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ class Row:
     images: tuple[str | Callable[[], Image.Image], ...]
     prompt: str
     answers: tuple[str, ...] = ()
+    task: str = ""
 
     def open(self) -> list[Image.Image]:
         """The images in RGB.
@@ -114,8 +115,8 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[Row]:
 def _row(document: Any, where: str, folder: Path) -> Row:
     if not isinstance(document, dict):
         raise ValueError(f"{where}: expected an object with image and prompt, got {type(document).__name__}")
-    if unknown := sorted(set(document) - {"image", "prompt", "answers"}):
-        raise ValueError(f"{where}: unknown field {', '.join(unknown)}; expected image, prompt and answers")
+    if unknown := sorted(set(document) - {"image", "prompt", "answers", "task"}):
+        raise ValueError(f"{where}: unknown field {', '.join(unknown)}; expected image, prompt, answers and task")
     images, answers = document.get("image"), document.get("answers", [])
     images = [images] if isinstance(images, str) else images
     answers = [answers] if isinstance(answers, str) else answers
@@ -125,17 +126,25 @@ def _row(document: Any, where: str, folder: Path) -> Row:
         raise ValueError(f"{where}: prompt: expected a string")
     if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
         raise ValueError(f"{where}: answers: expected a string or a list of strings")
-    return Row(where, tuple(str(folder / image) for image in images), document["prompt"], tuple(answers))
+    if not isinstance(task := document.get("task", ""), str):
+        raise ValueError(f"{where}: task: expected a string")
+    return Row(where, tuple(str(folder / image) for image in images), document["prompt"], tuple(answers), task)
 
 
 def read_data_set(
-    name: str, *, split: str = "train", image: str = "image", prompt: str = "question", answers: str | None = None
+    name: str,
+    *,
+    split: str = "train",
+    image: str = "image",
+    prompt: str = "question",
+    answers: str | None = None,
+    task: str | None = None,
 ) -> list[Row]:
     """The rows of a Hugging Face data set: an id on the hub, or a local folder (Parquet, imagefolder).
 
     Args:
         split: which part of it.
-        image, prompt, answers: its columns; `answers` holds a string or a list of strings.
+        image, prompt, answers, task: its columns; `answers` holds a string or a list of strings.
 
     Raises:
         ModuleNotFoundError: the `datasets` package is not installed.
@@ -149,16 +158,17 @@ def read_data_set(
         table = datasets.load_dataset(name, split=split)
     except Exception as error:  # each of its loaders fails in its own way
         raise ValueError(f"data set {name!r}, split {split!r}: {_one_line(error)}") from error
-    for column in filter(None, (image, prompt, answers)):
+    for column in filter(None, (image, prompt, answers, task)):
         if column not in table.column_names:
             raise ValueError(f"data set {name!r} has no column {column!r}; it has {', '.join(table.column_names)}")
-    texts = table.select_columns([column for column in (prompt, answers) if column])
+    texts = table.select_columns(list(dict.fromkeys(column for column in (prompt, answers, task) if column)))
     return [
         Row(
             f"{name}, row {number}",
             (functools.partial(_cell, table, number, image),),
             str(line[prompt]),
             tuple(map(str, _listed(line[answers]))) if answers else (),
+            str(line[task]) if task else "",
         )
         for number, line in enumerate(texts)
     ]

@@ -35,7 +35,7 @@ def test_lines_become_rows_with_paths_relative_to_the_file(photos: Path) -> None
         {"image": "photos/0.png", "prompt": "What?", "answers": ["a", "b"]},
         "",
         {"image": ["photos/1.png", "photos/2.png"], "prompt": "Which?", "answers": "c"},
-        {"image": "photos/2.png", "prompt": "And?"},
+        {"image": "photos/2.png", "prompt": "And?", "task": "more"},
     )
     rows = read_jsonl(path)
     assert [row.images for row in rows] == [
@@ -44,6 +44,7 @@ def test_lines_become_rows_with_paths_relative_to_the_file(photos: Path) -> None
         (str(photos / "photos/2.png"),),
     ]
     assert [row.answers for row in rows] == [("a", "b"), ("c",), ()]
+    assert [row.task for row in rows] == ["", "", "more"]
     assert rows[2].name == f"{path}, line 4"
 
 
@@ -57,6 +58,7 @@ def test_lines_become_rows_with_paths_relative_to_the_file(photos: Path) -> None
         ({"image": "a.png"}, "prompt: expected a string"),
         ({"image": "a.png", "prompt": "x", "answer": "y"}, "unknown field answer"),
         ({"image": "a.png", "prompt": "x", "answers": [1]}, "answers: expected"),
+        ({"image": "a.png", "prompt": "x", "task": 3}, "task: expected a string"),
     ],
     ids=str,
 )
@@ -130,6 +132,7 @@ def test_a_local_data_set(tmp_path: Path) -> None:
     assert [(row.prompt, row.answers) for row in rows] == [("a?", ("x",)), ("b?", ("y", "z")), ("c?", ("x",))]
     for row, picture in zip(rows, pictures, strict=True):
         assert np.array_equal(np.asarray(row.open()[0]), np.asarray(picture))
+    assert [row.task for row in read_data_set(str(tmp_path), task="question")] == ["a?", "b?", "c?"]
     with pytest.raises(ValueError, match=r"no column 'answer'; it has image, question, right"):
         read_data_set(str(tmp_path), answers="answer")
     with pytest.raises(ValueError, match="split 'test'"):
