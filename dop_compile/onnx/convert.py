@@ -27,7 +27,8 @@ from torch import Tensor, nn
 
 from dop_compile.errors import UnsupportedModelError
 from dop_compile.onnx.check import check_graph
-from dop_compile.onnx.manifest import WEIGHTS, DataFile, Graph, InputSpec, OutputSpec, file_sha256
+from dop_compile.onnx.manifest import WEIGHTS
+from dop_compile.onnx.parts import DataFile, Graph, InputSpec, OutputSpec, file_sha256
 from dop_compile.onnx.weights import WeightStore
 
 __all__ = ["Range", "Signature", "write_graph"]

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dop_compile.onnx.manifest import Manifest, VisionGraph
+from dop_compile.onnx.manifest import Manifest
+from dop_compile.onnx.parts import VisionGraph
 from dop_compile.onnx.prepare import Prepared, placeholders, prepare, prompt_positions
 from dop_compile.onnx.sessions import GraphSession, open_graph
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from dop_compile.layout import NO_TOKEN
-from dop_compile.onnx.manifest import Manifest, SectionInfo
+from dop_compile.onnx.manifest import Manifest
+from dop_compile.onnx.parts import SectionInfo
 from dop_compile.policy import Policy
 from dop_compile.prompt import Prompt, Reduction, call_groups, make_reducer, reduce_prompt
 

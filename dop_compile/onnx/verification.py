@@ -22,7 +22,8 @@ from tqdm import tqdm
 
 from dop_compile.compiler import dop_compile
 from dop_compile.fingerprint import model_fingerprint
-from dop_compile.onnx.manifest import Manifest, TierCheck, Verification
+from dop_compile.onnx.manifest import Manifest
+from dop_compile.onnx.parts import TierCheck, Verification
 from dop_compile.onnx.plain import PlainPipeline
 from dop_compile.onnx.sessions import UnrunnableError, check_provider
 from dop_compile.search.metrics import full_kl

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dop_compile.onnx.manifest import DataFile, file_sha256
+from dop_compile.onnx.parts import DataFile, file_sha256
 
 __all__ = ["WeightStore"]
 

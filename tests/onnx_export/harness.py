@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dop_compile import Policy
 from dop_compile.onnx.capture import capture_prompt
 from dop_compile.onnx.graphs import Decode, Prefill
-from dop_compile.onnx.manifest import SectionInfo
+from dop_compile.onnx.parts import SectionInfo
 from dop_compile.onnx.prepare import Prepared, prepare
 from dop_compile.onnx.sections import past_classes, tier_sections
 from tests.families import FAMILIES, IMAGE, VIDEO, Family, Segment

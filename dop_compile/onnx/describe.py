@@ -1,0 +1,122 @@
+"""What a manifest says of the model, its files and its pixels."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from dop_compile.errors import UnsupportedModelError
+from dop_compile.fingerprint import model_fingerprint
+from dop_compile.model_path import decoder_path
+from dop_compile.onnx.capture import Capture, VisionCall
+from dop_compile.onnx.manifest import MANIFEST
+from dop_compile.onnx.parts import DataFile, ModelInfo, ReducerInfo, file_sha256
+from dop_compile.policy import Policy
+from dop_compile.prompt import make_reducer
+from dop_compile.trace import trace_decoder
+
+__all__ = [
+    "cache_sizes",
+    "model_info",
+    "nested",
+    "newlines",
+    "position_rows",
+    "reducer_info",
+    "save_files",
+    "slug",
+]
+
+
+def position_rows(captures: Sequence[Capture]) -> int | None:
+    positions = captures[0].positions
+    return None if positions is None or positions.dim() == 2 else int(positions.shape[0])
+
+
+def newlines(call: VisionCall, newline: Tensor | None) -> list[int]:
+    if newline is None or call.modality != "image":
+        return []
+    same = (call.features == newline.to(call.features)).all(dim=-1)
+    found: list[int] = same.nonzero().flatten().tolist()
+    return found
+
+
+def nested(tensors: Mapping[str, Tensor]) -> dict[str, tuple[tuple[int, ...], ...]]:
+    return {name: tuple(tuple(row) for row in t.reshape(t.shape[0], -1).tolist()) for name, t in tensors.items()}
+
+
+def slug(tier: str, tiers: Mapping[str, Policy]) -> str:
+    """A file name for a tier; its number is added where another tier's would be the same."""
+
+    def plain(name: str) -> str:
+        return re.sub(r"[^A-Za-z0-9_.-]+", "-", name.replace("%", "")).strip("-.") or "tier"
+
+    same = [name for name in tiers if plain(name).lower() == plain(tier).lower()]
+    return plain(tier) if len(same) == 1 else f"{plain(tier)}-{list(tiers).index(tier)}"
+
+
+def reducer_info(policy: Policy) -> ReducerInfo | None:
+    if policy.visual_tokens is None and policy.salient_fraction is None and policy.reducer != "given":
+        return None
+    reducer = None if policy.reducer == "given" else make_reducer(policy, None, 1)
+    if reducer is not None and reducer.requires:
+        raise UnsupportedModelError(
+            f"reducer {policy.reducer!r} needs {', '.join(sorted(reducer.requires))} of the vision tower, which the "
+            "exported vision graphs do not return; use another reducer for ONNX"
+        )
+    return ReducerInfo(policy.reducer, None, None)
+
+
+def cache_sizes(model: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """KV heads and head dimension of each layer, as an unpruned decoder's graph has them."""
+    traced = trace_decoder(model.get_submodule(decoder_path(model)))
+    sizes: dict[int, tuple[int, int]] = {}
+    for node in traced.graph.nodes:
+        layer = traced.layer_of(node)
+        if node.meta.get("effect") and layer is not None:
+            keys = node.args[1].meta["val"]
+            sizes[layer] = int(keys.shape[1]), int(keys.shape[3])
+    if sorted(sizes) != list(range(traced.num_layers)):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} stores keys and values in {len(sizes)} of {traced.num_layers} layers; export to "
+            "ONNX supports decoders that store them in every layer"
+        )
+    return tuple(sizes[n][0] for n in sorted(sizes)), tuple(sizes[n][1] for n in sorted(sizes))
+
+
+def model_info(model: Any, hidden: int, kv_heads: tuple[int, ...], head_dims: tuple[int, ...]) -> ModelInfo:
+    settings = model.generation_config
+    end = settings.eos_token_id
+    ends = () if end is None else (end,) if isinstance(end, int) else tuple(end)
+    pad = settings.pad_token_id
+    return ModelInfo(
+        class_name=type(model).__name__,
+        source=str(model.config._name_or_path or ""),
+        model_type=str(model.config.model_type),
+        fingerprint=model_fingerprint(model),
+        dtype=str(model.dtype).removeprefix("torch."),
+        num_layers=len(kv_heads),
+        hidden_size=int(hidden),
+        vocabulary=int(model.get_output_embeddings().weight.shape[0]),
+        kv_heads=kv_heads,
+        head_dims=head_dims,
+        eos_token_ids=ends,
+        pad_token_id=pad if isinstance(pad, int) else (ends[0] if ends else 0),
+    )
+
+
+def save_files(model: Any, processor: Any, folder: Path) -> tuple[DataFile, ...]:
+    before = {path.name for path in folder.iterdir()} | {MANIFEST}
+    model.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    if processor is not None:
+        processor.save_pretrained(folder)
+    paths = sorted(
+        path for path in folder.rglob("*") if path.is_file() and path.relative_to(folder).parts[0] not in before
+    )
+    return tuple(
+        DataFile(path.relative_to(folder).as_posix(), path.stat().st_size, file_sha256(path)) for path in paths
+    )

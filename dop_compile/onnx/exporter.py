@@ -1,0 +1,221 @@
+"""Writes the graphs of one export, one after the other, and describes them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from dop_compile.explain import explain
+from dop_compile.onnx.capture import Capture, VisionCall, modality_id
+from dop_compile.onnx.convert import Range, Signature, write_graph
+from dop_compile.onnx.describe import (
+    cache_sizes,
+    model_info,
+    nested,
+    newlines,
+    position_rows,
+    reducer_info,
+    save_files,
+    slug,
+)
+from dop_compile.onnx.graphs import Decode, Embed, Prefill, Vision, flat
+from dop_compile.onnx.manifest import DECODE, FORMAT, VERSION, WEIGHTS, Manifest
+from dop_compile.onnx.parts import Graph, PastClass, SectionInfo, Tier, VisionGraph
+from dop_compile.onnx.sections import past_classes, tier_sections
+from dop_compile.onnx.shapes import Shapes, decode_signature, past_ranges, prefill_signature, section_lengths
+from dop_compile.onnx.weights import WeightStore
+from dop_compile.policy import Policy
+
+__all__ = ["Exporter"]
+
+PACKAGES = ("dop_compile", "torch", "transformers", "onnx", "onnxscript")
+
+
+class Exporter:
+    """One export: graphs are written one after the other into `folder`."""
+
+    def __init__(
+        self,
+        model: Any,
+        policies: Mapping[str, Policy],
+        captures: Sequence[Capture],
+        shapes: Shapes,
+        opset: int,
+        folder: Path,
+        progress: bool,
+    ):
+        self.model, self.policies, self.captures = model, policies, captures
+        self.shapes, self.opset, self.folder = shapes, opset, folder
+        self.hidden = captures[0].embeds.shape[-1]
+        self.rows = position_rows(captures)
+        self.sections = dict(zip(policies, tier_sections(policies.values()), strict=True))
+        self.classes = past_classes(policies, self.sections)
+        self.lengths = {name: self._lengths(name) for name in policies}
+        self.graphs: dict[str, Graph] = {}
+        self._bar = tqdm(desc="export", disable=not progress, file=sys.stderr, leave=False, unit="graph")
+
+    # --- sizes ----------------------------------------------------------------------------------------------------
+
+    def _lengths(self, tier: str) -> dict[str, int | None]:
+        """Static section lengths that every example fits in; None where dynamic."""
+        wanted = self.shapes.visual_length
+        prompts = [
+            (sum(len(call.features) for call in c.vision), sum(len(newlines(call, c.newline)) for call in c.vision))
+            for c in self.captures
+            if c.vision
+        ]
+        if isinstance(wanted, int):
+            prompts = [(wanted, max((rows for _, rows in prompts), default=0))]
+        if wanted == "dynamic" or not prompts:
+            if self.shapes.static:
+                raise ValueError("visual_length: a static export of a model without a vision tower needs a number")
+            prompts = []
+        found = [section_lengths(self.policies[tier], self.sections[tier], *prompt) for prompt in prompts]
+        return {
+            section.name: max((size for lengths in found if (size := lengths[section.name]) is not None), default=None)
+            for section in self.sections[tier]
+        }
+
+    def _ranges(self, lengths: Mapping[str, int | None]) -> dict[str, Range]:
+        text = self.shapes.range("text")
+        visual = Range(1, min(576, self.shapes.max_visual), self.shapes.max_visual)
+        sections = {name: text if name in ("text", "system") else visual for name in lengths}
+        if not self.shapes.static and "system" in sections:
+            sections["system"] = Range(1, text.opt, text.max)
+        return {"batch": self.shapes.range("batch"), **sections}
+
+    # --- graphs ---------------------------------------------------------------------------------------------------
+
+    def _write(
+        self,
+        name: str,
+        module: nn.Module,
+        signature: Signature,
+        ranges: Mapping[str, Range],
+        example: Sequence[Tensor] | None = None,
+    ) -> str:
+        self._bar.set_postfix_str(name)
+        path = self.folder / f"{name}.onnx"
+        self.graphs[name] = write_graph(module.eval(), signature, ranges, path, self.store, self.opset, example)
+        self._bar.update()
+        return name
+
+    def _prefill(self, tier: str) -> str:
+        sections, lengths = self.sections[tier], self.lengths[tier]
+        module = Prefill(self.model, self.policies[tier], sections, self.rows)
+        signature = prefill_signature(sections, lengths, module.output_names, self.model.dtype, self.hidden, self.rows)
+        name = f"prefill-{slug(tier, self.policies)}"
+        return self._write(name, module, signature, self._ranges(lengths))
+
+    def _decode(self, kv_heads: Sequence[int], head_dims: Sequence[int]) -> str:
+        classes = [layers for layers, _ in self.classes]
+        module = Decode(self.model, classes, self.rows)
+        signature = decode_signature(classes, kv_heads, head_dims, module.output_names, self.model.dtype, self.rows)
+        ranges = {"batch": self.shapes.range("batch")}
+        ranges |= past_ranges(self.shapes, [held for _, held in self.classes], self.lengths)
+        return self._write(DECODE, module, signature, ranges)
+
+    def _embed(self) -> str:
+        signature = Signature((("input_ids", torch.int64, ("batch", "tokens")),), Embed.output_names)
+        text = self.shapes.text
+        ranges = {"batch": self.shapes.range("batch"), "tokens": Range(1, text[1], text[2])}
+        return self._write("embed", Embed(self.model), signature, ranges)
+
+    def _vision(self) -> tuple[VisionGraph, ...]:
+        found: dict[Any, VisionGraph] = {}
+        for capture in self.captures:
+            for call in capture.vision:
+                constants = nested(call.constants)
+                pixels = call.kwargs[call.pixels]
+                free = not constants
+                key = (call.modality, tuple(pixels.shape[1:] if free else pixels.shape), str(constants))
+                if key in found:
+                    continue
+                if not free and any(len(rows) != 1 for rows in constants.values()):
+                    raise ValueError(
+                        "examples: a vision graph is made for one image at a time; give prompts with one image each"
+                    )
+                name = f"vision-{call.modality}-{len(found)}"
+                self._write_vision(name, call, pixels, free)
+                rows = tuple(newlines(call, capture.newline))
+                tokens = len(call.features) // (pixels.shape[0] if free else 1)
+                found[key] = VisionGraph(
+                    name, call.modality, call.pixels, tuple(pixels.shape), constants, tokens, free, rows
+                )
+        return tuple(found.values())
+
+    def _write_vision(self, name: str, call: VisionCall, pixels: Tensor, free: bool) -> None:
+        first: int | str = "items" if free and not self.shapes.static else pixels.shape[0]
+        signature = Signature(((call.pixels, pixels.dtype, (first, *pixels.shape[1:])),), Vision.output_names)
+        items = {"items": Range(1, 1, 8)}
+        example = torch.cat([pixels[:1]] * 2) if first == "items" else pixels
+        module = Vision(self.model, call)
+        self._write(name, module if free else flat(module, pixels), signature, items, [example])
+
+    # --- all of it ------------------------------------------------------------------------------------------------
+
+    def run(self, compiled: Any, examples: Sequence[Mapping[str, Any]], processor: Any) -> Manifest:
+        with self._bar, torch.no_grad(), WeightStore(self.folder / WEIGHTS) as self.store:
+            prefills = {tier: self._prefill(tier) for tier in self.policies}
+            kv_heads, head_dims = cache_sizes(self.model)
+            self._decode(kv_heads, head_dims)
+            embed = self._embed()
+            vision = self._vision()
+            weights = self.store.finish()
+        costs = self._costs(compiled, examples[0])
+        tiers = {
+            name: Tier(
+                policy=policy,
+                prefill=prefills[name],
+                decode=DECODE,
+                sections=tuple(SectionInfo(s.name, s.groups, self.lengths[name][s.name]) for s in self.sections[name]),
+                reducer=reducer_info(policy),
+                **costs[name],
+            )
+            for name, policy in self.policies.items()
+        }
+        ids = {m: i for m in ("image", "video") if (i := modality_id(self.model, m)) is not None}
+        return Manifest(
+            format=FORMAT,
+            version=VERSION,
+            opset=self.opset,
+            static=self.shapes.static,
+            model=model_info(self.model, self.hidden, kv_heads, head_dims),
+            weights=weights,
+            graphs=self.graphs,
+            embed=embed,
+            vision=vision,
+            tiers=tiers,
+            past_classes=tuple(PastClass(layers, held) for layers, held in self.classes),
+            placeholder_ids=ids,
+            positions="model" if self.rows is not None else "sequential",
+            position_rows=self.rows,
+            files=save_files(self.model, processor, self.folder),
+            versions={name: version(name) for name in PACKAGES},
+        )
+
+    def _costs(self, compiled: Any, example: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        visual = sum(len(call.features) for call in self.captures[0].vision)
+        total = int(example["input_ids"].shape[1])
+        ids = [i for m in ("image", "video") if (i := modality_id(self.model, m)) is not None]
+        places = torch.isin(example["input_ids"][0].cpu(), torch.tensor(ids, dtype=torch.long)).nonzero()
+        system = int(places[0]) if visual and len(places) else 0
+        counts = (system, visual, total - system - visual)
+        found = explain(compiled, system=counts[0], visual=counts[1], text=counts[2])
+        return {
+            cost.tier: {
+                "counts": counts,
+                "eq11_flops": cost.eq11_flops,
+                "eq11_fraction": None if not cost.original_flops else (cost.eq11_flops or 0) / cost.original_flops,
+                "executed_flops": cost.executed_flops,
+                "kv_bytes": cost.kv_bytes,
+            }
+            for cost in found.tiers
+        }

@@ -1,0 +1,65 @@
+"""Small exports, made once per test run and kept in a temporary directory, and ways to run them."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dop_compile import Policy
+from dop_compile.onnx.export import export_onnx
+from dop_compile.onnx.manifest import Manifest
+from dop_compile.onnx.plain import PlainPipeline
+from tests.families import Family, Segment
+from tests.onnx_export.harness import LAYERS, small_batch, small_family, small_model
+
+PRUNED = Policy.depthwise(LAYERS, mha_query_depth=1, mha_key_value_depth=1, mlp_depth=0, visual_tokens=5)
+TIERS = {"100%": Policy.full(LAYERS), "pruned": PRUNED}
+PROVIDER = "CPUExecutionProvider"
+
+
+@functools.cache
+def _root() -> Path:
+    root = Path(tempfile.mkdtemp(prefix="dop_compile_onnx_"))
+    atexit.register(shutil.rmtree, root, ignore_errors=True)
+    return root
+
+
+def example_rows(family: Family) -> list[list[Segment]]:
+    """Per row one image (of each layout that has a vision graph) or video."""
+    rows: list[list[Segment]] = [[("text", 3), ("image", 0), ("text", 4)]]
+    if family.has_video:
+        rows.append([("text", 2), ("video",), ("text", 4)])
+    return rows
+
+
+@functools.cache
+def exported(name: str, opset: int = 23, dtype: torch.dtype = torch.float32) -> Path:
+    """A family with `TIERS`."""
+    family = small_family(name)
+    model = small_model(name) if dtype == torch.float32 else family.build(dtype=dtype)
+    examples = [family.make_inputs(model, [row], seed=n) for n, row in enumerate(example_rows(family))]
+    folder = _root() / f"{name}-{opset}-{str(dtype)[6:]}"
+    export_onnx(model, TIERS, folder, examples=examples, opset=opset)
+    return folder
+
+
+@functools.cache
+def pipeline(name: str, optimized: bool, opset: int = 23, dtype: torch.dtype = torch.float32) -> PlainPipeline:
+    folder = exported(name, opset, dtype)
+    return PlainPipeline(folder, Manifest.load(folder), small_model(name), PROVIDER, optimized)
+
+
+def run(found: PlainPipeline, tier: str, inputs: dict[str, Tensor], tokens: int) -> tuple[Tensor, list[list[int]]]:
+    logits, ids = found.generate(tier, found.prepare(tier, inputs), tokens)
+    return logits, ids.tolist()
+
+
+def batch_of(name: str, rows: Any, seed: int = 0) -> Any:
+    return small_batch(name, rows, seed=seed)

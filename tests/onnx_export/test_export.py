@@ -1,0 +1,199 @@
+"""Exported graphs in ONNX Runtime against the original model, from pixels and ids to tokens."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from dop_compile import Policy, export_onnx
+from dop_compile.onnx.check import OPERATORS, check_graph, operators
+from dop_compile.onnx.manifest import MANIFEST, WEIGHTS, Manifest
+from dop_compile.onnx.shapes import Shapes
+from tests.families import FAMILIES
+from tests.onnx_export.exported import PRUNED, TIERS, batch_of, example_rows, exported, pipeline, run
+from tests.onnx_export.harness import FIVE, LAYERS, small_family, small_model
+from tests.reference import reference_generate
+from tests.support import Batch, assert_close, reference, uniform_kept
+
+TOKENS = 3
+
+
+def kept_of(batch: Batch, policy: Policy) -> list[list[int]] | None:
+    return None if policy.visual_tokens is None else uniform_kept(batch, policy.visual_tokens)
+
+
+def rows_of(name: str) -> list[list[tuple[object, ...]]]:
+    """Rows of unlike lengths, one without an image, of the layouts that were exported."""
+    return [[("text", 5)], *example_rows(FAMILIES[name]), [("text", 1), ("image", 0), ("text", 7)]]
+
+
+@pytest.mark.parametrize("name", FIVE)
+def test_full_tier_is_the_original(name: str) -> None:
+    batch = batch_of(name, rows_of(name))
+    with torch.no_grad():
+        original = batch.model(**batch.inputs).logits[:, -1]
+        generated = batch.model.generate(**batch.inputs, max_new_tokens=TOKENS, do_sample=False)
+    logits, ids = run(pipeline(name, True), "100%", batch.inputs, TOKENS)
+    assert_close(logits, original, 2e-5)
+    assert ids == generated[:, batch.inputs["input_ids"].shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("optimized", [True, False])
+@pytest.mark.parametrize("name", FIVE)
+def test_pruned_tier_is_the_masked_original(name: str, optimized: bool) -> None:
+    batch = batch_of(name, rows_of(name), seed=1)
+    kept = kept_of(batch, PRUNED)
+    logits, ids = run(pipeline(name, optimized), "pruned", batch.inputs, TOKENS)
+    assert_close(logits, reference(batch, PRUNED, kept)[:, -1], 2e-5)
+    assert ids == reference_generate(batch.model, batch.inputs, PRUNED, TOKENS, kept)
+
+
+@pytest.mark.parametrize("opset", [23, 18])
+@given(data=st.data())
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_any_lengths_and_padding(opset: int, data: st.DataObject) -> None:
+    length = st.integers(1, 9)
+    rows = [
+        [("text", data.draw(length)), *([("image",)] if data.draw(st.booleans()) else []), ("text", data.draw(length))]
+        for _ in range(data.draw(st.integers(1, 4)))
+    ]
+    batch = batch_of("llava", rows, seed=data.draw(st.integers(0, 9)))
+    tier = data.draw(st.sampled_from(sorted(TIERS)))
+    kept = kept_of(batch, TIERS[tier])
+    found = pipeline("llava", data.draw(st.booleans()), opset)
+    logits, ids = run(found, tier, batch.inputs, TOKENS)
+    assert_close(logits, reference(batch, TIERS[tier], kept)[:, -1], 2e-5)
+    assert ids == reference_generate(batch.model, batch.inputs, TIERS[tier], TOKENS, kept)
+
+
+@pytest.mark.parametrize(("name", "opset"), [*((name, 23) for name in FIVE), ("llava", 18)])
+def test_graphs_are_valid_and_of_standard_operators(name: str, opset: int) -> None:
+    folder = exported(name, opset)
+    manifest = Manifest.load(folder, hashes=True)
+    for graph in manifest.graphs.values():
+        path = folder / graph.data.file
+        model = onnx.load(path, load_external_data=False)
+        assert [(o.domain, o.version) for o in model.opset_import] == [("", opset)]
+        assert not model.functions
+        assert operators(path) <= OPERATORS[opset]
+        check_graph(path, opset)
+        assert [i.name for i in model.graph.input] == [i.name for i in graph.inputs]
+        assert [o.name for o in model.graph.output] == [o.name for o in graph.outputs]
+
+
+def test_opset_23_uses_its_operators_and_18_does_not() -> None:
+    new = {"Attention", "RMSNormalization", "RotaryEmbedding"}
+    graph = Manifest.load(exported("llava")).tiers["pruned"].prefill
+    assert new <= operators(exported("llava") / f"{graph}.onnx")
+    assert not new & operators(exported("llava", 18) / f"{graph}.onnx")
+
+
+def test_operators_outside_the_list_are_refused(tmp_path: Path) -> None:
+    node = onnx.helper.make_node("FusedMatMul", ["x", "x"], ["y"], domain="com.microsoft")
+    x, y = (onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, [2, 2]) for n in "xy")
+    opsets = [onnx.helper.make_opsetid("", 23), onnx.helper.make_opsetid("com.microsoft", 1)]
+    model = onnx.helper.make_model(onnx.helper.make_graph([node], "g", [x], [y]), opset_imports=opsets)
+    onnx.save(model, tmp_path / "g.onnx")
+    with pytest.raises(ValueError, match=r"com\.microsoft::FusedMatMul"):
+        check_graph(tmp_path / "g.onnx", 23)
+
+
+def test_layers_store_what_the_policy_keeps() -> None:
+    manifest = Manifest.load(exported("llava"))
+    text, visual = ("text",), ("visual", "text")
+    assert [(c.layers, c.tiers) for c in manifest.past_classes] == [
+        ((0,), {"100%": visual, "pruned": visual}),
+        ((1,), {"100%": visual, "pruned": text}),
+    ]
+    outputs = {o.name: o.shape for o in manifest.graphs[manifest.tiers["pruned"].prefill].outputs}
+    assert outputs["present.0.key"][2] == "text + 5"
+    assert outputs["present.1.key"][2] == "text"
+    past = {i.name: i.shape for i in manifest.graphs["decode"].inputs}
+    assert (past["past_key_values.0.key"][2], past["past_key_values.1.value"][2]) == ("past_0", "past_1")
+
+
+def test_tiers_share_the_weights(tmp_path: Path) -> None:
+    """Four tiers take at most 1.02 x the disk of one, and the file is not much larger than the model."""
+    family = small_family("llava", 1)
+    config = family.config()
+    config.text_config.intermediate_size = 8192
+    config.text_config.vocab_size = 8192
+    with torch.random.fork_rng(devices=[]):
+        model = family.model_class._from_config(config).eval()
+    model.generation_config.eos_token_id = None
+    example = family.make_inputs(model, [[("text", 3), ("image",), ("text", 3)]])
+    one = Policy.full(1)
+    four = {str(n): Policy.depthwise(1, mlp_depth=n % 2, visual_tokens=3 + n) for n in range(3)}
+    export_onnx(model, one, tmp_path / "one", examples=[example])
+    export_onnx(model, {"full": one, **four}, tmp_path / "four", examples=[example])
+    sizes = [sum(f.stat().st_size for f in (tmp_path / n).rglob("*") if f.is_file()) for n in ("one", "four")]
+    assert sizes[1] <= 1.02 * sizes[0]
+    parameters = {p.data_ptr(): p.numel() * p.element_size() for p in model.parameters()}
+    assert (tmp_path / "four" / WEIGHTS).stat().st_size <= 1.02 * sum(parameters.values())
+
+
+def test_tied_weights_are_stored_once(tmp_path: Path) -> None:
+    family = small_family("qwen2_5_vl", 1)
+    config = family.config()
+    config.tie_word_embeddings = config.text_config.tie_word_embeddings = True
+    config.text_config.vocab_size = 4096
+    model = family.model_class._from_config(config).eval()
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    example = family.make_inputs(model, [[("text", 3), ("image",), ("text", 3)]])
+    manifest = export_onnx(model, Policy.full(1), tmp_path / "out", examples=[example])
+    table = model.get_input_embeddings().weight
+    assert manifest.weights.bytes < 1.6 * table.numel() * table.element_size()
+
+
+def test_static_export_has_no_dynamic_size(tmp_path: Path) -> None:
+    model = small_model("llava", 1)
+    example = small_family("llava", 1).make_inputs(model, [[("text", 3), ("image",), ("text", 3)]])
+    shapes = Shapes(batch=(1, 1, 1), text=(2, 12, 12), new_tokens=4, static=True)
+    manifest = export_onnx(model, Policy.full(1), tmp_path / "out", examples=[example], shapes=shapes)
+    for graph in manifest.graphs.values():
+        for spec in graph.inputs:
+            assert spec.shape == spec.min == spec.opt == spec.max or spec.name == "input_ids"
+    past = next(i for i in manifest.graphs["decode"].inputs if i.name == "past_slots.0")
+    assert past.shape == (1, 9 + 12 + 4)
+
+
+def test_bad_arguments_are_refused(tmp_path: Path) -> None:
+    model = small_model("llava", 1)
+    example = small_family("llava", 1).make_inputs(model, [[("text", 3), ("image",), ("text", 3)]])
+    full = Policy.full(1)
+    with pytest.raises(ValueError, match="opset: expected one of 18, 23"):
+        export_onnx(model, full, tmp_path / "a", examples=[example], opset=20)
+    with pytest.raises(ValueError, match="examples"):
+        export_onnx(model, full, tmp_path / "a")
+    with pytest.raises(ValueError, match="2 layers"):
+        export_onnx(model, Policy.full(2), tmp_path / "a", examples=[example])
+    two = small_family("llava", 1).make_inputs(model, [[("text", 3)], [("text", 3)]])
+    with pytest.raises(ValueError, match="one row, got 2"):
+        export_onnx(model, full, tmp_path / "a", examples=[two])
+    (tmp_path / "b").mkdir()
+    with pytest.raises(FileExistsError, match="--force"):
+        export_onnx(model, full, tmp_path / "b", examples=[example])
+    assert sorted(os.listdir(tmp_path)) == ["b"]
+
+
+def test_training_mode_is_refused(tmp_path: Path) -> None:
+    model = small_family("llava", 1).build().train()
+    with pytest.raises(ValueError, match=r"call model.eval\(\)"):
+        export_onnx(model, Policy.full(1), tmp_path / "a", examples=[{}])
+
+
+def test_manifest_is_in_the_directory() -> None:
+    folder = exported("llava")
+    manifest = Manifest.load(folder, hashes=True)
+    assert Manifest.from_json((folder / MANIFEST).read_text()) == manifest
+    assert manifest.tiers["pruned"].policy == PRUNED
+    assert manifest.model.num_layers == LAYERS
+    assert {data.file for data in manifest.data_files} == {
+        path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.name != MANIFEST
+    }
