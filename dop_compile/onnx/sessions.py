@@ -30,14 +30,20 @@ def check_provider(provider: str) -> None:
 class GraphSession:
     """One graph of a directory, ready to run.
 
+    Args:
+        optimized: whether ONNX Runtime may rewrite the graph.
+        shared: leave weights in the mapped file, which all sessions share, instead of packing them for the processor.
+
     Raises:
         UnrunnableError: the provider has no kernel for the graph's dtype or operators.
     """
 
-    def __init__(self, path: Path, provider: str, optimized: bool):
+    def __init__(self, path: Path, provider: str, optimized: bool, shared: bool = False):
         options = ort.SessionOptions()
         level = ort.GraphOptimizationLevel
         options.graph_optimization_level = level.ORT_ENABLE_ALL if optimized else level.ORT_DISABLE_ALL
+        if shared:
+            options.add_session_config_entry("session.disable_prepacking", "1")
         options.log_severity_level = 4
         options.intra_op_num_threads = torch.get_num_threads()
         try:
