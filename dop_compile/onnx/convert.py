@@ -199,7 +199,7 @@ def _name_sizes(model: ir.Model, shapes: Sequence[tuple[int | str, ...]], what: 
         for position, wanted in enumerate(shape):
             size = value.shape[position]
             found = size.value if isinstance(size, ir.SymbolicDim) else size
-            if isinstance(wanted, str) and not isinstance(found, str):
+            if isinstance(wanted, str) and (not isinstance(found, str) or found.isdigit()):
                 raise UnsupportedModelError(
                     f"{what}: size {wanted!r} of {value.name} became the constant {found} while tracing; export with "
                     "static shapes"

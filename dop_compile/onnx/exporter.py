@@ -133,31 +133,24 @@ class Exporter:
         for capture in self.captures:
             for call in capture.vision:
                 constants = nested(call.constants)
-                pixels = call.kwargs[call.pixels]
-                free = not constants
-                key = (call.modality, tuple(pixels.shape[1:] if free else pixels.shape), str(constants))
-                if key in found:
-                    continue
-                if not free and any(len(rows) != 1 for rows in constants.values()):
+                items = call.kwargs[call.pixels].shape[0]
+                if any(len(rows) != 1 for rows in constants.values()):
                     raise ValueError(
                         "examples: a vision graph is made for one image at a time; give prompts with one image each"
                     )
+                # Without constants every image (or tile) is like the others, and the first stands for all
+                pixels = call.kwargs[call.pixels] if constants else call.kwargs[call.pixels][:1]
+                key = (call.modality, tuple(pixels.shape), str(constants))
+                if key in found:
+                    continue
                 name = f"vision-{call.modality}-{len(found)}"
-                self._write_vision(name, call, pixels, free)
+                signature = Signature(((call.pixels, pixels.dtype, tuple(pixels.shape)),), Vision.output_names)
+                module = Vision(self.model, call)
+                self._write(name, flat(module, pixels) if constants else module, signature, {}, [pixels])
+                tokens = len(call.features) // (1 if constants else items)
                 rows = tuple(newlines(call, capture.newline))
-                tokens = len(call.features) // (pixels.shape[0] if free else 1)
-                found[key] = VisionGraph(
-                    name, call.modality, call.pixels, tuple(pixels.shape), constants, tokens, free, rows
-                )
+                found[key] = VisionGraph(name, call.modality, call.pixels, tuple(pixels.shape), constants, tokens, rows)
         return tuple(found.values())
-
-    def _write_vision(self, name: str, call: VisionCall, pixels: Tensor, free: bool) -> None:
-        first: int | str = "items" if free and not self.shapes.static else pixels.shape[0]
-        signature = Signature(((call.pixels, pixels.dtype, (first, *pixels.shape[1:])),), Vision.output_names)
-        items = {"items": Range(1, 1, 8)}
-        example = torch.cat([pixels[:1]] * 2) if first == "items" else pixels
-        module = Vision(self.model, call)
-        self._write(name, module if free else flat(module, pixels), signature, items, [example])
 
     # --- all of it ------------------------------------------------------------------------------------------------
 

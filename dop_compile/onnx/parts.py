@@ -87,12 +87,12 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class VisionGraph:
-    """Pixels of one image or video to its features.
+    """Pixels of one image, tile or video to its features.
 
-    `modality` is "image" or "video". `constants` are the processor's integer tensors that the graph was made for (image
-    sizes, patch grids): it may be used for pixels with exactly these, and `tokens` is then their number of features;
-    without constants the first size of the pixels is dynamic where `tokens_per_item` is set. `newlines` are features
-    that are row separators. `example` is the shape of the pixels that it was made with.
+    `modality` is "image" or "video"; `pixels` names the graph's input, of shape `example`. `constants` are the processor's
+    integer tensors that the graph was made for (image sizes, patch grids): it takes pixels with exactly these. Without
+    constants it takes one item of the first dimension at a time. `tokens` is its number of features, of which those
+    numbered in `newlines` are row separators.
     """
 
     graph: str
@@ -101,7 +101,6 @@ class VisionGraph:
     example: tuple[int, ...]
     constants: dict[str, tuple[tuple[int, ...], ...]]
     tokens: int
-    items_dynamic: bool
     newlines: tuple[int, ...]
 
 
