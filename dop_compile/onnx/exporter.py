@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dop_compile.explain import explain
-from dop_compile.onnx.capture import Capture, VisionCall, modality_id
+from dop_compile.onnx.capture import Capture, modality_id
 from dop_compile.onnx.convert import Range, Signature, write_graph
 from dop_compile.onnx.describe import (
     cache_sizes,

@@ -89,10 +89,10 @@ class ModelInfo:
 class VisionGraph:
     """Pixels of one image, tile or video to its features.
 
-    `modality` is "image" or "video"; `pixels` names the graph's input, of shape `example`. `constants` are the processor's
-    integer tensors that the graph was made for (image sizes, patch grids): it takes pixels with exactly these. Without
-    constants it takes one item of the first dimension at a time. `tokens` is its number of features, of which those
-    numbered in `newlines` are row separators.
+    `modality` is "image" or "video"; `pixels` names the graph's input, of shape `example`. `constants` are the
+    processor's integer tensors that the graph was made for (image sizes, patch grids): it takes pixels with exactly
+    these. Without constants it takes one item of the first dimension at a time. `tokens` is its number of features, of
+    which those numbered in `newlines` are row separators.
     """
 
     graph: str
