@@ -78,8 +78,9 @@ class Exporter:
                 raise ValueError("visual_length: a static export of a model without a vision tower needs a number")
             prompts = []
         found = [section_lengths(self.policies[tier], self.sections[tier], *prompt) for prompt in prompts]
+        text = self.shapes.text[1] if self.shapes.static else None
         return {
-            section.name: max((size for lengths in found if (size := lengths[section.name]) is not None), default=None)
+            section.name: max((size for lengths in found if (size := lengths[section.name]) is not None), default=text)
             for section in self.sections[tier]
         }
 

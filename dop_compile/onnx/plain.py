@@ -120,7 +120,7 @@ class PlainPipeline:
             feeds = {"input_ids": token[:, None], "slots": slot, "position_ids": self._on_axes(position)}
             feeds |= {f"past_slots.{number}": held for number, held in enumerate(slots)}
             feeds |= {f"past_key_values.{layer}.{part}": held for (layer, part), held in past.items()}
-            outputs = self.session(info.decode).run(self._padded(feeds))
+            outputs = self.session(info.decode).run(self._padded(info.decode, feeds))
             logits = outputs["logits"]
             past = {(n, p): torch.cat([held, outputs[f"new.{n}.{p}"]], 2) for (n, p), held in past.items()}
             slots = [torch.cat([held, slot], 1) for held in slots]
@@ -131,9 +131,9 @@ class PlainPipeline:
         rows = self.manifest.position_rows
         return position if rows is None else position.expand(rows, *position.shape)
 
-    def _padded(self, feeds: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _padded(self, graph: str, feeds: dict[str, Tensor]) -> dict[str, Tensor]:
         """Entries with slot -1 up to what the graph takes at least."""
-        specs = {spec.name: spec for spec in self.manifest.graphs["decode"].inputs}
+        specs = {spec.name: spec for spec in self.manifest.graphs[graph].inputs}
         for name, value in feeds.items():
             kind = name.partition(".")[0]
             if kind in ("past_slots", "past_key_values") and name in specs:
