@@ -34,7 +34,7 @@ from dop_compile.passes.cleanup import eliminate_dead_nodes
 from dop_compile.pieces import PieceLibrary
 from dop_compile.policy import Policy
 from dop_compile.program import Program
-from dop_compile.reducers import known
+from dop_compile.reducers import create
 from dop_compile.tokens import Universe
 from dop_compile.trace import DecoderInputs, trace_decoder
 
@@ -208,8 +208,11 @@ def _check_policy(model: PreTrainedModel, tier: str, policy: Any) -> None:
         policy.check_layers(layers)
     except ValueError as error:
         raise ValueError(f"tier {tier!r}: {error}") from error
-    if policy.reducer not in (*known(), "given"):
-        raise ValueError(f"tier {tier!r}: reducer {policy.reducer!r} is unknown; known are {', '.join(known())}")
+    if policy.reducer != "given":
+        try:
+            create(policy.reducer, policy.options)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"tier {tier!r}: {error}") from error
     wanted = policy.provenance.model_fingerprint if policy.provenance is not None else None
     if wanted is not None and wanted != (found := model_fingerprint(model)):
         raise ValueError(

@@ -25,6 +25,8 @@ from dop_compile.outer_masks import builds_masks, deferring_forward
 from dop_compile.policy import Policy
 from dop_compile.runtime import run_decoder
 from dop_compile.slots import Call
+from dop_compile.vision import vision_fields, watch_vision
+from dop_compile.vision_features import TokenFeatures
 
 __all__ = ["Frame", "Session", "drop_in", "generate_under"]
 
@@ -77,6 +79,7 @@ class Frame:
         self.chain[0].training = state.base.training
         self.root, self.decoder = self.chain[0], self.chain[-1]
         self._restored = False
+        self._encoded: list[TokenFeatures] = []  # images and videos that `generate` encodes before the prompt
         for module in self.chain[:-1]:
             if module is not self.root and builds_masks(module):
                 module.forward = deferring_forward(module)
@@ -90,6 +93,8 @@ class Frame:
         cache = named.get("past_key_values")
         self.restore(cache)
         call = self._call(named)
+        if call.prompt_tokens:
+            self._watch_vision(call.vision)
         self.decoder.forward = self._decoder_forward(call)
         for module in self.chain[:-1]:
             if hasattr(type(module), "get_placeholder_mask"):
@@ -117,6 +122,17 @@ class Frame:
 
         return forward
 
+    def _watch_vision(self, noted: list[TokenFeatures]) -> None:
+        """Note in a list what the session's reducer wants to know about the vision tower."""
+        wanted = self.vision_fields(self.session.policy or self.state.tiers[self.session.tier])
+        if wanted:
+            watch_vision(self.chain, self.state.decoder_path, wanted, noted.append)
+
+    def vision_fields(self, policy: Policy) -> frozenset[str]:
+        """What the policy's reducer wants to know about the vision tower in this session."""
+        reduces = policy.visual_tokens is not None or policy.salient_fraction is not None
+        return vision_fields(policy) if reduces else frozenset()
+
     def run_decoder(self, call: Call, kwargs: dict[str, Any]) -> Any:
         """The decoder's forward in this session, with its arguments by name."""
         return run_decoder(self.state, self.decoder, call, **kwargs)
@@ -139,6 +155,9 @@ class Frame:
             prompt_tokens=prompt,
             batch=1 if tokens is None else tokens.shape[0],
             given=session.visual_indices,
+            vision=list(self._encoded),
+            input_ids=named.get("input_ids"),
+            model=self.state.model_class.__name__,
         )
         if prompt and tokens is not None:
             ids = named.get("input_ids")
@@ -241,6 +260,7 @@ class Frame:
         given = (kwargs.get(name) for name in ("attention_mask", "inputs_embeds", "input_ids", "inputs"))
         prompt = next((value for value in (*given, *args[:1]) if isinstance(value, Tensor)), None)
         self.session.prompt_columns = 1 if prompt is None else prompt.shape[1]
+        self._watch_vision(self._encoded)
         return self.state.model_class.generate(self.root, *args, **kwargs)
 
 

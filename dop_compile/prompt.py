@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dop_compile.errors import UnsupportedUsageError
 from dop_compile.layout import NO_TOKEN
 from dop_compile.policy import Policy
-from dop_compile.reducers import GivenReducer, Reducer, VisualContext, create, select_tokens
+from dop_compile.reducers import GivenReducer, Reducer, VisualContext, create, needs, select_batch
+from dop_compile.vision import VISION_FIELDS, PromptVision
 
 __all__ = ["Prompt", "Reduction", "call_groups", "make_reducer", "reduce_prompt"]
 
@@ -33,6 +35,8 @@ class Prompt:
         newline: (batch, tokens) bool, the part of `visual` that is a newline embedding.
         system: (batch, tokens) bool.
         output: (tokens,) bool, what was generated after the prompt and is computed again with it.
+        vision: what is known about the vision tower's work on it; None where the caller said which tokens are visual.
+        input_ids: (batch, tokens), if the caller passed them.
     """
 
     embeds: Tensor
@@ -41,6 +45,8 @@ class Prompt:
     newline: Tensor
     system: Tensor
     output: Tensor | None = None
+    vision: PromptVision | None = None
+    input_ids: Tensor | None = None
 
 
 def call_groups(policy: Policy) -> tuple[str, ...]:
@@ -102,6 +108,45 @@ def _segments(columns: Tensor, visual: Tensor) -> Tensor:
     return (starts.cumsum(0) - 1)[columns]
 
 
+def _contexts(prompt: Prompt, counted: Tensor, reducer: Reducer) -> list[VisualContext]:
+    """One context per row that has visual tokens; `counted` (batch, tokens) bool are those that can be dropped.
+
+    Raises:
+        UnsupportedUsageError: the reducer wants to know more than is known.
+    """
+    wanted, vision = needs(reducer), prompt.vision
+    if vision is not None and wanted & VISION_FIELDS:
+        vision.check(reducer, counted)
+    if "text_ids" in wanted and prompt.input_ids is None:
+        raise UnsupportedUsageError(f"reducer {reducer.name!r} reads the text: pass input_ids, not inputs_embeds alone")
+    text = prompt.valid & ~prompt.visual
+    if prompt.output is not None:
+        text = text & ~prompt.output
+    rows = counted.any(dim=1).nonzero().squeeze(1).tolist()
+    visual_rows, text_rows = (_rows(prompt.embeds.detach(), mask, rows) for mask in (counted, text))
+    contexts = []
+    for row, projected, others in zip(rows, visual_rows, text_rows, strict=True):
+        columns = counted[row].nonzero().squeeze(1)
+        segments = _segments(columns, prompt.visual[row])
+        fields: dict[str, Any] = {}
+        if vision is not None:
+            fields = vision.fields(row, columns, segments, wanted)
+        elif "tiles" in wanted:  # tokens that the caller calls visual are of no tiles
+            fields = {"tiles": torch.zeros_like(columns)}
+        if "text_ids" in wanted and prompt.input_ids is not None:
+            fields["text_ids"] = prompt.input_ids[row, text[row].to(prompt.input_ids.device)]
+        before = int(text[row, : int(columns[0])].sum())
+        contexts.append(VisualContext(projected, others, segments, row, instruction_start=before, **fields))
+    return contexts
+
+
+def _rows(embeds: Tensor, mask: Tensor, rows: list[int]) -> list[Tensor]:
+    """The masked embeddings of each row, taken at once."""
+    places = mask[rows].nonzero()
+    taken = embeds[torch.tensor(rows, device="cpu")[places[:, 0]].to(embeds.device), places[:, 1].to(embeds.device)]
+    return list(taken.split(mask[rows].sum(dim=1).tolist()))
+
+
 def _count(policy: Policy, reducer: Reducer, row: int, tokens: int) -> int:
     if isinstance(reducer, GivenReducer) and policy.visual_tokens is None:
         return reducer.counts[row] if row < len(reducer.counts) else tokens
@@ -126,27 +171,20 @@ def reduce_prompt(prompt: Prompt, policy: Policy, reducer: Reducer | None) -> Re
     keep = prompt.valid.clone()
     position_columns = torch.arange(keep.shape[1], device="cpu").repeat(keep.shape[0], 1)
     features: list[tuple[int, Tensor, Tensor]] = []
-    for row in range(keep.shape[0]):
-        columns = (prompt.visual[row] & ~prompt.newline[row] & prompt.valid[row]).nonzero().squeeze(1)
-        if not len(columns):
-            continue
-        device = prompt.embeds.device
-        others = (prompt.valid[row] & ~prompt.visual[row]).nonzero().squeeze(1).to(device)
-        context = VisualContext(
-            projected=prompt.embeds[row, columns.to(device)].detach(),
-            text=prompt.embeds[row, others].detach(),
-            segments=_segments(columns, prompt.visual[row]).to(device),
-            sample_index=row,
-        )
-        selection = select_tokens(reducer, context, _count(policy, reducer, row, len(columns)))
-        ranked = columns[selection.indices.cpu()]
+    counted = prompt.visual & ~prompt.newline & prompt.valid
+    contexts = _contexts(prompt, counted, reducer)
+    counts = [_count(policy, reducer, context.sample_index, context.tokens) for context in contexts]
+    for context, selection in zip(contexts, select_batch(reducer, contexts, counts), strict=True):
+        row = context.sample_index
+        columns = counted[row].nonzero().squeeze(1)
+        ranked = columns[selection.indices]
         keep[row, columns] = False
         keep[row, ranked] = True
         if policy.salient_fraction is not None:
             salient = math.floor(policy.salient_fraction * len(ranked) + 0.5)
             codes[row, ranked[:salient]] = number["visual_salient"]
         if selection.positions is not None:
-            position_columns[row, ranked] = columns[selection.positions.cpu()]
+            position_columns[row, ranked] = columns[selection.positions]
         if selection.features is not None:
             features.append((row, ranked, selection.features))
     if bool((keep == prompt.valid).all()):

@@ -27,6 +27,7 @@ from dop_compile.policy import Policy
 from dop_compile.runtime import run_decoder
 from dop_compile.slots import Call, visual_positions
 from dop_compile.trace import find_layers
+from dop_compile.vision import vision_fields
 
 __all__ = ["Replay"]
 
@@ -38,7 +39,8 @@ class Replay:
     """A prompt that can be run under many policies.
 
     Args:
-        compiled: a compiled model; which policies it was compiled with does not matter.
+        compiled: a compiled model; which policies it was compiled with does not matter, but what a reducer wants to
+            know about the vision tower is noted for its default tier's reducer alone.
         inputs: what its `forward` takes for the prompt, `input_ids` among it; tokens behind `prompt_tokens` are
             teacher-forced output.
         depths: layers at whose input the residual stream is kept, to go on from; memory grows with their number.
@@ -148,6 +150,9 @@ class _Recorder(Frame):
         self.arguments: dict[str, Any] = {}
         self.streams: dict[int, Tensor] = {}
         self._depths = frozenset(depths) - {0}
+
+    def vision_fields(self, policy: Policy) -> frozenset[str]:
+        return vision_fields(policy)  # the policies that will be run may reduce tokens where this one does not
 
     def run_decoder(self, call: Call, kwargs: dict[str, Any]) -> Any:
         self.call, self.arguments = call, kwargs

@@ -19,6 +19,8 @@ from dop_compile.policy import Policy
 from dop_compile.program import Program
 from dop_compile.prompt import Prompt, Reduction, call_groups, make_reducer, reduce_prompt
 from dop_compile.tokens import Universe
+from dop_compile.vision import PromptVision
+from dop_compile.vision_features import TokenFeatures
 
 __all__ = ["Arguments", "Call", "Slots", "visual_positions"]
 
@@ -37,6 +39,9 @@ class Call:
         newline: the embedding of newlines inside image placeholders, for models that have one.
         token_groups: the caller's groups for text-only models: 0 text, 1 visual, 2 system.
         given: visual token indices per sample for the reducer "given".
+        vision: what was seen of the vision tower, one entry per call of a feature method.
+        input_ids: (batch, tokens) of the call, if the caller passed them.
+        model: the model's name, for messages.
         first_layer: the layer that the embeddings enter; later than 0, they are a residual stream taken from there.
         done: whether the outer model has called its decoder.
     """
@@ -50,6 +55,9 @@ class Call:
     newline: Tensor | None = None
     token_groups: Tensor | None = None
     given: Sequence[Any] | None = None
+    vision: list[TokenFeatures] = field(default_factory=list)
+    input_ids: Tensor | None = None
+    model: str = "this model"
     first_layer: int = 0
     done: bool = False
 
@@ -103,7 +111,9 @@ def _prompt(call: Call, arguments: Arguments) -> Prompt | None:
         system = (seen == 0) & visual.any(dim=1, keepdim=True) & valid & first
     if prompt == tokens and not bool((visual | system).any()):
         return None
-    return Prompt(embeds, valid, visual, newline, system, torch.arange(tokens, device="cpu") >= prompt)
+    output = torch.arange(tokens, device="cpu") >= prompt
+    vision = None if call.token_groups is not None else PromptVision(call.vision, call.visual, embeds, call.model)
+    return Prompt(embeds, valid, visual, newline, system, output, vision, call.input_ids)
 
 
 class Slots:

@@ -77,8 +77,8 @@ def test_policy_for_another_model() -> None:
         dop_compile(model, {"a": {"num_layers": 4}})  # type: ignore[dict-item]
     with pytest.raises(ValueError, match="at least one tier"):
         dop_compile(model, {})
-    with pytest.raises(ValueError, match="reducer 'cdp' is unknown; known are given, random, uniform"):
-        dop_compile(model, FULL.replace(reducer="cdp"))
+    with pytest.raises(ValueError, match="tier 'default': unknown reducer 'cdpruned'; did you mean 'cdpruner'.*Known are cdpruner, divprune"):
+        dop_compile(model, FULL.replace(reducer="cdpruned"))
 
 
 @pytest.mark.parametrize("name", ["no_such_pass", "slice_operations", "annotate"])

@@ -2,9 +2,10 @@
 
 Per image, tile or frame, T tokens are kept:
 
-1. T - 1 tokens: for `prumerge` those of the highest [CLS] attention; for `prumerge_plus` one of these for three that are
-   evenly spaced over the others;
-2. to each is added the sum of its 32 nearest neighbours (cosine of keys, among all tokens), weighted by their attention;
+1. T - 1 tokens: for `prumerge` those of the highest [CLS] attention; for `prumerge_plus` one of these for three that
+   are evenly spaced over the others;
+2. to each is added the sum of its 32 nearest neighbours (cosine of keys, among all tokens), weighted by their
+   attention;
 3. all dropped tokens, weighted by their attention, are summed up into one more, at the place of the last of them.
 
 Merging is before the projector. All tokens (T = N) are kept as they are.

@@ -110,7 +110,7 @@ class ClipRelevance:
         if context.features.shape[1] != weight.shape[1]:
             raise ValueError(
                 f"the CLIP model's vision tower is {weight.shape[1]} wide, but the features before the projector are "
-                f"{context.features.shape[1]}; give the CLIP model that the vision-language model's tower was taken from"
+                f"{context.features.shape[1]}; give the CLIP model that the vision-language model's tower is from"
             )
         patches: Tensor = self.model.visual_projection(norm(context.features.to(weight)))
         return patches

@@ -51,8 +51,8 @@ def resize_processor(processor: Any, visual_tokens: int, *, tiles: int | None = 
         changed = _with(pictures, size=type(pictures.size)(**size))
         return _with(processor, image_processor=changed, image_seq_length=tokens)
     raise TypeError(
-        f"{type(processor).__name__} makes pictures of one size, which its vision tower needs; reduce visual tokens by a "
-        "policy with a reducer instead"
+        f"{type(processor).__name__} makes pictures of one size, which its vision tower needs; reduce visual tokens "
+        "by a policy with a reducer instead"
     )
 
 

@@ -153,7 +153,8 @@ def _narrowed(context: VisualContext, members: Tensor) -> VisualContext:
         return tensor[members.to(tensor.device)]
 
     fields = ("projected", "segments", "features", "cls_attention", "keys", "tiles", "relevance")
-    return replace(context, **{name: rows(getattr(context, name)) for name in fields})
+    narrowed: dict[str, Any] = {name: rows(getattr(context, name)) for name in fields}
+    return replace(context, **narrowed)
 
 
 def _ask(reducer: Reducer, parts: list[_Part]) -> list[Any]:
