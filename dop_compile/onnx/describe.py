@@ -14,9 +14,9 @@ from dop_compile.fingerprint import model_fingerprint
 from dop_compile.model_path import decoder_path
 from dop_compile.onnx.capture import Capture, VisionCall
 from dop_compile.onnx.manifest import MANIFEST
-from dop_compile.onnx.parts import DataFile, ModelInfo, ReducerInfo, file_sha256
+from dop_compile.onnx.parts import DataFile, ModelInfo, ReducerInfo, VisionGraph, file_sha256
 from dop_compile.policy import Policy
-from dop_compile.prompt import make_reducer
+from dop_compile.reducers import create, needs
 from dop_compile.trace import trace_decoder
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "reducer_info",
     "save_files",
     "slug",
+    "why_runtime_reduces",
 ]
 
 
@@ -59,15 +60,34 @@ def slug(tier: str, tiers: Mapping[str, Policy]) -> str:
 
 
 def reducer_info(policy: Policy) -> ReducerInfo | None:
-    if policy.visual_tokens is None and policy.salient_fraction is None and policy.reducer != "given":
+    """The reducer of a policy, done by the runtime; None where every visual token is kept and none is ranked.
+
+    Raises:
+        UnsupportedModelError: it needs what the vision graphs do not return.
+    """
+    if policy.reducer == "given":
+        return ReducerInfo("given", None, None, "the caller names the tokens")
+    if policy.visual_tokens is None and policy.salient_fraction is None:
         return None
-    reducer = None if policy.reducer == "given" else make_reducer(policy, None, 1)
-    if reducer is not None and reducer.requires:
+    if wanted := needs(create(policy.reducer, policy.options)):
         raise UnsupportedModelError(
-            f"reducer {policy.reducer!r} needs {', '.join(sorted(reducer.requires))} of the vision tower, which the "
-            "exported vision graphs do not return; use another reducer for ONNX"
+            f"reducer {policy.reducer!r} needs {', '.join(sorted(wanted))}, which the exported vision graphs do not "
+            "return; use another reducer for ONNX"
         )
-    return ReducerInfo(policy.reducer, None, None)
+    return ReducerInfo(policy.reducer, None, None, "")
+
+
+def why_runtime_reduces(policy: Policy, vision: Sequence[VisionGraph]) -> str:
+    """Why a tier's reducer is no graph; "" where it can be one."""
+    if policy.salient_fraction is not None:
+        return "the policy splits visual tokens by their rank"
+    if len(vision) != 1:
+        return f"images have {len(vision)} layouts"
+    if vision[0].newlines or vision[0].modality != "image":
+        return "features hold row separators, or are a video's"
+    if not policy.visual_tokens or policy.visual_tokens >= vision[0].tokens:
+        return "an image keeps all of its tokens, or none"
+    return ""
 
 
 def cache_sizes(model: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:

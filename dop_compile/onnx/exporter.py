@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from dop_compile.errors import UnsupportedModelError
 from dop_compile.explain import explain
 from dop_compile.onnx.capture import Capture, modality_id
 from dop_compile.onnx.convert import Range, Signature, write_graph
@@ -24,8 +26,9 @@ from dop_compile.onnx.describe import (
     reducer_info,
     save_files,
     slug,
+    why_runtime_reduces,
 )
-from dop_compile.onnx.graphs import Decode, Embed, Prefill, Vision, flat
+from dop_compile.onnx.graphs import Decode, Embed, Prefill, Reduce, Vision, flat
 from dop_compile.onnx.manifest import DECODE, FORMAT, VERSION, WEIGHTS, Manifest
 from dop_compile.onnx.parts import Graph, PastClass, SectionInfo, Tier, VisionGraph
 from dop_compile.onnx.sections import past_classes, tier_sections
@@ -58,6 +61,7 @@ class Exporter:
         self.sections = dict(zip(policies, tier_sections(policies.values()), strict=True))
         self.classes = past_classes(policies, self.sections)
         self.lengths = {name: self._lengths(name) for name in policies}
+        self.reducers = {name: reducer_info(policy) for name, policy in policies.items()}
         self.graphs: dict[str, Graph] = {}
         self._bar = tqdm(desc="export", disable=not progress, file=sys.stderr, leave=False, unit="graph")
 
@@ -153,6 +157,27 @@ class Exporter:
                 found[key] = VisionGraph(name, call.modality, call.pixels, tuple(pixels.shape), constants, tokens, rows)
         return tuple(found.values())
 
+    def _reduce(self, vision: Sequence[VisionGraph]) -> None:
+        for tier, info in self.reducers.items():
+            if info is None or info.reason:
+                continue
+            policy = self.policies[tier]
+            if reason := why_runtime_reduces(policy, vision):
+                self.reducers[tier] = replace(info, reason=reason)
+                continue
+            tokens = vision[0].tokens
+            name = f"reduce-{slug(tier, self.policies)}"
+            inputs = (("features", self.model.dtype, (tokens, self.hidden)),)
+            try:
+                module = Reduce(policy)
+                if module.reads_text(tokens, self.hidden):
+                    raise UnsupportedModelError("it reads the prompt's text")
+                self._write(name, module, Signature(inputs, Reduce.output_names), {})
+            except UnsupportedModelError as error:  # it decides in Python by what it sees
+                self.reducers[tier] = replace(info, reason=str(error))
+            else:
+                self.reducers[tier] = replace(info, graph=name, tokens=tokens)
+
     # --- all of it ------------------------------------------------------------------------------------------------
 
     def run(self, compiled: Any, examples: Sequence[Mapping[str, Any]], processor: Any) -> Manifest:
@@ -162,6 +187,7 @@ class Exporter:
             self._decode(kv_heads, head_dims)
             embed = self._embed()
             vision = self._vision()
+            self._reduce(vision)
             weights = self.store.finish()
         costs = self._costs(compiled, examples[0])
         tiers = {
@@ -170,7 +196,7 @@ class Exporter:
                 prefill=prefills[name],
                 decode=DECODE,
                 sections=tuple(SectionInfo(s.name, s.groups, self.lengths[name][s.name]) for s in self.sections[name]),
-                reducer=reducer_info(policy),
+                reducer=self.reducers[name],
                 **costs[name],
             )
             for name, policy in self.policies.items()

@@ -5,6 +5,7 @@ Weights are the model's own parameters; nothing is copied.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,16 +15,18 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dop_compile.compiler import build_graph
+from dop_compile.errors import UnsupportedModelError
 from dop_compile.keep import KeepTable
 from dop_compile.model_path import copy_path, decoder_path
 from dop_compile.onnx.capture import MODALITIES, VisionCall, features_of
 from dop_compile.onnx.lowering import DecoderCall, run_graph
 from dop_compile.onnx.sections import Section, SectionLayout, keep_table, universe
 from dop_compile.policy import Policy
+from dop_compile.reducers import VisualContext, create
 from dop_compile.tokens import Universe
 from dop_compile.trace import DecoderInputs
 
-__all__ = ["Decode", "Embed", "Prefill", "Vision", "flat"]
+__all__ = ["Decode", "Embed", "Prefill", "Reduce", "Vision", "flat"]
 
 
 class _Head:
@@ -163,6 +166,42 @@ class Vision(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         arguments = {self._pixels: pixels, **self._given}
         return features_of(self._method(self._module, **arguments))
+
+
+class Reduce(nn.Module):
+    """Features (tokens, hidden) of one image -> indices (kept,), ascending, and kept features (kept, hidden).
+
+    The reducer itself is traced: what it reads of the features' values stays an operation, its constants are constants.
+    """
+
+    input_names = ("features",)
+    output_names = ("indices", "kept")
+
+    def __init__(self, policy: Policy):
+        super().__init__()
+        self._reducer = create(policy.reducer, policy.options)
+        assert policy.visual_tokens is not None
+        self._count = policy.visual_tokens
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        return self._select(features, features.new_zeros(1, features.shape[1]))
+
+    def _select(self, features: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        segments = torch.zeros(features.shape[0], dtype=torch.long, device=features.device)
+        context = VisualContext(projected=features, text=text, segments=segments, sample_index=0)
+        selection = self._reducer(context, self._count)
+        if selection.positions is not None:
+            raise UnsupportedModelError(f"reducer {self._reducer.name!r} moves positions, which a graph cannot return")
+        indices, order = torch.sort(selection.indices)
+        return indices, features[indices] if selection.features is None else selection.features[order]
+
+    def reads_text(self, tokens: int, hidden: int) -> bool:
+        """Whether another prompt can change what is kept: tried, on features and texts drawn at random."""
+        generator = torch.Generator().manual_seed(0)
+        features, *texts = (torch.randn(n, hidden, generator=generator) for n in (tokens, 4, 4, 9))
+        found = [self._select(features, text) for text in texts]
+        pairs = [pair for one, other in itertools.pairwise(found) for pair in zip(one, other, strict=True)]
+        return any(not torch.equal(a, b) for a, b in pairs)
 
 
 def flat(vision: Vision, pixels: Tensor) -> nn.Module:

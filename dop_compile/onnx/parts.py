@@ -123,15 +123,16 @@ class PastClass:
 
 @dataclass(frozen=True)
 class ReducerInfo:
-    """Who keeps visual tokens. `graph` None: the runtime does, by `name` and the options in the tier's policy.
+    """Who keeps visual tokens. `graph` None: the runtime does, by `name` and the options in the tier's policy (`reason`
+    says why). Otherwise a graph stands for prompts with one image of `tokens` features:
 
-    Otherwise the graph takes `features` (tokens, hidden) of one image and returns `indices` (kept,) int64 in ascending
-    order and `kept` (kept, hidden). It stands for prompts with one image whose features number `tokens`.
+        features (tokens, hidden) -> indices (kept,) int64 in ascending order, kept (kept, hidden)
     """
 
     name: str
     graph: str | None
     tokens: int | None
+    reason: str
 
 
 @dataclass(frozen=True)

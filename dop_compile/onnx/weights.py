@@ -83,6 +83,7 @@ class WeightStore:
             return self._by_content[content]
         self._by_content[content] = offset, length
         self._end = offset + length
+        self._file.flush()  # whoever checks a graph looks at the file
         return offset, length
 
     def finish(self) -> DataFile:

@@ -15,6 +15,7 @@ from dop_compile import Policy, export_onnx
 from dop_compile.onnx.check import OPERATORS, check_graph, operators
 from dop_compile.onnx.manifest import MANIFEST, WEIGHTS, Manifest
 from dop_compile.onnx.shapes import Shapes
+from dop_compile.reducers import VisualContext, create, select_tokens
 from tests.families import FAMILIES
 from tests.onnx_export.exported import PRUNED, TIERS, batch_of, example_rows, exported, pipeline, run
 from tests.onnx_export.harness import FIVE, LAYERS, small_family, small_model
@@ -116,6 +117,28 @@ def test_layers_store_what_the_policy_keeps() -> None:
     assert outputs["present.1.key"][2] == "text"
     past = {i.name: i.shape for i in manifest.graphs["decode"].inputs}
     assert (past["past_key_values.0.key"][2], past["past_key_values.1.value"][2]) == ("past_0", "past_1")
+
+
+@pytest.mark.parametrize("optimized", [True, False])
+def test_reducer_graph_keeps_what_the_reducer_keeps(optimized: bool) -> None:
+    info = Manifest.load(exported("llava")).tiers["pruned"].reducer
+    assert info is not None
+    assert (info.name, info.graph, info.tokens, info.reason) == ("uniform", "reduce-pruned", 9, "")
+    features = torch.randn(9, 64)
+    context = VisualContext(features, torch.zeros(3, 64), torch.zeros(9, dtype=torch.long), 0)
+    expected = select_tokens(create("uniform"), context, 5).indices.sort().values
+    found = pipeline("llava", optimized).session("reduce-pruned").run({"features": features})
+    assert torch.equal(found["indices"], expected)
+    assert torch.equal(found["kept"], features[expected])
+
+
+def test_reducer_is_the_runtimes_where_a_graph_cannot_tell() -> None:
+    """Images of several layouts, row separators."""
+    info = Manifest.load(exported("llava_next")).tiers["pruned"].reducer
+    assert info is not None
+    assert info.graph is None
+    assert info.reason
+    assert Manifest.load(exported("llava")).tiers["100%"].reducer is None
 
 
 def test_tiers_share_the_weights(tmp_path: Path) -> None:
