@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 __all__ = ["model_fingerprint"]
@@ -26,7 +27,8 @@ def model_fingerprint(model: PreTrainedModel) -> str:
     """64 hexadecimal digits of SHA-256 over the configuration and up to 4,096 evenly spaced values of each weight.
 
     Values are compared in float32, so the same checkpoint loaded in another precision has another fingerprint only
-    where rounding changes a sampled value. Weights on the meta device count by name and shape.
+    where rounding changes a sampled value. Weights on the meta device count by name and shape. Of a tensor parallel
+    model every process must ask at once.
     """
     digest = hashlib.sha256()
     digest.update(json.dumps(_lasting(model.config.to_dict()), sort_keys=True, default=str).encode())
@@ -35,7 +37,8 @@ def model_fingerprint(model: PreTrainedModel) -> str:
             digest.update(f"{name}{tuple(tensor.shape)}".encode())
             if tensor.device.type == "meta" or not tensor.numel():
                 continue
-            flat = tensor.reshape(-1)
+            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor  # of all processes that share it
+            flat = whole.reshape(-1)
             step = -(-flat.numel() // _SAMPLES_PER_TENSOR)
             digest.update(flat[::step].float().cpu().numpy().tobytes())
     return digest.hexdigest()

@@ -33,7 +33,7 @@ from dop_compile.search.greedy_sort import GreedyRules, Measure, default_danger,
 from dop_compile.search.meter import SampleMeter, sample_digest
 from dop_compile.search.metrics import METRICS
 from dop_compile.search.order import OperationOrder, check_counts
-from dop_compile.search.processes import barrier, gather, of_first, share, world
+from dop_compile.search.processes import Team, barrier, gather, of_first, world
 from dop_compile.search.progress import Progress, check_header
 
 __all__ = ["greedy_order"]
@@ -52,10 +52,12 @@ class _Samples:
     """This process's share of the samples, ready to be run under any policy; losses are means over all samples."""
 
     def __init__(self, compiled: Any, samples: Sequence[Mapping[str, Any]], metric: str, **options: Any):
-        self._state, self._count = compiled.dop, len(samples)
+        self._state, self._count, self._team = compiled.dop, len(samples), Team.of(compiled)
         self._meters: dict[int, SampleMeter] = {}
         own: dict[int, tuple[str, tuple[int, int, int]]] = {}
-        for number in tqdm(share(samples), desc="preparing", leave=False, disable=world()[0] > 0, file=sys.stderr):
+        for number in tqdm(
+            self._team.share(samples), desc="preparing", leave=False, disable=not self._team.leader, file=sys.stderr
+        ):
             sample = samples[number]
             meter = self._meters[number] = SampleMeter(compiled, sample, metric, **options)
             own[number] = sample_digest(sample), meter.counts
@@ -74,11 +76,12 @@ class _Samples:
         values = torch.zeros(self._count, dtype=torch.float64)
         for number, meter in self._meters.items():
             values[number] = meter.divergence(policy)
-        if world()[1] > 1:
+        if self._team.processes > 1:
             # Each entry is zero but in one process, so that the sum is exact
             values = values.cuda() if dist.get_backend() == "nccl" else values
             dist.all_reduce(values)
-        return round(float(np.mean(values.cpu().numpy())), DECIMALS)
+        # One process's: those that share a model might round differently, and must decide alike
+        return float(of_first(lambda: round(float(np.mean(values.cpu().numpy())), DECIMALS)))
 
 
 class _Replayed:
@@ -190,7 +193,7 @@ def _search(
     if path is not None and of_first(path.exists):
         done: OperationOrder = of_first(lambda: OperationOrder.load(path))
         own = done.model_fingerprint, done.digests, done.metric, done.metric_options, done.base, done.danger
-        digests = gather({number: sample_digest(samples[number]) for number in share(samples)})
+        digests = gather({number: sample_digest(samples[number]) for number in Team.of(model).share(samples)})
         check_header(path, _header(*own, dict(done.settings)), header(digests))
         if rank == 0:
             Progress(path, header(digests)).remove()

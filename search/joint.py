@@ -22,7 +22,7 @@ from dop_compile.policy import Policy
 from dop_compile.policy_json import choice
 from dop_compile.search.meter import ANSWERS, SampleMeter, sample_digest
 from dop_compile.search.metrics import METRICS, is_right
-from dop_compile.search.processes import barrier, gather, world
+from dop_compile.search.processes import Team, barrier, gather
 from dop_compile.search.progress import Progress
 
 __all__ = ["measure_accuracy", "measure_policies"]
@@ -62,7 +62,7 @@ def measure_policies(
         meter = SampleMeter(compiled, sample, metric, tokens=tokens, decode=decode)
         return [meter.divergence(policy) for policy in policies]
 
-    return _rows(samples, progress, row, "measuring policies", float)
+    return _rows(Team.of(model), samples, progress, row, "measuring policies", float)
 
 
 @torch.no_grad()
@@ -104,7 +104,7 @@ def measure_accuracy(
         outputs = (generate_under(compiled, policy, **inputs, do_sample=False, **settings) for policy in policies)
         return [is_right(decode(output[0, columns:]), answers) for output in outputs]
 
-    return _rows(samples, progress, row, "answering", bool)
+    return _rows(Team.of(model), samples, progress, row, "answering", bool)
 
 
 def _progress(
@@ -124,12 +124,14 @@ def _progress(
         "policies": hashlib.sha256(json.dumps(plain).encode()).hexdigest(),
         **measured,
     }
-    progress = Progress(None if resume is None else Path(resume), header, world()[0])
+    team = Team.of(model)
+    progress = Progress(None if resume is None else Path(resume), header, team.rank, writes=team.writes)
     barrier()  # all have read what is there before anybody writes
     return progress
 
 
 def _rows(
+    team: Team,
     samples: Sequence[Mapping[str, Any]],
     progress: Progress,
     row: Callable[[Mapping[str, Any]], list[Any]],
@@ -137,21 +139,20 @@ def _rows(
     kind: type,
 ) -> np.ndarray[Any, np.dtype[Any]]:
     """(policies, samples) of the rows that this process measures, those that were finished, and those of the others."""
-    rank, processes = world()
     finished = set(progress.rows)
     for number in finished:
-        if number % processes == rank and sample_digest(samples[number]) != progress.rows[number]["digest"]:
+        if number % team.processes == team.rank and sample_digest(samples[number]) != progress.rows[number]["digest"]:
             raise ValueError(
                 f"sample {number} is not the one that was measured before; go on with the same samples, or choose "
                 "another file"
             )
     todo = [number for number in range(len(samples)) if number not in finished]
     with tqdm(
-        desc=what, total=len(samples), initial=len(finished), leave=False, disable=rank > 0, file=sys.stderr
+        desc=what, total=len(samples), initial=len(finished), leave=False, disable=not team.leader, file=sys.stderr
     ) as bar:
         for index, number in enumerate(todo):
-            if index % processes != rank:
-                bar.update(rank == 0)
+            if index % team.processes != team.rank:
+                bar.update(team.leader)
                 continue
             sample = samples[number]
             try:

@@ -5,7 +5,8 @@
 Per sample the vision tower and the original decoder run once; every depth point goes on from the residual stream that
 the original had there, and computes only what reaches the compared logits (`dop_compile.replay`).
 
-Under `torchrun` every process takes its share of the samples and returns the same result.
+Under `torchrun` every process takes its share of the samples and returns the same result; processes that share a tensor
+parallel model measure every sample together.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from dop_compile.search.axes import DEPTH_AXES, SPLIT_AXES, VISUAL_TOKENS, axis_
 from dop_compile.search.divergences import Divergences
 from dop_compile.search.meter import SampleMeter, sample_digest
 from dop_compile.search.metrics import METRICS
-from dop_compile.search.processes import barrier, gather, world
+from dop_compile.search.processes import Team, barrier, gather
 from dop_compile.search.progress import Progress, check_header
 
 __all__ = ["measure_divergences"]
@@ -72,7 +73,7 @@ def measure_divergences(
         TypeError, ValueError: no samples, a sample without visual tokens, unknown axes, points or metrics; what is
             found at `resume` belongs to another measurement.
     """
-    rank, processes = world()
+    team = Team.of(model)
     if not len(samples):
         raise ValueError("samples: expected at least one, got none")
     choice("metric", metric, METRICS)
@@ -89,25 +90,25 @@ def measure_divergences(
     options = (("tokens", tokens),) if METRICS[metric].forced else ()
     header = _header(model_fingerprint(model), len(samples), metric, options, base, chosen, seed)
     path = None if resume is None else Path(resume)
-    progress = Progress(path, header, rank)
+    progress = Progress(path, header, team.rank, writes=team.writes)
     barrier()  # all have read what is there before anybody writes
     if path is not None and path.exists():
         done = _finished(path, header, samples)
-        if rank == 0:
+        if team.leader:
             progress.remove()
         return done
     compiled = dop_compile(model, base, backend=backend)
     depths = sorted({int(point) for axis in axes if axis in DEPTH_AXES for point in chosen[axis]} - {layers})
     todo = [number for number in range(len(samples)) if number not in progress.rows]
-    finished = [number for number in progress.rows if number % processes == rank]
+    finished = [number for number in progress.rows if number % team.processes == team.rank]
     for number in finished:
         _check_same(samples[number], number, progress.rows[number]["digest"])
     with tqdm(
-        desc="measuring", total=len(samples), initial=len(progress.rows), disable=rank > 0, file=sys.stderr
+        desc="measuring", total=len(samples), initial=len(progress.rows), disable=not team.leader, file=sys.stderr
     ) as bar:
         for index, number in enumerate(todo):
-            if index % processes != rank:
-                bar.update(rank == 0)
+            if index % team.processes != team.rank:
+                bar.update(team.leader)
                 continue
             sample = samples[number]
             meter = SampleMeter(compiled, sample, metric, depths=depths, tokens=tokens, decode=decode)
@@ -116,7 +117,7 @@ def measure_divergences(
     rows = gather(progress.rows)
     result = _result(header, chosen, rows, model, base, metric, options, seed)
     if path is not None:
-        if rank == 0:
+        if team.leader:
             result.save(path)
             progress.remove()
         barrier()

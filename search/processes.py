@@ -1,13 +1,15 @@
-"""Processes that share the samples of a measurement, as `torchrun` starts them."""
+"""Processes that share the samples of a measurement, as `torchrun` starts them; or one model, by tensor parallelism."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
-__all__ = ["barrier", "gather", "of_first", "share", "world"]
+__all__ = ["Team", "barrier", "gather", "of_first", "world"]
 
 
 def world() -> tuple[int, int]:
@@ -21,10 +23,43 @@ def barrier() -> None:
         dist.barrier()
 
 
-def share(samples: Sequence[Any]) -> range:
-    """The numbers of the samples that this process measures."""
-    rank, processes = world()
-    return range(rank, len(samples), processes)
+@dataclass(frozen=True)
+class Team:
+    """How processes share a measurement: this one measures every sample whose number is `rank` modulo `processes`.
+
+    `leader` is true in the one that shows progress and saves the result.
+    """
+
+    rank: int
+    processes: int
+    leader: bool
+
+    @classmethod
+    def of(cls, model: Any) -> Team:
+        """The processes share the samples; those that share a tensor parallel model measure all of them together.
+
+        Raises:
+            ValueError: a model that is parallel over some of the processes only.
+        """
+        rank, processes = world()
+        sizes = {weight.device_mesh.size() for weight in model.parameters() if isinstance(weight, DTensor)}
+        if not sizes:
+            return cls(rank, processes, rank == 0)
+        if sizes != {processes}:
+            raise ValueError(
+                f"model: tensor parallel over {max(sizes)} of {processes} processes; start as many processes as share "
+                "the model"
+            )
+        return cls(0, 1, rank == 0)
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process keeps what it has measured."""
+        return self.leader or self.processes > 1
+
+    def share(self, samples: Sequence[Any]) -> range:
+        """The numbers of the samples that this process measures."""
+        return range(self.rank, len(samples), self.processes)
 
 
 def gather(own: Mapping[int, Any]) -> list[Any]:

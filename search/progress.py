@@ -35,13 +35,14 @@ class Progress:
         path: where the result will be.
         header: what the rows belong to, as JSON values; rows of anything else are refused.
         rank: this process's number.
+        writes: whether new rows are kept on disk; if not, files are read only.
 
     Raises:
         ValueError: rows of another measurement are there.
     """
 
-    def __init__(self, path: Path | None, header: dict[str, Any], rank: int = 0):
-        self._own = None if path is None else path.with_name(f"{path.name}.progress-{rank}")
+    def __init__(self, path: Path | None, header: dict[str, Any], rank: int = 0, *, writes: bool = True):
+        self._own = None if path is None or not writes else path.with_name(f"{path.name}.progress-{rank}")
         self._header = json.loads(json.dumps(header))
         self._path = path
         self.rows: dict[int, dict[str, Any]] = {}

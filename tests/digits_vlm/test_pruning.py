@@ -27,7 +27,7 @@ from tests.support import (
 )
 
 CHECKPOINTS = Path(models.__file__).parent / "checkpoints"
-SHIPPED = ("llava",)
+SHIPPED = models.NAMES
 LAYERS = 8
 
 
@@ -46,10 +46,13 @@ def trained(name: str) -> tuple[Any, models.Reader]:
     return model, reader
 
 
-def digits_batch(name: str, start: int = 0, count: int = 3) -> Batch:
+def digits_batch(name: str, start: int = 0, count: int = 3, *, generates: bool = True) -> Batch:
     model, reader = trained(name)
     examples = list(data.examples("validation", start + count, seed=3))[start:]
     inputs = reader([e.image for e in examples], [e.prompt for e in examples])
+    if name == "llava" and not generates:
+        # As generate does: padding would shift all positions, and trained weights feel how rotations are rounded there
+        inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(0)
     return DigitsBatch(replace(FAMILIES[name], num_layers=LAYERS), model, inputs)
 
 
@@ -81,7 +84,7 @@ def test_pruned_model_is_the_reference(name: str, kind: str) -> None:
 @settings(max_examples=12, derandomize=True, database=None, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.sampled_from(SHIPPED), policies(LAYERS, reduction=False), st.integers(0, 20), st.data())
 def test_random_policies_are_the_reference(name: str, policy: Policy, start: int, draw: st.DataObject) -> None:
-    batch = digits_batch(name, start, 2)
+    batch = digits_batch(name, start, 2, generates=False)
     count = draw.draw(st.integers(1, batch.counts[0]))
     kept = batch.random_kept(count, seed=start)
     policy = policy.replace(reducer="given", visual_tokens=count, positions="original")
