@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import atexit
+import fcntl
 import functools
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +22,8 @@ TIERS = {"100%": Policy.full(LAYERS), "pruned": PRUNED}
 PROVIDER = "CPUExecutionProvider"
 
 
-@functools.cache
-def _root() -> Path:
-    root = Path(tempfile.mkdtemp(prefix="dop_compile_onnx_"))
-    atexit.register(shutil.rmtree, root, ignore_errors=True)
-    return root
+ROOT: list[Path] = []
+"""Where exports are kept for this test run, which several processes may share; set by conftest."""
 
 
 def example_rows(family: Family) -> list[list[Segment]]:
@@ -45,8 +40,11 @@ def exported(name: str, opset: int = 23, dtype: torch.dtype = torch.float32) -> 
     family = small_family(name)
     model = small_model(name) if dtype == torch.float32 else family.build(dtype=dtype)
     examples = [family.make_inputs(model, [row], seed=n) for n, row in enumerate(example_rows(family))]
-    folder = _root() / f"{name}-{opset}-{str(dtype)[6:]}"
-    export_onnx(model, TIERS, folder, examples=examples, opset=opset)
+    folder = ROOT[0] / f"{name}-{opset}-{str(dtype)[6:]}"
+    with folder.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            export_onnx(model, TIERS, folder, examples=examples, opset=opset)
     return folder
 
 
