@@ -25,7 +25,7 @@ from dop_compile.executed import Prompt, resumed_flops
 from dop_compile.outer_masks import DeferredMask
 from dop_compile.policy import Policy
 from dop_compile.runtime import run_decoder
-from dop_compile.slots import Call, visual_positions
+from dop_compile.slots import Call, token_counts
 from dop_compile.trace import find_layers
 from dop_compile.vision import vision_fields
 
@@ -87,16 +87,8 @@ class Replay:
 
         Forced tokens are text, and so are the newlines inside an image, which no policy drops.
         """
-        embeds: Tensor = self._arguments["inputs_embeds"]
-        visual, newline = visual_positions(self._call, embeds, self._prompt)
-        groups = self._call.token_groups
-        system = (visual.cumsum(1) == 0 if groups is None else groups.cpu() == 2) & visual.any()
         mask: Tensor | None = self._inputs.get("attention_mask")
-        live = torch.ones_like(visual) if mask is None else mask.cpu().bool()
-        total, visual_count, system_count = (
-            int(part[0].sum()) for part in (live, visual & ~newline & live, system & ~visual & live)
-        )
-        return system_count, visual_count, total - system_count - visual_count
+        return token_counts(self._call, self._arguments["inputs_embeds"], self._prompt, mask)
 
     def first_layer(self, policy: Policy) -> int:
         """The layer at which a run of `policy` begins."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,11 +19,12 @@ from dop_compile.outer_masks import DeferredMask
 from dop_compile.policy import Policy
 from dop_compile.program import Program
 from dop_compile.prompt import Prompt, Reduction, call_groups, make_reducer, reduce_prompt
+from dop_compile.spans import SELECTION, span
 from dop_compile.tokens import Universe
 from dop_compile.vision import PromptVision
 from dop_compile.vision_features import TokenFeatures
 
-__all__ = ["Arguments", "Call", "Slots", "visual_positions"]
+__all__ = ["Arguments", "Call", "Slots", "token_counts", "visual_positions"]
 
 
 @dataclass
@@ -91,6 +93,21 @@ def visual_positions(call: Call, embeds: Tensor, prompt: int) -> tuple[Tensor, T
     return visual.cpu(), newline.cpu()
 
 
+def token_counts(call: Call, embeds: Tensor, prompt: int, mask: Tensor | None) -> tuple[int, int, int]:
+    """System, visual and text tokens of a batch of one, padding left out.
+
+    Newlines inside an image, which no policy drops, are text, and so is what stands behind the prompt.
+    """
+    visual, newline = visual_positions(call, embeds, prompt)
+    groups = call.token_groups
+    system = (visual.cumsum(1) == 0 if groups is None else groups.cpu() == 2) & visual.any()
+    live = torch.ones_like(visual) if mask is None else mask.cpu().bool()
+    total, visual_count, system_count = (
+        int(part[0].sum()) for part in (live, visual & ~newline & live, system & ~visual & live)
+    )
+    return system_count, visual_count, total - system_count - visual_count
+
+
 def _prompt(call: Call, arguments: Arguments) -> Prompt | None:
     """The prompt with its groups; None where all new tokens are of one group, text or output."""
     embeds, mask, cache = arguments.embeds, arguments.attention_mask, arguments.cache
@@ -112,7 +129,8 @@ def _prompt(call: Call, arguments: Arguments) -> Prompt | None:
     if prompt == tokens and not bool((visual | system).any()):
         return None
     output = torch.arange(tokens, device="cpu") >= prompt
-    vision = None if call.token_groups is not None else PromptVision(call.vision, call.visual, embeds, call.model)
+    with span(SELECTION) if call.vision else nullcontext():
+        vision = None if call.token_groups is not None else PromptVision(call.vision, call.visual, embeds, call.model)
     return Prompt(embeds, valid, visual, newline, system, output, vision, call.input_ids)
 
 
@@ -127,7 +145,8 @@ class Slots:
         self.reduction: Reduction | None = None
         if prompt is not None:
             reducer = make_reducer(call.policy, call.given, self.batch) if bool(prompt.visual.any()) else None
-            self.reduction = reduce_prompt(prompt, call.policy, reducer)
+            with span(SELECTION) if reducer is not None else nullcontext():
+                self.reduction = reduce_prompt(prompt, call.policy, reducer)
             codes = self.reduction.codes
             groups = tuple(g for i, g in enumerate(call_groups(call.policy)) if bool((codes == i).any()))
         else:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from dop_compile.errors import UnsupportedUsageError
 from dop_compile.policy import Policy
 from dop_compile.reducers import Reducer, create, fitting, needs
+from dop_compile.spans import SELECTION, span
 from dop_compile.vision_features import TokenFeatures, token_features
 from dop_compile.vision_tap import FEATURE_METHODS, Tower, VisionModules, observing
 
@@ -67,7 +68,8 @@ def _watched(
         with observing(modules, attentions) as observed:
             output = method(modules.owner, *args, **kwargs)
         grid = next((value for name, value in named.items() if name.endswith("_grid_thw")), None)
-        note(token_features(wanted, observed, output, grid, modules))
+        with span(SELECTION):
+            note(token_features(wanted, observed, output, grid, modules))
         return output
 
     return call
