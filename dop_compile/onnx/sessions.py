@@ -64,6 +64,8 @@ class GraphSession:
 
 
 def _array(tensor: Tensor) -> Any:
+    if tensor.dtype == torch.bfloat16:
+        raise UnrunnableError("bfloat16 tensors cannot be handed to ONNX Runtime from Python: numpy has no such type")
     return tensor.detach().cpu().contiguous().numpy()
 
 

@@ -115,6 +115,8 @@ def _checks(
     total = len(samples) * len(manifest.tiers) * 2
     with tqdm(desc="verify", total=total, disable=not progress, leave=False, file=sys.stderr) as bar:
         runs = {on: PlainPipeline(folder, manifest, model, provider, on) for on in (True, False)}
+        for pipeline in runs.values():  # what does not run is found out before PyTorch has worked for it
+            pipeline.session(next(iter(manifest.tiers.values())).prefill)
         for tier in manifest.tiers:
             found: dict[bool, list[tuple[float, float, float, bool]]] = {True: [], False: []}
             for sample in samples:
