@@ -1,4 +1,4 @@
-"""The command line: ``dop-compile explain|run|demo|profile|search|greedy|report|export|verify``.
+"""The command line: ``dop-compile explain|run|demo|profile|search|greedy|report|eval|export|verify``.
 
 Exit codes: 0 done; 2 wrong usage or bad input, with one line on stderr that says what; 1 any other failure. `verify`
 adds 1 for a tier that differs, and 3 for graphs that cannot run here.
@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
+from dop_compile.cli_eval import add_eval_command
 from dop_compile.cli_onnx import add_onnx_commands
 from dop_compile.cli_search import add_search_commands, count, positive
 
@@ -138,6 +139,7 @@ def _parser() -> argparse.ArgumentParser:
     three.add_argument("--backend", default="eager", metavar="NAME", help=backend)
     three.add_argument("--repeats", type=positive, default=10, metavar="N", help="timed rounds (10)")
     add_search_commands(command)
+    add_eval_command(command)
     add_onnx_commands(command, policy)
     return parser
 
@@ -152,6 +154,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from transformers.utils import logging
 
     from dop_compile import commands
+    from dop_compile.evaluation import commands as evaluation
     from dop_compile.onnx import commands as onnx
     from dop_compile.search import commands as search
 
@@ -165,6 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "search": search.search_command,
         "greedy": search.greedy_command,
         "report": search.report_command,
+        "eval": evaluation.eval_command,
         "export": onnx.export_command,
         "verify": onnx.verify_command,
     }

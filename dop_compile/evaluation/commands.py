@@ -1,0 +1,111 @@
+"""`dop-compile eval`: from a model, samples and names of methods to a table."""
+
+from __future__ import annotations
+
+import functools
+from argparse import Namespace
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from dop_compile.cli_inputs import UsageError, check_backend, one_line, write_file
+from dop_compile.evaluation.evaluate import check_tasks, count_tokens, evaluate
+from dop_compile.evaluation.methods import FULL, ORIGINAL, Method, Planner
+from dop_compile.evaluation.report import markdown, tradeoff_figure
+from dop_compile.policy import Policy
+from dop_compile.search.commands import decoder_of, model_and_samples, processes, usage_errors
+from dop_compile.search.divergences import Divergences
+from dop_compile.search.order import OperationOrder
+
+__all__ = ["eval_command"]
+
+RESULT, TOKENS = "evaluation.json", "tokens"
+Read = TypeVar("Read")
+
+
+def eval_command(arguments: Namespace) -> None:
+    """Compare methods on samples; write JSON, Markdown and a picture."""
+    out = Path(arguments.out).expanduser()
+    check_backend(arguments.backend)
+    policies = dict(_named_files("--policy", arguments.policy, Policy.load))
+    orders = dict(_named_files("--order", arguments.order, OperationOrder.load))
+    divergences = None
+    if arguments.divergences is not None:
+        divergences = _read("--divergences", arguments.divergences, Divergences.load)
+    _check_budgets(arguments, bool(orders))
+    with processes(arguments) as rank:
+        model, samples, processor = model_and_samples(arguments)
+        with usage_errors():
+            tasks = check_tasks([row.task for row in samples.rows])
+            for row in samples.rows:
+                if not row.answers:
+                    raise ValueError(f"{row.name}: it has no answers to compare with")
+            counts = count_tokens(model, samples, resume=out / TOKENS)
+            planner = Planner.of(model, counts, divergences=divergences, positions=arguments.positions)
+            found = evaluate(
+                model,
+                samples,
+                list(_methods(arguments, planner, policies, orders)),
+                decoder_of(processor),
+                counts=counts,
+                tasks=tasks,
+                backend=arguments.backend,
+                resume=out / RESULT,
+                max_new_tokens=arguments.max_new_tokens,
+            )
+        if rank == 0:
+            text = markdown(found)
+            write_file(out / "evaluation.md", text + "\n")
+            figure = tradeoff_figure(found)
+            write_file(out / "evaluation.png", functools.partial(figure.savefig, format="png", dpi=120))
+            print(text)
+            print(f"\nsaved {RESULT}, evaluation.md and evaluation.png in {out}")
+
+
+def _check_budgets(arguments: Namespace, has_orders: bool) -> None:
+    made = [name for name in arguments.method if name not in (ORIGINAL, FULL)]
+    needing = [*(f"--method {name}" for name in made), *(["--order"] if has_orders else [])]
+    if needing and not arguments.budget:
+        raise UsageError(f"{needing[0]}: it is made for a budget; give --budget, a fraction of FLOPs kept")
+    if arguments.budget and not needing:
+        raise UsageError("--budget: no method takes one; name methods by --method or --order")
+    if not needing and not arguments.policy and not arguments.method:
+        raise UsageError("nothing to compare: give --method, --policy or --order")
+
+
+def _methods(
+    arguments: Namespace, planner: Planner, policies: dict[str, Policy], orders: dict[str, OperationOrder]
+) -> Iterator[Method]:
+    for name in arguments.method:
+        if name in (ORIGINAL, FULL):
+            yield planner.named(name, None)
+            continue
+        for budget in arguments.budget:
+            yield planner.named(name, budget)
+    for name, order in orders.items():
+        for budget in arguments.budget:
+            yield planner.ordered(name, order, budget)
+    for name, policy in policies.items():
+        yield planner.given(name, policy)
+
+
+def _named_files(option: str, given: Iterable[str], load: Callable[[str], Read]) -> Iterator[tuple[str, Read]]:
+    """Of `[NAME=]FILE`, the name (the file's unless given) and what is read from the file."""
+    names = set()
+    for text in given:
+        name, separator, file = text.partition("=")
+        if not separator or Path(text).exists():
+            name, file = Path(text).stem, text
+        if name in names:
+            raise UsageError(f"{option}: the name {name!r} is given twice; name files apart with NAME=FILE")
+        names.add(name)
+        yield name, _read(option, file, load)
+
+
+def _read(option: str, file: str, load: Callable[[str], Any]) -> Any:
+    try:
+        return load(str(Path(file).expanduser()))
+    except OSError as error:
+        raise UsageError(f"{option} {file!r}: {error.strerror or one_line(error)}") from error
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"{option} {file!r}: {one_line(error)}") from error

@@ -1,0 +1,132 @@
+"""All methods on one sample: what each says, what it costs, and how long it takes."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+from torch import Tensor
+
+from dop_compile.compiler import dop_compile
+from dop_compile.costs import DecoderDims, kv_cache_bytes, policy_tokens, prefill_flops
+from dop_compile.evaluation.answers import Answer, Asker
+from dop_compile.evaluation.methods import Method
+from dop_compile.evaluation.result import Run
+from dop_compile.executed import Prompt, layer_costs
+from dop_compile.policy import Policy
+from dop_compile.search.meter import ANSWERS, sample_digest
+from dop_compile.search.metrics import is_right
+
+__all__ = ["TASK", "Comparison", "model_inputs"]
+
+TASK = "task"
+"""Where a sample may keep the name of its task, beside the model's inputs and its answers."""
+
+Sample = Mapping[str, Any]
+
+
+def model_inputs(sample: Sample) -> dict[str, Any]:
+    """A sample without answers and task.
+
+    Raises:
+        ValueError: it is not of one row.
+    """
+    inputs = {name: value for name, value in sample.items() if name not in (ANSWERS, TASK)}
+    if "input_ids" not in inputs or inputs["input_ids"].shape[0] != 1:
+        raise ValueError("expected what the model's forward takes for one prompt: input_ids (1, tokens)")
+    return inputs
+
+
+class Comparison:
+    """Asks every method.
+
+    Args:
+        model: the untouched model.
+        methods: the first is the untouched model itself.
+        decode: new token ids to text.
+        backend: of `dop_compile`.
+        settings: of `generate`.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        methods: Sequence[Method],
+        decode: Callable[[Tensor], str],
+        backend: str,
+        settings: Mapping[str, Any],
+    ):
+        self._methods, self._decode = tuple(methods), decode
+        self._dims = DecoderDims.from_config(model.config)
+        self._full = Policy.full(self._dims.num_layers)
+        self._bytes: int = model.dtype.itemsize
+        policies = {method.label: method.policy for method in methods if method.policy is not None}
+        compiled = dop_compile(model, policies or self._full, backend=backend)
+        self._state = compiled.dop
+        self._asker = Asker(model, compiled, settings)
+        self._cost = lru_cache(maxsize=None)(self._costs)
+        self._warm = False
+
+    @property
+    def memory(self) -> str:
+        """What peak memory is, in words."""
+        return self._asker.memory.what
+
+    def digest(self, sample: Sample, number: int) -> str:
+        """Of a sample, and of what methods have in its place."""
+        own = [sample_digest(method.samples[number]) for method in self._methods if method.samples is not None]
+        return hashlib.sha256("".join([sample_digest(sample), *own]).encode()).hexdigest()
+
+    def runs(self, sample: Sample, number: int, counts: tuple[int, int, int]) -> list[dict[str, Any]]:
+        """A run per method, as JSON values.
+
+        Raises:
+            ValueError: the sample has no answers.
+        """
+        right = sample.get(ANSWERS)
+        if not right:
+            raise ValueError("it has no answers to compare with")
+        if isinstance(right, str):
+            raise ValueError(f"answers: expected a list of strings, got {right!r}")
+        inputs = [model_inputs(sample if m.samples is None else m.samples[number]) for m in self._methods]
+        if not self._warm:  # what is compiled or allocated on first use is no part of the times
+            for method, own in zip(self._methods, inputs, strict=True):
+                self._asker.ask(own, method.policy)
+            self._warm = True
+        found: list[Run] = []
+        for method, own in zip(self._methods, inputs, strict=True):
+            answer = self._asker.ask(own, method.policy)
+            text = self._decode(answer.ids)
+            changed = bool(found) and not is_right(text, [found[0].answer])
+            cost = self._cost(method.label, method.policy, counts if method.counts is None else method.counts[number])
+            found.append(_run(answer, text, is_right(text, right), changed, cost))
+        return [dataclasses.asdict(run) for run in found]
+
+    def _costs(self, label: str, policy: Policy | None, counts: tuple[int, int, int]) -> tuple[int, int, int]:
+        """Eq. 11 FLOPs, executed FLOPs and KV bytes of one prompt."""
+        flops = prefill_flops(self._dims, policy or self._full, *counts)
+        if policy is None:
+            return flops, flops, kv_cache_bytes(self._dims, policy_tokens(self._full, *counts), self._bytes)
+        layers = layer_costs(self._state, label, Prompt(*counts, rows=1, use_cache=True), self._dims)
+        return flops, sum(layer.flops or 0 for layer in layers), sum(layer.kv_bytes or 0 for layer in layers)
+
+
+def _run(answer: Answer, text: str, right: bool, changed: bool, cost: tuple[int, int, int]) -> Run:
+    flops, executed, kv_bytes = cost
+    return Run(
+        answer=text,
+        right=right,
+        changed=changed,
+        tokens=len(answer.ids),
+        flops=flops,
+        executed_flops=executed,
+        kv_bytes=kv_bytes,
+        vision_ms=answer.vision_ms,
+        selection_ms=answer.selection_ms,
+        prefill_ms=answer.prefill_ms,
+        decode_ms=answer.decode_ms,
+        memory_bytes=answer.memory_bytes,
+    )

@@ -1,0 +1,99 @@
+"""A comparison as a Markdown table and a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from dop_compile.evaluation.methods import ORIGINAL
+from dop_compile.evaluation.result import Evaluation, Row
+from dop_compile.explain_table import show_bytes, show_percent
+from dop_compile.search.report import new_figure
+
+__all__ = ["markdown", "tradeoff_figure"]
+
+
+def markdown(result: Evaluation) -> str:
+    """A line about what was measured, a table with a row per method, and what its columns are."""
+    rows = result.rows()
+    tasks = list(dict.fromkeys(result.tasks))
+    heads = ["method", "FLOPs", "executed", "KV cache", *(tasks if len(tasks) > 1 else []), "accuracy", "Rel. Avg."]
+    heads += ["difference (95 %)", "changed", "vision ms", "selection ms", "prefill ms", "decode ms", "peak memory"]
+    lines = [_about(result), "", _line(heads), _line(["---"] * len(heads))]
+    lines += [_line(_cells(row, tasks if len(tasks) > 1 else [])) for row in rows]
+    notes = [
+        "FLOPs by DOP eq. 11, executed FLOPs and KV cache: of the decoder's prefill, as fractions of the original's.",
+        "accuracy: mean over tasks; Rel. Avg.: mean over tasks of accuracy / original's. difference: of accuracy from",
+        "the original's in points, with a paired bootstrap interval. changed: answers that are not the original's.",
+        "Times are medians over samples; decode per token after the first. peak memory: "
+        f"{result.environment['memory']}.",
+    ]
+    if rows[0].relative_average is None:
+        zero = [task for task, share in rows[0].accuracy.items() if not share]
+        notes.append(f"Rel. Avg. is not defined: the original answers nothing right of {', '.join(zero)}.")
+    return "\n".join([*lines, "", *notes])
+
+
+def _about(result: Evaluation) -> str:
+    header, where = result.header, result.environment
+    versions = ", ".join(f"{name} {where['packages'][name]}" for name in ("torch", "transformers"))
+    return (
+        f"{header['model']} ({header['fingerprint'][:12]}), {header['dtype']}, {len(result.tasks)} samples; "
+        f"{where['device']}, {where['threads']} threads, {versions}, backend {header['backend']}."
+    )
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _cells(row: Row, tasks: Sequence[str]) -> list[str]:
+    change = row.difference
+    return [
+        row.label,
+        show_percent(row.flops),
+        show_percent(row.executed_flops),
+        show_percent(row.kv_bytes),
+        *(show_percent(row.accuracy[task]) for task in tasks),
+        show_percent(row.mean_accuracy),
+        show_percent(row.relative_average),
+        "" if row.label == ORIGINAL else f"{_points(change.value)} ({_points(change.low)} to {_points(change.high)})",
+        str(row.changed),
+        *(_milliseconds(value) for value in (row.vision_ms, row.selection_ms, row.prefill_ms, row.decode_ms)),
+        show_bytes(row.memory_bytes),
+    ]
+
+
+def _points(share: float) -> str:
+    return f"{100 * share:+.1f}"
+
+
+def _milliseconds(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def tradeoff_figure(result: Evaluation) -> Any:
+    """Rel. Avg. against FLOPs, a line per method; accuracy where Rel. Avg. is not defined.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    rows = result.rows()
+    relative = rows[0].relative_average is not None
+    figure = new_figure(7.5, 4.8)
+    panel = figure.subplots()
+    by_name: dict[str, list[Row]] = {}
+    for row in rows:
+        by_name.setdefault(row.name, []).append(row)
+    for name, own in by_name.items():
+        own.sort(key=lambda row: row.flops)
+        shown = [row.relative_average if relative else row.mean_accuracy for row in own]
+        style = {"marker": "*", "markersize": 12, "color": "black"} if name == ORIGINAL else {"marker": "o"}
+        panel.plot([100 * row.flops for row in own], [100 * (value or 0.0) for value in shown], label=name, **style)
+    panel.set_xlabel("FLOPs (eq. 11, % of the original)")
+    panel.set_ylabel("Rel. Avg. (% of the original)" if relative else "right answers (%)")
+    panel.grid(alpha=0.3)
+    panel.legend(fontsize=8)
+    return figure

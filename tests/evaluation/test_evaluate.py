@@ -1,0 +1,293 @@
+"""Answers, accuracies and costs against plain loops over the untouched model's own generate; interruption; refusals."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dop_compile import Policy, dop_compile, explain
+from dop_compile.evaluation import Evaluation, Method, Planner, count_tokens, evaluate
+from dop_compile.reducers import Selection, VisualContext, register
+from dop_compile.reducers import registry as reducers
+from tests.evaluation import worker
+from tests.families import IMAGE
+from tests.search.worker import prompts
+from tests.support import make_batch, shared_model
+
+TIMES = ("vision_ms", "selection_ms", "prefill_ms", "decode_ms", "memory_bytes")
+
+
+@pytest.fixture(scope="module")
+def found() -> Evaluation:
+    return worker.compare(worker.questions(), None)
+
+
+def same(text: str, other: str) -> bool:
+    return text.strip(" .").lower() == other.strip(" .").lower()
+
+
+def test_answers_are_those_of_generate(found: Evaluation) -> None:
+    assert found.labels == ("original", "small 40%", "full")
+    for number, (sample, (original, small)) in enumerate(zip(worker.questions(), worker.said(), strict=True)):
+        runs = [method.runs[number] for method in found.methods]
+        assert [run.answer for run in runs] == [original, small, original]
+        assert [run.changed for run in runs] == [False, small != original, False]
+        assert [run.right for run in runs] == [any(same(run.answer, r) for r in sample["answers"]) for run in runs]
+        assert [run.tokens for run in runs] == [len(run.answer.split()) for run in runs]
+    small_right = found.right("small 40%").tolist()
+    assert True in small_right
+    assert False in small_right
+    assert found.row("small 40%").changed >= 2
+
+
+def test_accuracies_by_task_and_the_relative_average(found: Evaluation) -> None:
+    by_task: dict[str, dict[str, list[bool]]] = {label: {"read": [], "count": []} for label in found.labels}
+    for number, (sample, answers) in enumerate(zip(worker.questions(), worker.said(), strict=True)):
+        for label, answer in zip(found.labels, (*answers, answers[0]), strict=True):
+            by_task[label][worker.TASKS[number]].append(any(same(answer, right) for right in sample["answers"]))
+    shares = {label: {task: sum(own) / len(own) for task, own in tasks.items()} for label, tasks in by_task.items()}
+    for label in found.labels:
+        assert found.accuracy(label) == pytest.approx(shares[label])
+        row = found.row(label)
+        mean = sum(shares[label].values()) / 2
+        assert row.mean_accuracy == pytest.approx(mean)
+        assert row.difference.value == pytest.approx(mean - sum(shares["original"].values()) / 2)
+        ratios = [shares[label][task] / shares["original"][task] for task in ("read", "count")]
+        assert row.relative_average == pytest.approx(sum(ratios) / 2)
+    read = [task == "read" for task in worker.TASKS]
+    apart = found.right("small 40%")[read].mean() - found.right("full")[read].mean()
+    assert found.difference("small 40%", "full", task="read").value == pytest.approx(apart)
+
+
+def test_costs_are_those_of_explain(found: Evaluation) -> None:
+    compiled = dop_compile(shared_model("llava"), worker.SMALL, backend="eager")
+    for number, sample in enumerate(worker.questions()):
+        ids = sample["input_ids"][0]
+        system = int((ids == IMAGE).int().argmax())
+        visual = int((ids == IMAGE).sum())
+        assert found.counts[number] == (system, visual, len(ids) - system - visual)
+        cost = explain(compiled, system=system, visual=visual, text=len(ids) - system - visual).summary
+        original, small, full = (method.runs[number] for method in found.methods)
+        assert (small.flops, small.executed_flops, small.kv_bytes) == (
+            cost.eq11_flops,
+            cost.executed_flops,
+            cost.kv_bytes,
+        )
+        assert (original.flops, original.kv_bytes) == (cost.original_flops, cost.original_kv_bytes)
+        assert original.executed_flops == original.flops == full.flops > full.executed_flops
+    row = found.row("small 40%")
+    spent, whole = (sum(run.flops for run in method.runs) for method in (found.methods[1], found.methods[0]))
+    assert row.flops == pytest.approx(spent / whole)
+    assert row.flops > row.executed_flops
+    assert found.row("original").flops == found.row("full").kv_bytes == 1
+
+
+def test_times_and_memory_are_there(found: Evaluation) -> None:
+    for method in found.methods:
+        for run in method.runs:
+            assert min(run.vision_ms, run.prefill_ms, run.decode_ms or 0) > 0
+            assert run.selection_ms >= 0
+            assert run.memory_bytes is None or run.memory_bytes > 2**20
+    assert found.environment["packages"]["torch"] == torch.__version__
+    assert found.environment["memory"]
+    assert found.header["fingerprint"]
+
+
+def test_the_untouched_model_has_no_hooks_afterwards(found: Evaluation) -> None:
+    model: Any = shared_model("llava")
+    for module in (model, *model.modules()):
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
+
+
+@pytest.mark.parametrize("family", ["llava_next", "qwen2_5_vl", "llama"])
+def test_tokens_are_counted_before_reduction(family: str) -> None:
+    rows = (
+        [[("text", 14)]] if family == "llama" else [[("text", 3), ("image",), ("text", 4), ("image", 1), ("text", 3)]]
+    )
+    batch = make_batch(family, rows)
+    sample = dict(batch.inputs)
+    if batch.groups is not None:
+        groups = torch.tensor([[2, 2, 1, 1, 1, 0, 0, 1, 1, 0, 0, 0, 0, 0]])
+        sample["token_groups"] = groups
+        expected = (2, 5, 7)
+    else:
+        image = sample["input_ids"][0] == IMAGE
+        system, visual = int(image.int().argmax()), int(batch.visual.sum())
+        expected = (system, visual, len(image) - system - visual)
+    assert count_tokens(batch.model, [sample]) == (expected,)
+
+
+def test_a_text_only_model_is_compared_by_its_groups() -> None:
+    batch = make_batch("llama", [[("text", 14)]])
+    sample = {
+        **batch.inputs,
+        "token_groups": torch.tensor([[2, 2, 1, 1, 1, 0, 0, 1, 1, 0, 0, 0, 0, 0]]),
+        "answers": ["x"],
+    }
+    planner = Planner.of(batch.model, count_tokens(batch.model, [sample]))
+    method = planner.named("uniform", 0.8)
+    found = evaluate(batch.model, [sample], [method], worker.decode, max_new_tokens=worker.TOKENS)
+    compiled = dop_compile(batch.model, method.policy, backend="eager")
+    inputs = {name: value for name, value in sample.items() if name != "answers"}
+    assert found.methods[1].runs[0].answer == worker.plain_answer(compiled, inputs)
+    assert 0.5 < found.row(method.label).flops <= 0.8
+    assert found.tasks == ("all",)
+    assert found.row("original").relative_average is None  # nothing is right
+
+
+class Slow:
+    """A reducer that takes its time."""
+
+    name = "slow"
+    requires: frozenset[str] = frozenset()
+
+    def __call__(self, context: VisualContext, count: int) -> Selection:
+        time.sleep(0.2)
+        return Selection(torch.arange(count))
+
+
+def test_selection_is_told_apart_from_prefill(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reducers, "_factories", dict(reducers._factories))
+    register("slow", Slow)
+    policy = Policy.full(4).replace(visual_tokens=2, reducer="slow")
+    found = worker.compare(worker.questions()[:1], None, methods=[Method("slow", None, policy)])
+    original, slow = (method.runs[0] for method in found.methods)
+    assert original.selection_ms == 0
+    assert slow.selection_ms >= 200
+
+
+def test_methods_with_pictures_of_their_own() -> None:
+    samples = worker.questions()[:2]
+    own = [{name: value for name, value in sample.items() if name != "answers"} for sample in worker.questions()[2:4]]
+    resized = Method("resize", 0.5, None, own, ((1, 2, 3), (1, 2, 4)))
+    found = worker.compare(samples, None, methods=[resized])
+    assert [run.answer for run in found.methods[1].runs] == [original for original, _ in worker.said()[2:4]]
+    assert 0 < found.row("resize 50%").flops < 1
+
+
+# --- interruption -----------------------------------------------------------------------------------------------------
+
+
+class Interrupted(list[Any]):
+    """Samples of which the third is not reached."""
+
+    def __getitem__(self, number: Any) -> Any:
+        if number == 2:
+            raise KeyboardInterrupt
+        return super().__getitem__(number)
+
+
+def without_times(result: Evaluation) -> Any:
+    document = json.loads(result.to_json())
+    for method in (*document["methods"], {"runs": document["summary"]}):
+        for run in method["runs"]:
+            for name in TIMES:
+                del run[name]
+    return {name: value for name, value in document.items() if name != "environment"}
+
+
+def test_interrupted_it_goes_on_where_it_was(found: Evaluation, tmp_path: Path) -> None:
+    samples, path = worker.questions(), tmp_path / "results" / "e.json"
+    with pytest.raises(KeyboardInterrupt):
+        worker.compare(Interrupted(samples), path, counts=found.counts)
+    (progress,) = path.parent.iterdir()
+    kept = progress.read_text().splitlines()
+    assert len(kept) == 3, "a header and two samples"
+    result = worker.compare(samples, path)
+    assert without_times(result) == without_times(found)
+    assert [json.loads(line)["runs"] for line in kept[1:]] == [
+        [vars(method.runs[number]) for method in result.methods] for number in range(2)
+    ], "finished samples are not measured again"
+    assert [file.name for file in path.parent.iterdir()] == ["e.json"]
+    assert worker.compare(Interrupted(samples), path) == Evaluation.load(path) == result
+
+
+def test_another_evaluation_is_refused_by_name(tmp_path: Path) -> None:
+    samples, path = worker.questions()[:2], tmp_path / "e.json"
+    with pytest.raises(KeyboardInterrupt):
+        worker.compare(Interrupted([*samples, None]), path, counts=((1, 2, 3),) * 3)
+    for finished in (False, True):
+        given = samples if finished else [*samples, None]
+        if finished:
+            (tmp_path / "e.json.progress-0").unlink()
+            worker.compare(samples, path)
+        before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+        for changes, named in (
+            ({"methods": worker.METHODS[:1]}, "methods differ"),
+            ({"max_new_tokens": 2}, "settings differ"),
+            ({"backend": "aot_eager"}, "backend differ"),
+            ({"tasks": ["a"] * len(given)}, "tasks differ"),
+        ):
+            with pytest.raises(ValueError, match=named):
+                worker.compare(given, path, **changes)
+        assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+    with pytest.raises(ValueError, match="samples differ"):
+        worker.compare(worker.questions()[:1], path)
+
+
+def test_another_sample_is_refused(tmp_path: Path) -> None:
+    samples, path = worker.questions(), tmp_path / "e.json"
+    with pytest.raises(KeyboardInterrupt):
+        worker.compare(Interrupted(samples), path, counts=((1, 2, 3),) * 5)
+    with pytest.raises(ValueError, match="sample 0 is not the one"):
+        worker.compare(samples[::-1], path)
+
+
+def test_counted_tokens_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dop_compile.evaluation import evaluate as module
+
+    samples, path = prompts(3), tmp_path / "tokens"
+    counts = count_tokens(shared_model("llava"), samples, resume=path)
+    monkeypatch.setattr(module, "prompt_counts", None)  # would fail if it were called
+    assert count_tokens(shared_model("llava"), samples, resume=path) == counts
+
+
+def test_two_processes_give_what_one_gives(found: Evaluation, tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    ranks = [context.Process(target=worker.compare_as_rank, args=(n, 2, tmp_path)) for n in range(2)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(300)
+        assert rank.exitcode == 0
+    results = [Evaluation.load(tmp_path / name) for name in ("rank-0.json", "rank-1.json", "e.json")]
+    assert results[0].methods == results[1].methods == results[2].methods
+    assert without_times(results[0]) == without_times(found)
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+
+
+def test_bad_input() -> None:
+    samples = worker.questions()[:2]
+    no_answers = [samples[0], {**samples[1], "answers": []}]
+    with pytest.raises(ValueError, match="sample 1: it has no answers"):
+        worker.compare(no_answers, None)
+    with pytest.raises(ValueError, match="sample 0: answers: expected a list"):
+        worker.compare([{**samples[0], "answers": "x"}], None)
+    with pytest.raises(ValueError, match="sample 1 has no task, and others have one"):
+        worker.compare([samples[0], {**samples[1], "task": ""}], None)
+    with pytest.raises(ValueError, match="sample 0 has no task, and others have one"):
+        worker.compare(samples, None, tasks=["", "a"])
+    with pytest.raises(ValueError, match="tasks: expected one entry for each of 2"):
+        worker.compare(samples, None, tasks=["a"])
+    with pytest.raises(ValueError, match="counts: expected one entry for each of 2"):
+        worker.compare(samples, None, counts=((1, 2, 3),))
+    with pytest.raises(ValueError, match="at least one"):
+        worker.compare([], None)
+    with pytest.raises(ValueError, match="small 40% given twice"):
+        worker.compare(samples, None, methods=[*worker.METHODS, worker.METHODS[0]])
+    with pytest.raises(ValueError, match="original given twice"):
+        worker.compare(samples, None, methods=[Method("original", None, worker.SMALL)])
+    with pytest.raises(TypeError, match="settings: expected JSON values"):
+        worker.compare(samples, None, stopping_criteria=object())
+    two_rows = {name: torch.cat([value] * 2) for name, value in prompts(1)[0].items()}
+    with pytest.raises(ValueError, match="sample 0: expected what the model's forward takes for one prompt"):
+        worker.compare([{**two_rows, "answers": ["x"]}], None)

@@ -1,0 +1,173 @@
+"""Methods brought to a budget: token counts by brute force, refusals by name."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from dop_compile import Policy
+from dop_compile.costs import prefill_flops
+from dop_compile.evaluation import Method, Planner, method_names
+from dop_compile.policy import Operation, Provenance
+from dop_compile.search import OperationOrder
+from dop_compile.search.greedy_sort import Step
+from tests.search.synthetic import dims_of, make_divergences
+
+LAYERS, VISUAL, MODEL = 4, 40, "f" * 64
+COUNTS = ((2, VISUAL, 9), (3, 17, 30), (2, VISUAL, 9), (0, 0, 25), (5, 31, 2))
+DIMS = dims_of(LAYERS)
+
+
+def planner(**changes: Any) -> Planner:
+    settings: dict[str, Any] = {"dims": DIMS, "counts": COUNTS, "model_type": "llava", "fingerprint": MODEL, **changes}
+    return Planner(**settings)
+
+
+def share(policy: Policy, counts: Sequence[tuple[int, int, int]] = COUNTS) -> float:
+    """FLOPs of a policy on the samples, of the original's."""
+    spent, whole = (sum(prefill_flops(DIMS, p, *row) for row in counts) for p in (policy, Policy.full(LAYERS)))
+    return spent / whole
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_reducer_alone_keeps_the_most_tokens_that_fit(seed: int) -> None:
+    draw = random.Random(seed)
+    counts = [(draw.randint(0, 9), draw.randint(1, 60), draw.randint(1, 20)) for _ in range(draw.randint(1, 7))]
+    plan, full = planner(counts=counts), Policy.full(LAYERS)
+    largest = max(visual for _, visual, _ in counts)
+    costs = [share(full.replace(visual_tokens=n), counts) for n in range(largest + 1)]
+    for budget in (*(draw.uniform(costs[0], 1) for _ in range(8)), costs[0], costs[largest // 2], 1.0):
+        method = plan.named("random", budget)
+        assert method.policy is not None
+        fitting = max(n for n, cost in enumerate(costs) if cost <= budget * (1 + 1e-12))
+        kept = method.policy.visual_tokens
+        assert (largest if kept is None else kept) == fitting
+        assert plan.flops(method.policy) == pytest.approx(costs[fitting])
+        assert (method.policy.reducer, method.policy.pruned) == ("random", frozenset())
+        assert method.label == f"random {100 * budget:g}%"
+
+
+def test_options_and_positions_are_the_policys() -> None:
+    method = planner(positions="compact").reduced("random", 0.6, {"seed": 4})
+    assert method.policy is not None
+    assert (method.policy.positions, method.policy.options) == ("compact", {"seed": 4})
+
+
+def test_the_original_and_the_full_policy_take_no_budget() -> None:
+    assert planner().named("original", 0.3) == Method("original")
+    full = planner().named("full", None)
+    assert (full.label, full.policy) == ("full", Policy.full(LAYERS))
+
+
+@pytest.mark.parametrize("counts", [COUNTS, COUNTS[:3], ((1, 80, 3),)])
+@pytest.mark.parametrize("space", ["dop", "split"])
+def test_searched_policies_fit_the_evaluated_samples(space: str, counts: Any) -> None:
+    """The divergences are of three samples with other counts."""
+    divergences = make_divergences(LAYERS, 20)
+    plan = planner(counts=counts, divergences=divergences)
+    found = []
+    for budget in (0.9, 0.6):
+        method = plan.searched(space, budget, alpha=None)
+        assert method.policy is not None
+        assert share(method.policy, counts) <= budget * (1 + 1e-12)
+        found.append(share(method.policy, counts))
+        other = plan.searched(space, budget, "random", alpha=None)
+        assert other.policy == method.policy.replace(reducer="random")
+        assert other.label == f"{space}+random {100 * budget:g}%"
+    # Close to the budget: the next visual token, or layer, would not fit
+    assert found[0] > found[1] > 0.5
+
+
+def test_names_of_searched_methods() -> None:
+    plan = planner(divergences=make_divergences(LAYERS, 20))
+    policies = [plan.named(name, 0.95).policy for name in ("split", "split+uniform", "split+random")]
+    assert policies[0] == policies[1]
+    assert [p.reducer for p in policies if p] == ["uniform", "uniform", "random"]
+    assert {"original", "full", "dop", "split", "uniform", "random"} <= set(method_names())
+    assert "given" not in method_names()
+
+
+def order(fingerprint: str = MODEL) -> OperationOrder:
+    """Layers pruned from the last: keys, of which queries and MLP go with them."""
+    base = Policy.full(LAYERS).replace(salient_fraction=0.5)
+    steps = []
+    for layer in reversed(range(LAYERS)):
+        for group in ("visual_rest", "visual_salient"):
+            steps += [Step(Operation(group, layer, module), 0.1) for module in ("mlp", "mha_query", "mha_key_value")]
+    return OperationOrder(
+        fingerprint, DIMS, "top_k_kl", (), base, ((2, 9, 3),), ("0",), frozenset(), frozenset(), 0.0, tuple(steps), 1
+    )
+
+
+def test_an_order_gives_its_shortest_prefix_that_fits() -> None:
+    plan, found = planner(), order()
+    policies = found.policies()
+    costs = [share(policy) for policy in policies]
+    for budget in (1.0, 0.9, 0.75, costs[5], costs[-1]):
+        first = min(n for n, cost in enumerate(costs) if cost <= budget * (1 + 1e-12))
+        assert plan.ordered("gsop", found, budget) == Method("gsop", budget, policies[first])
+    with pytest.raises(ValueError, match=r"no prefix meets the budget.*is the least"):
+        plan.ordered("gsop", found, costs[-1] * 0.99)
+
+
+def test_pictures_are_the_largest_that_fit() -> None:
+    def samples(most: int) -> list[dict[str, Any]]:
+        return [{"counts": (system, min(visual, most) // 2 * 2, text)} for system, visual, text in COUNTS]
+
+    def count(given: list[dict[str, Any]]) -> list[tuple[int, int, int]]:
+        return [sample["counts"] for sample in given]
+
+    full = Policy.full(LAYERS)
+    whole = sum(prefill_flops(DIMS, full, *row) for row in COUNTS)
+    costs = [sum(prefill_flops(DIMS, full, *row) for row in count(samples(n))) / whole for n in range(1, VISUAL + 1)]
+    method = planner().resized(0.6, samples, count)
+    most = max(n for n, cost in enumerate(costs, start=1) if cost <= 0.6)
+    assert method.samples == samples(most)
+    assert method.counts == tuple(count(samples(most)))
+    assert (method.label, method.policy) == ("resize 60%", None)
+    with pytest.raises(ValueError, match="no size of pictures"):
+        planner().resized(costs[0] * 0.99, samples, count)
+
+
+def test_bad_input() -> None:
+    plan = planner()
+    with pytest.raises(ValueError, match=r"method: expected one of .*did you mean 'uniform'\?"):
+        plan.named("unifrom", 0.5)
+    with pytest.raises(ValueError, match=r"reducer of the method: .*did you mean 'random'\?"):
+        plan.named("split+randon", 0.5)
+    with pytest.raises(ValueError, match="expected one of"):
+        plan.named("given", 0.5)
+    with pytest.raises(TypeError, match="made for a budget"):
+        plan.named("uniform", None)
+    with pytest.raises(ValueError, match=r"no number of visual tokens meets the budget \(budget: 0.01 asked for"):
+        plan.named("uniform", 0.01)
+    with pytest.raises(ValueError, match="0 < budget <= 1"):
+        plan.named("uniform", 1.1)
+    with pytest.raises(ValueError, match="unknown option 'sed'"):
+        plan.reduced("random", 0.5, {"sed": 1})
+    with pytest.raises(TypeError, match="'dop': it is found in measured divergences"):
+        plan.named("dop", 0.5)
+    with pytest.raises(ValueError, match="no policy meets the budget"):
+        planner(divergences=make_divergences(LAYERS, 20)).named("dop", 0.05)
+    with pytest.raises(ValueError, match="no sample has visual tokens"):
+        planner(counts=[(3, 0, 2)])
+    with pytest.raises(ValueError, match="at least one sample"):
+        planner(counts=[])
+
+
+def test_what_was_made_for_another_model_is_refused() -> None:
+    with pytest.raises(ValueError, match="divergences: made for another model"):
+        planner(fingerprint="e" * 64, divergences=make_divergences(LAYERS, 20))
+    with pytest.raises(ValueError, match="order 'gsop': made for another model"):
+        planner().ordered("gsop", order("e" * 64), 0.9)
+    foreign = Policy.full(LAYERS).replace(provenance=Provenance("e" * 64))
+    with pytest.raises(ValueError, match="policy 'mine': made for another model"):
+        planner().given("mine", foreign)
+    with pytest.raises(ValueError, match="the policy is for 9 layers"):
+        planner().given("mine", Policy.full(9))
+    with pytest.raises(ValueError, match="do not say which tokens"):
+        planner().given("mine", Policy.full(LAYERS).replace(reducer="given"))
+    assert planner().given("mine", Policy.full(LAYERS)) == Method("mine", None, Policy.full(LAYERS))
