@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,9 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+from transformers import LlavaForConditionalGeneration
+from transformers.distributed import DistributedConfig
 
 from dop_compile import Policy
-from dop_compile.search import Divergences, measure_divergences, measure_policies
+from dop_compile.search import Divergences, greedy_order, measure_divergences, measure_policies
 from dop_compile.search.axes import DOP_AXES
 from tests.support import make_batch, shared_model
 
@@ -78,5 +82,23 @@ def measure_joint_as_rank(rank: int, world: int, count: int, folder: Path) -> No
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     try:
         np.save(folder / f"rank-{rank}.npy", measure_joint(count, folder / "joint.json"), allow_pickle=False)
+    finally:
+        dist.destroy_process_group()
+
+
+def measure_tensor_parallel(rank: int, world: int, folder: Path) -> None:
+    """One process of those that share the model saved in `folder`; saves what it returns."""
+    # torchrun sets these, and Hugging Face's loading asks for them
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    try:
+        parallel = DistributedConfig(tp_plan="auto", tp_size=world)
+        model = LlavaForConditionalGeneration.from_pretrained(folder / "model", distributed_config=parallel).eval()
+        assert any(isinstance(weight, DTensor) for weight in model.parameters())
+        found = measure_divergences(model, prompts(2), resume=folder / "d.json", **SETTINGS)
+        found.save(folder / f"rank-{rank}.json")
+        np.save(folder / f"rank-{rank}.npy", measure_policies(model, prompts(2), POLICIES), allow_pickle=False)
+        order = greedy_order(model, prompts(2), steps=2, max_loss=0.5, salient_fraction=None)
+        order.save(folder / f"order-{rank}.json")
     finally:
         dist.destroy_process_group()
