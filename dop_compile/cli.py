@@ -41,6 +41,7 @@ examples:
   dop-compile profile ./my-model --samples samples.jsonl --out divergences.json
   dop-compile search divergences.json --budget 0.37 --budget 0.28 --out policies
   dop-compile report divergences.json --policy policies/37.json --policy policies/28.json --out report
+  dop-compile eval ./my-model --samples samples.jsonl --method random --budget 0.28 --out comparison
   dop-compile export ./my-model --policy 28%=policies/28.json --out exported
   dop-compile verify exported --samples samples.jsonl
 """
