@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 import torch
 import transformers
 from PIL import Image, UnidentifiedImageError
+from transformers.distributed import DistributedConfig
 
 from dop_compile.compiler import dop_compile
 from dop_compile.policy import Policy
@@ -162,11 +163,17 @@ def load_processor(model: str) -> Any:
     return load(hf.AutoProcessor, located(model))
 
 
-def load_vision_model(model: str, device: str, dtype: str) -> Any:
-    """A vision-language model in eval mode; `dtype` a name in torch, or "auto"."""
+def load_vision_model(model: str, device: str, dtype: str, *, tensor_parallel: bool = False) -> Any:
+    """A vision-language model in eval mode; `dtype` a name in torch, or "auto".
+
+    `tensor_parallel`: shared by the processes of the process group, each with its part on its own device.
+    """
     load_vision_config(model)
     where = load_device(device)
     kind = "auto" if dtype == "auto" else getattr(torch, dtype)
+    if tensor_parallel:
+        plan = DistributedConfig(tp_plan="auto", tp_size=torch.distributed.get_world_size())
+        return load(hf.AutoModelForImageTextToText, located(model), dtype=kind, distributed_config=plan).eval()
     return load(hf.AutoModelForImageTextToText, located(model), dtype=kind).to(where).eval()
 
 

@@ -71,6 +71,9 @@ def samples_options(required: bool) -> argparse.ArgumentParser:
     group.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
     dtypes = ("auto", "float32", "bfloat16", "float16")
     group.add_argument("--dtype", choices=dtypes, default="auto", help="of the weights; auto: as saved")
+    group.add_argument(
+        "--tensor-parallel", action="store_true", help="torchrun's processes share one model, not the samples"
+    )
     group.add_argument("--backend", default="eager", metavar="NAME", help="eager (default), inductor, ...")
     return parser
 

@@ -67,7 +67,11 @@ def model_and_samples(arguments: Namespace) -> tuple[Any, Samples, Any]:
     with usage_errors():
         rows = _rows(arguments)
     processor = load_processor(arguments.model)
-    model = load_vision_model(arguments.model, arguments.device, arguments.dtype)
+    if arguments.tensor_parallel and "WORLD_SIZE" not in os.environ:
+        raise UsageError("--tensor-parallel: start several processes, for example by torchrun --nproc-per-node=2")
+    model = load_vision_model(
+        arguments.model, arguments.device, arguments.dtype, tensor_parallel=arguments.tensor_parallel
+    )
     return model, Samples(rows, processor, device=model.device, dtype=model.dtype), processor
 
 

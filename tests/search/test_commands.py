@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from dop_compile import Policy
@@ -137,3 +140,26 @@ def test_bad_input(capsys: pytest.CaptureFixture[str], folder: Path, profiled: P
     deep = ["--policy", str(tmp_path / "deep.json")]
     assert "the policy is for 9 layers" in refused(capsys, "report", str(profiled), *deep, "--out", out)
     assert not Path(out).exists()
+
+
+def test_a_tensor_parallel_model_needs_processes(
+    capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path
+) -> None:
+    argv = ["profile", str(folder / "model"), "--samples", str(folder / "samples.jsonl"), "--tensor-parallel"]
+    assert "torchrun" in refused(capsys, *argv, "--out", str(tmp_path / "d.json"))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("settings", [[], ["--tensor-parallel"]])
+def test_profile_under_torchrun(folder: Path, profiled: Path, tmp_path: Path, settings: list[str]) -> None:
+    """Two processes that share the samples, or the model, find what one does."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "dop_compile.cli"]
+    command += ["profile", str(folder / "model"), "--samples", str(folder / "samples.jsonl")]
+    out = tmp_path / "d.json"
+    done = subprocess.run([*command, "--out", str(out), *settings], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("saved") == 1, "one of them speaks"
+    found, expected = Divergences.load(out), Divergences.load(profiled)
+    assert found.digests == expected.digests
+    for axis, rows in expected.values.items():
+        assert np.allclose(found.values[axis], rows, rtol=1e-3, atol=1e-6)
