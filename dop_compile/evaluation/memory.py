@@ -23,26 +23,33 @@ class PeakMemory:
 
     def __init__(self, device: torch.device):
         self._device = device
-        self._status, self._reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-        if device.type == "cuda":
-            self.what = "torch.cuda.max_memory_allocated"
-        elif self._status.exists() and self._reset.exists():
-            self.what = "peak resident set of the process"
-        else:
-            self.what = "not known on this system"
+        self._known = device.type == "cuda" or _reset_peak()
+        self.what = "not known on this system"
+        if self._known:
+            on_cuda = device.type == "cuda"
+            self.what = "torch.cuda.max_memory_allocated" if on_cuda else "peak resident set of the process"
 
     def start(self) -> None:
         """Begin a new measurement."""
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
-        elif self._reset.exists():
-            self._reset.write_text(RESET_PEAK)
+        elif self._known:
+            _reset_peak()
 
     def peak(self) -> int | None:
         """Bytes since `start`; None where it is not known."""
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device)
-        if not self._status.exists() or not self._reset.exists():
+        if not self._known:
             return None
-        lines = dict(line.split(":", 1) for line in self._status.read_text().splitlines() if ":" in line)
+        lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
         return 1024 * int(lines["VmHWM"].split()[0])
+
+
+def _reset_peak() -> bool:
+    """Whether the system let the high-water mark be set back."""
+    try:
+        Path("/proc/self/clear_refs").write_text(RESET_PEAK)
+    except OSError:
+        return False
+    return True

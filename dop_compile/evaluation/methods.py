@@ -173,7 +173,9 @@ class Planner:
         policy = optimize(self._divergences, _checked(budget), space=space, alpha=alpha)
         if reducer is None:
             return Method(space, budget, policy)
-        return Method(f"{space}+{reducer}", budget, policy.replace(reducer=reducer, reducer_options=()))
+        if reducer != policy.reducer:
+            policy = policy.replace(reducer=reducer, reducer_options=())
+        return Method(f"{space}+{reducer}", budget, policy)
 
     def ordered(self, name: str, order: OperationOrder, budget: float) -> Method:
         """The shortest prefix of a GSOP order that meets the budget on these samples.

@@ -7,7 +7,7 @@ from typing import Any
 
 from dop_compile.evaluation.methods import ORIGINAL
 from dop_compile.evaluation.result import Evaluation, Row
-from dop_compile.explain_table import show_bytes, show_percent
+from dop_compile.explain_table import show_bytes, show_flops, show_percent
 from dop_compile.search.report import new_figure
 
 __all__ = ["markdown", "tradeoff_figure"]
@@ -35,11 +35,13 @@ def markdown(result: Evaluation) -> str:
 
 
 def _about(result: Evaluation) -> str:
-    header, where = result.header, result.environment
+    header, where, runs = result.header, result.environment, result.method(ORIGINAL).runs
+    flops, kv_bytes = (sum(values) / len(runs) for values in ((r.flops for r in runs), (r.kv_bytes for r in runs)))
     versions = ", ".join(f"{name} {where['packages'][name]}" for name in ("torch", "transformers"))
     return (
         f"{header['model']} ({header['fingerprint'][:12]}), {header['dtype']}, {len(result.tasks)} samples; "
-        f"{where['device']}, {where['threads']} threads, {versions}, backend {header['backend']}."
+        f"{where['device']}, {where['threads']} threads, {versions}, backend {header['backend']}. A prompt takes the "
+        f"original's decoder {show_flops(flops)} and {show_bytes(kv_bytes)} of KV cache."
     )
 
 

@@ -43,7 +43,7 @@ def test_answers_are_those_of_generate(found: Evaluation) -> None:
     small_right = found.right("small 40%").tolist()
     assert True in small_right
     assert False in small_right
-    assert found.row("small 40%").changed >= 2
+    assert found.row("small 40%").changed > 0
 
 
 def test_accuracies_by_task_and_the_relative_average(found: Evaluation) -> None:

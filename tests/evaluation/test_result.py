@@ -97,6 +97,7 @@ def test_the_table(result: Evaluation) -> None:
     assert cells[1]["difference (95 %)"] == interval
     assert [row["decode ms"] for row in cells] == ["1.5", "-", "1.5"]
     assert "a processor" in lines[0]
+    assert "1 kFLOPs and 4 KiB of KV cache" in lines[0]
     assert "peak resident set" in lines[-1]
 
 
