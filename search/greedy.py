@@ -30,7 +30,7 @@ from dop_compile.fingerprint import model_fingerprint
 from dop_compile.policy import JsonScalar, Operation, Policy
 from dop_compile.policy_json import choice, integer
 from dop_compile.search.greedy_sort import GreedyRules, Measure, default_danger, greedy_sort
-from dop_compile.search.meter import SampleMeter, sample_digest
+from dop_compile.search.meter import SampleMeter, resizing, sample_digest
 from dop_compile.search.metrics import METRICS
 from dop_compile.search.order import OperationOrder, check_counts
 from dop_compile.search.processes import Team, barrier, gather, of_first, world
@@ -59,7 +59,9 @@ class _Samples:
             self._team.share(samples), desc="preparing", leave=False, disable=not self._team.leader, file=sys.stderr
         ):
             sample = samples[number]
-            meter = self._meters[number] = SampleMeter(compiled, sample, metric, **options)
+            meter = self._meters[number] = SampleMeter(
+                compiled, sample, metric, resize=resizing(samples, number), **options
+            )
             own[number] = sample_digest(sample), meter.counts
             if not meter.counts[1]:
                 raise ValueError(

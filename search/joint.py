@@ -20,7 +20,7 @@ from dop_compile.dropin import generate_under
 from dop_compile.fingerprint import model_fingerprint
 from dop_compile.policy import Policy
 from dop_compile.policy_json import choice
-from dop_compile.search.meter import ANSWERS, SampleMeter, sample_digest
+from dop_compile.search.meter import ANSWERS, SampleMeter, resized, resizing, sample_digest, without_answers
 from dop_compile.search.metrics import METRICS, is_right
 from dop_compile.search.processes import Team, barrier, gather
 from dop_compile.search.progress import Progress
@@ -58,8 +58,9 @@ def measure_policies(
     progress = _progress(resume, model, samples, policies, {"metric": [metric, *options]})
     compiled = dop_compile(model, policies[0], backend=backend)
 
-    def row(sample: Mapping[str, Any]) -> list[float]:
-        meter = SampleMeter(compiled, sample, metric, tokens=tokens, decode=decode)
+    def row(number: int, sample: Mapping[str, Any]) -> list[float]:
+        resize = resizing(samples, number)
+        meter = SampleMeter(compiled, sample, metric, tokens=tokens, decode=decode, resize=resize)
         return [meter.divergence(policy) for policy in policies]
 
     return _rows(Team.of(model), samples, progress, row, "measuring policies", float)
@@ -95,14 +96,17 @@ def measure_accuracy(
     progress = _progress(resume, model, samples, policies, {"metric": ["accuracy", shown]})
     compiled = dop_compile(model, policies[0], backend=backend)
 
-    def row(sample: Mapping[str, Any]) -> list[bool]:
+    def row(number: int, sample: Mapping[str, Any]) -> list[bool]:
         answers = sample.get(ANSWERS)
         if not answers:
             raise ValueError("it has no answers to compare with")
-        inputs = {name: value for name, value in sample.items() if name != ANSWERS}
-        columns = inputs["input_ids"].shape[1]
-        outputs = (generate_under(compiled, policy, **inputs, do_sample=False, **settings) for policy in policies)
-        return [is_right(decode(output[0, columns:]), answers) for output in outputs]
+        resize = resizing(samples, number)
+        found = []
+        for policy in policies:
+            inputs = without_answers(resized(sample, policy, resize))
+            output = generate_under(compiled, policy, **inputs, do_sample=False, **settings)
+            found.append(is_right(decode(output[0, inputs["input_ids"].shape[1] :]), answers))
+        return found
 
     return _rows(Team.of(model), samples, progress, row, "answering", bool)
 
@@ -134,7 +138,7 @@ def _rows(
     team: Team,
     samples: Sequence[Mapping[str, Any]],
     progress: Progress,
-    row: Callable[[Mapping[str, Any]], list[Any]],
+    row: Callable[[int, Mapping[str, Any]], list[Any]],
     what: str,
     kind: type,
 ) -> np.ndarray[Any, np.dtype[Any]]:
@@ -156,7 +160,7 @@ def _rows(
                 continue
             sample = samples[number]
             try:
-                values = row(sample)
+                values = row(number, sample)
             except ValueError as error:
                 raise ValueError(f"sample {number}: {error}") from error
             progress.add(number, {"digest": sample_digest(sample), "values": values})

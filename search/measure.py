@@ -30,7 +30,7 @@ from dop_compile.policy import JsonScalar, Policy
 from dop_compile.policy_json import choice, integer
 from dop_compile.search.axes import DEPTH_AXES, SPLIT_AXES, VISUAL_TOKENS, axis_policy, check_points
 from dop_compile.search.divergences import Divergences
-from dop_compile.search.meter import SampleMeter, sample_digest
+from dop_compile.search.meter import SampleMeter, resizing, sample_digest
 from dop_compile.search.metrics import METRICS
 from dop_compile.search.processes import Team, barrier, gather
 from dop_compile.search.progress import Progress, check_header
@@ -63,7 +63,9 @@ def measure_divergences(
         axes, points: see `dop_compile.search.axes`; by default those that DOP and the split space need.
         metric: "top_k_kl" (DOP C.2), "kl", "forced_kl" (mean over the original's first `tokens` tokens) or
             "accuracy_drop" (DOP F.5; greedy answers, which `decode` turns into text).
-        reducer, reducer_options, positions: as in `Policy`.
+        reducer, reducer_options, positions: as in `Policy`. For "resize" the samples need a method
+            `resized(number, visual_tokens)`, which gives one from smaller pictures; the vision tower then runs once per
+            point of `visual_tokens`.
         backend: of `dop_compile`; compiling pays off for large models only.
         seed: recorded: the one that the samples were drawn with.
         resume: where the result is saved; every finished sample is kept beside it, and a later call goes on there. A
@@ -111,7 +113,8 @@ def measure_divergences(
                 bar.update(team.leader)
                 continue
             sample = samples[number]
-            meter = SampleMeter(compiled, sample, metric, depths=depths, tokens=tokens, decode=decode)
+            resize = resizing(samples, number)
+            meter = SampleMeter(compiled, sample, metric, depths=depths, tokens=tokens, decode=decode, resize=resize)
             progress.add(number, _measure(meter, sample, number, chosen, base))
             bar.update()
     rows = gather(progress.rows)
@@ -137,9 +140,11 @@ def _measure(
     values: dict[str, list[float]] = {}
     flops = whole = meter.replay.original_flops
     for axis, points in chosen.items():
-        policies = [axis_policy(axis, point, visual, base) for point in points]
-        values[axis] = [meter.divergence(policy) for policy in policies]
-        flops += sum(meter.flops(policy) for policy in policies)
+        values[axis] = []
+        for point in points:
+            policy = axis_policy(axis, point, visual, base)
+            values[axis].append(meter.divergence(policy))
+            flops += meter.flops(policy)
     return {
         "digest": sample_digest(sample),
         "counts": [system, visual, text],

@@ -22,6 +22,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from dop_compile.processing import prompt_inputs
+from dop_compile.reducers import resize_processor
 
 __all__ = ["Row", "Samples", "read_data_set", "read_jsonl"]
 
@@ -86,6 +87,19 @@ class Samples(Sequence[dict[str, Any]]):
             raise ValueError(f"{row.name}: {error}") from error
         moved = inputs.to(self._device) if self._dtype is None else inputs.to(self._device, self._dtype)
         return {**moved, "answers": list(row.answers)}
+
+    def resized(self, number: int, visual_tokens: int) -> dict[str, Any]:
+        """A sample whose pictures are made smaller by the processor: at most `visual_tokens` of all of them together.
+
+        Raises:
+            TypeError: the model's pictures are all of one size.
+            ValueError: fewer tokens than pictures.
+        """
+        images = len(self.rows[number].images)
+        if visual_tokens < images:
+            raise ValueError(f"{self.rows[number].name}: {visual_tokens} visual tokens for {images} images")
+        processor = resize_processor(self._processor, visual_tokens // images)
+        return Samples(self.rows, processor, device=self._device, dtype=self._dtype)[number]
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (self[number] for number in range(len(self)))

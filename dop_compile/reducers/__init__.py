@@ -9,7 +9,7 @@ from dop_compile.reducers.quotas import quotas
 from dop_compile.reducers.random import RandomReducer
 from dop_compile.reducers.registry import ENTRY_POINT_GROUP, create, fitting, known, register
 from dop_compile.reducers.relevance import ClipRelevance, InstructionRelevance
-from dop_compile.reducers.resize import resize_processor
+from dop_compile.reducers.resize import ResizeReducer, resize_processor
 from dop_compile.reducers.select import needs, select_batch, select_tokens
 from dop_compile.reducers.trim import TrimReducer
 from dop_compile.reducers.uniform import UniformReducer
@@ -28,6 +28,7 @@ __all__ = [
     "PruMergeReducer",
     "RandomReducer",
     "Reducer",
+    "ResizeReducer",
     "Selection",
     "TrimReducer",
     "UniformReducer",

@@ -19,6 +19,7 @@ from dop_compile.reducers.divprune import DivPruneReducer
 from dop_compile.reducers.given import GivenReducer
 from dop_compile.reducers.prumerge import PruMergePlusReducer, PruMergeReducer
 from dop_compile.reducers.random import RandomReducer
+from dop_compile.reducers.resize import ResizeReducer
 from dop_compile.reducers.select import needs
 from dop_compile.reducers.trim import TrimReducer
 from dop_compile.reducers.uniform import UniformReducer
@@ -40,13 +41,8 @@ _factories: dict[str, Callable[..., Reducer]] = {
     "prumerge": PruMergeReducer,
     "prumerge_plus": PruMergePlusReducer,
     "trim": TrimReducer,
+    "resize": ResizeReducer,
 }
-
-ELSEWHERE = {
-    "resize": "it works before the model: resize_processor(processor, visual_tokens) in dop_compile.reducers, with a "
-    "policy that keeps all visual tokens",
-}
-"""Methods that users look for here."""
 
 
 def register(name: str, factory: Callable[..., Reducer]) -> None:
@@ -94,14 +90,17 @@ def create(name: str, options: Mapping[str, object] | None = None) -> Reducer:
 
 
 def fitting(supplied: frozenset[str]) -> tuple[str, ...]:
-    """Names of registered reducers that can be made without options and require nothing but `supplied`, sorted."""
+    """Names of registered reducers that can be made without options and require nothing but `supplied`, sorted.
+
+    Without `resize`, which needs other inputs.
+    """
     found = []
     for name, factory in _factories.items():
         try:
             required = needs(factory())
         except (TypeError, ValueError):
             continue
-        if required <= supplied:
+        if required <= supplied and factory is not ResizeReducer:
             found.append(name)
     return tuple(sorted(found))
 
@@ -117,8 +116,6 @@ def _find(name: str) -> Callable[..., Reducer]:
                 f"reducer {name!r}: its entry point {entry_point.value!r} cannot be loaded: {error}"
             ) from error
         return loaded
-    if name in ELSEWHERE:
-        raise ValueError(f"{name!r} is no reducer of a policy: {ELSEWHERE[name]}")
     close = get_close_matches(name, known(), n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
     raise ValueError(f"unknown reducer {name!r}; {hint}Known are {', '.join(known())}")

@@ -1,10 +1,12 @@
 """Fewer pixels: a processor that makes smaller pictures, so that fewer visual tokens come out of the vision tower.
 
-The only reduction that saves time in the vision tower, too. It is done before the model, so a policy for it keeps all
-visual tokens:
+The only reduction that saves time in the vision tower, too. It is done before the model:
 
-    small = resize_processor(processor, visual_tokens=256)
+    policy = Policy.depthwise(28, mha_depth=20, visual_tokens=256, reducer="resize")
+    small = resize_processor(processor, policy.visual_tokens)
     inputs = small(images=image, text=prompt, return_tensors="pt")
+
+The reducer of that name only sees to it that this was done.
 
 1. Pictures of any size (Qwen2-VL and its kin): the limit on pixels is lowered to `visual_tokens` times the pixels of a
    token (784 for Qwen2.5-VL). A picture longer than that many tokens keeps one row or column.
@@ -16,9 +18,36 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
-__all__ = ["resize_processor"]
+import torch
+
+from dop_compile.reducers.base import Selection, VisualContext
+
+__all__ = ["ResizeReducer", "resize_processor"]
+
+
+@dataclass(frozen=True)
+class ResizeReducer:
+    """Keeps all tokens of pictures that are small enough, and refuses others: what it stands for was done before."""
+
+    name: ClassVar[str] = "resize"
+    requires: ClassVar[frozenset[str]] = frozenset()
+    whole_sample: ClassVar[bool] = True
+
+    def __call__(self, context: VisualContext, count: int) -> Selection:
+        """Keep all tokens.
+
+        Raises:
+            ValueError: there are more than `count`.
+        """
+        if context.tokens > count:
+            raise ValueError(
+                f"reducer 'resize': sample {context.sample_index} has {context.tokens} visual tokens, the policy is "
+                f"for pictures of at most {count}; make its inputs with resize_processor(processor, {count})"
+            )
+        return Selection(torch.arange(count, device=context.projected.device))
 
 
 def resize_processor(processor: Any, visual_tokens: int, *, tiles: int | None = None) -> Any:

@@ -138,7 +138,7 @@ def test_an_unknown_name_gets_the_nearest_one(name, hint):
 
 
 @settings(deadline=None)
-@given(st.text().filter(lambda name: name not in (*known(), "resize")))
+@given(st.text().filter(lambda name: name not in known()))
 def test_any_other_name_lists_the_known_ones(name):
     with pytest.raises(ValueError, match=rf"(?s)unknown reducer .* Known are {LISTED}"):
         create(name)
@@ -185,11 +185,6 @@ def test_a_wrong_option_value_is_the_reducers_own_error():
 def test_option_values_of_a_wrong_type(name, options, message):
     with pytest.raises(TypeError, match=f"reducer '{name}': {message}"):
         create(name, options)
-
-
-def test_resize_is_found_elsewhere():
-    with pytest.raises(ValueError, match=r"'resize' is no reducer of a policy.*resize_processor"):
-        create("resize")
 
 
 def test_fitting_reducers_require_no_more_than_there_is():
