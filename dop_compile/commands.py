@@ -30,6 +30,7 @@ from dop_compile.demo_picture import draw
 from dop_compile.explain import explain
 from dop_compile.policy import Policy
 from dop_compile.processing import prompt_inputs
+from dop_compile.reducers import ResizeReducer, resize_processor
 
 __all__ = ["UsageError", "demo_command", "explain_command", "run_command"]
 
@@ -88,6 +89,16 @@ def _seconds(model: Any, inputs: Any, **settings: Any) -> float:
     return seconds
 
 
+def _resized(processor: Any, policy: Policy, images: int) -> Any:
+    """The processor, with smaller pictures if the policy's reducer is `resize`."""
+    if policy.reducer != ResizeReducer.name or policy.visual_tokens is None or not images:
+        return processor
+    try:
+        return resize_processor(processor, policy.visual_tokens // images)
+    except (TypeError, ValueError) as error:
+        raise UsageError(one_line(error)) from error
+
+
 @torch.no_grad()
 def run_command(arguments: Namespace) -> None:
     """Answer a prompt about images with a pruned model."""
@@ -99,16 +110,21 @@ def run_command(arguments: Namespace) -> None:
     processor = load_processor(arguments.model)
     model = load_vision_model(arguments.model, arguments.device, arguments.dtype)
     compiled = compile_model(model, tiers, arguments.backend)
-    try:
-        inputs = prompt_inputs(processor, arguments.prompt, images).to(model.device, model.dtype)
-    except ValueError as error:
-        raise UsageError(f"--prompt: {one_line(error)}") from error
     tier = arguments.tier or next(iter(tiers))
-    print(_answer(compiled, processor, inputs, tier, arguments.max_new_tokens, tier=tier))
+
+    def read(given: Any) -> Any:
+        try:
+            return prompt_inputs(given, arguments.prompt, images).to(model.device, model.dtype)
+        except ValueError as error:
+            raise UsageError(f"--prompt: {one_line(error)}") from error
+
+    inputs, small = read(processor), _resized(processor, tiers[tier], len(images))
+    reduced = inputs if small is processor else read(small)
+    print(_answer(compiled, processor, reduced, tier, arguments.max_new_tokens, tier=tier))
     if arguments.compare:
         original = _answer(model, processor, inputs, "original", arguments.max_new_tokens)
         print(f"original: {original}")
-        whole, pruned = _seconds(model, inputs), _seconds(compiled, inputs, tier=tier)
+        whole, pruned = _seconds(model, inputs), _seconds(compiled, reduced, tier=tier)
         print(
             f"first token: {1000 * pruned:.0f} ms, original {1000 * whole:.0f} ms ({pruned / whole:.2f} of it, "
             "vision tower included)"

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from dop_compile import Policy
+from dop_compile import Policy, commands
 from dop_compile.cli import main
 from tests.command_line import refused, run
 from tests.families import FAMILIES
@@ -157,6 +157,34 @@ def test_run_under_a_full_policy_answers_as_the_original(
     assert code == 0
     assert original == f"original: {answer}"
     assert times.startswith("first token: ")
+
+
+def test_run_makes_pictures_smaller_for_a_resize_policy(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, model: str, image: str
+) -> None:
+    argv = ["run", model, "--image", image, "--image", image, "--prompt", "What is this?", "--max-new-tokens", "2"]
+    argv += ["--reducer", "resize", "--visual-tokens", "9"]
+    assert "pictures of one size" in refused(capsys, *argv)
+    asked: list[int] = []
+
+    class Smaller:
+        """Gives no tokens at all."""
+
+        def __init__(self, processor: Any, tokens: int):
+            asked.append(tokens)
+            self.processor = processor
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.processor, name)
+
+        def __call__(self, images: Any, text: str, **settings: Any) -> Any:
+            return self.processor(images=None, text=text.replace("<image>", ""), **settings)
+
+    monkeypatch.setattr(commands, "resize_processor", Smaller)
+    code, out, _ = run(capsys, *argv)
+    assert code == 0
+    assert asked == [4], "of each of two pictures"
+    assert len(out.strip().splitlines()) == 1
 
 
 def test_run_takes_several_images_and_none(
