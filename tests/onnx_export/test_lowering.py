@@ -43,6 +43,15 @@ def test_frozen_and_reduced_tokens(name: str) -> None:
     assert_matches(batch, policy, uniform_kept(batch, 6))
 
 
+@pytest.mark.parametrize("name", ["mistral3", "cohere2_vision", "smolvlm"])
+def test_other_families(name: str) -> None:
+    """Sliding windows count slots, also in a layer that holds a part of them."""
+    layers = FAMILIES[name].num_layers if FAMILIES[name].has_sliding_layers else LAYERS
+    batch = small_batch(name, mixed_rows(FAMILIES[name]), layers)
+    policy = Policy.depthwise(layers, mha_query_depth=1, mha_key_value_depth=2, mlp_depth=1, visual_tokens=6)
+    assert_matches(batch, policy, uniform_kept(batch, 6))
+
+
 @given(data=st.data())
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_any_policy(data: st.DataObject) -> None:
