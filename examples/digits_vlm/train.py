@@ -260,7 +260,7 @@ def main() -> None:
     parser.add_argument("model", choices=models.NAMES)
     parser.add_argument("--out", type=Path, required=True, help="directory for the checkpoint")
     parser.add_argument("--steps", type=int, default=1700, help="steps on questions (default %(default)s)")
-    parser.add_argument("--refine-steps", type=int, default=450, help="steps of refining (default %(default)s)")
+    parser.add_argument("--refine-steps", type=int, default=1000, help="steps of refining (default %(default)s)")
     parser.add_argument("--tower-steps", type=int, default=900, help="steps on the vision tower (default %(default)s)")
     parser.add_argument("--batch", type=int, default=16, help="pictures a step, over all processes")
     parser.add_argument("--questions", type=int, default=14, help="questions a picture")
