@@ -18,6 +18,8 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 
+from tests.reference import FINAL_NORMS, named_child, text_decoder
+
 PAD, BOS, EOS, IMAGE, VIDEO, START, END, BREAK = range(8)
 FIRST_ORDINARY_ID, VOCAB = 16, 128
 HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD_DIM = 64, 4, 4, 2, 16
@@ -57,6 +59,7 @@ class Family:
     has_newlines: bool = False
     has_sliding_layers: bool = False
     has_bidirectional_images: bool = False
+    has_absolute_positions: bool = False  # a shifted prompt is another prompt: padding needs `position_ids`
     is_parallel: bool = False  # attention and MLP read the same normalised state
     num_layers: int = LAYERS
 
@@ -68,11 +71,16 @@ class Family:
     def is_text_only(self) -> bool:
         return self.image is None
 
-    def build(self, seed: int = 0, dtype: torch.dtype = torch.float32, attn: str = "sdpa") -> nn.Module:
+    @property
+    def attentions(self) -> tuple[str, ...]:
+        """Attention implementations that the class has, of those that are supported."""
+        return ("sdpa", "eager") if self.model_class._supports_sdpa else ("eager",)
+
+    def build(self, seed: int = 0, dtype: torch.dtype = torch.float32, attn: str | None = None) -> nn.Module:
         """The model in eval mode, the same for the same seed. It has no end-of-sequence token."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = self.model_class._from_config(self.config(), attn_implementation=attn)
+            model = self.model_class._from_config(self.config(), attn_implementation=attn or self.attentions[0])
             _initialise(model)
         model.generation_config = hf.GenerationConfig(pad_token_id=PAD, bos_token_id=BOS)
         return model.to(dtype).eval()
@@ -108,6 +116,8 @@ class Family:
             ids.append(row_ids)
             visuals.append(row_visuals)
         inputs = _pad(ids, padding)
+        if self.has_absolute_positions:
+            inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
         if self.type_ids:
             types = (inputs["input_ids"] == IMAGE).long() + 2 * (inputs["input_ids"] == VIDEO).long()
             inputs[self.type_ids] = types * inputs["attention_mask"]
@@ -133,12 +143,14 @@ def _initialise(model: nn.Module) -> None:
         for name, parameter in model.named_parameters():
             if parameter.ndim < 2:
                 parameter.add_(0.1 * torch.randn_like(parameter))
-            elif "embed" in name and parameter.shape[0] == VOCAB:
+            elif parameter.shape[0] == VOCAB and parameter is model.get_input_embeddings().weight:
                 parameter.normal_(std=0.05 if tied else 1.0)
+            elif "experts" in name:
+                parameter.normal_(std=max(parameter.shape[1:]) ** -0.5)
             else:
                 parameter.normal_(std=parameter[0].numel() ** -0.5)
         if tied:
-            model.get_decoder().norm.weight.add_(6.0)
+            named_child(text_decoder(model), FINAL_NORMS).weight.add_(6.0)
         else:
             model.get_output_embeddings().weight.mul_(3.0)
 

@@ -11,13 +11,14 @@ is replaced meanwhile. The replacement
 4. sets the attention and MLP branches to zero for the tokens whose update is pruned, and
 5. returns the result in the caller's positions, the final norm of its embedding for a token that was removed.
 
-Refused: attention implementations other than sdpa and eager, chunked or linear attention layers, compact
-positions with several position axes (M-RoPE), decoder layers without `self_attn` and `mlp` children.
+Refused: attention implementations other than sdpa and eager, linear attention layers, compact positions with
+several position axes (M-RoPE), decoder layers without one attention and one MLP child.
 """
 
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -25,11 +26,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils import ModelOutput
 
 if TYPE_CHECKING:
     from dop_compile.policy import Policy
 
 TEXT, VISUAL, SYSTEM = 0, 1, 2
+LAYERS = ("layers", "h")
+FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f", "embedding_norm")
+ATTENTIONS = ("self_attn", "attention", "self_attention", "attn")
+PROJECTIONS = ("o_proj", "out_proj", "dense", "c_proj", "wo")
+MLPS = ("mlp", "feed_forward", "block_sparse_moe", "shared_mlp", "fc2")  # OPT has no module around its projections
 TOWER_INPUTS = {
     "image": ("pixel_values", "pixel_values_images", "pixel_attention_mask", "image_sizes", "image_grid_thw"),
     "video": ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts"),
@@ -166,15 +173,16 @@ def _split_tower(model: nn.Module, tower: dict[str, Tensor], tokens: list[int]) 
 @torch.no_grad()
 def _run(model: nn.Module, row: Row, policy: Policy) -> tuple[Tensor, Tensor]:
     """Logits of the prompt, (tokens, vocab), and of the last token, both in float32."""
-    decoder = model.get_decoder()
+    decoder = text_decoder(model)
     placeholders: list[Tensor] = []
     original = decoder.forward
+    names = list(inspect.signature(type(decoder).forward).parameters)[1:]
 
-    def forward(**arguments: Any) -> BaseModelOutputWithPast:
+    def forward(*positional: Any, **arguments: Any) -> ModelOutput:
+        arguments |= dict(zip(names, positional, strict=False))
         sequence = _sequence(model, decoder, row, arguments, placeholders)
         groups = _group_names(policy, row, sequence)
-        hidden = _reduced_forward(decoder, original, policy, sequence, groups, arguments)
-        return BaseModelOutputWithPast(last_hidden_state=hidden)
+        return _reduced_forward(decoder, original, policy, sequence, groups, arguments)
 
     with _patched(decoder, "forward", forward), _recorded_placeholders(model, placeholders):
         logits = model(**row.inputs, use_cache=False).logits[0].float()
@@ -262,12 +270,12 @@ def _reduced_forward(
     sequence: Tokens,
     groups: list[str],
     arguments: dict[str, Any],
-) -> Tensor:
-    """The decoder's last hidden state (1, T, hidden) in the caller's positions."""
+) -> ModelOutput:
+    """The decoder's output, its last hidden state (1, T, hidden) in the caller's positions."""
     embeds = sequence.embeds
     entering = torch.tensor([bool(group) for group in groups], device=embeds.device)
     index = entering.nonzero()[:, 0]
-    full = decoder.norm(embeds).clone()
+    full = named_child(decoder, FINAL_NORMS)(embeds).clone()
     present = [group for group in groups if group]
     positions = sequence.positions[..., index]
     if policy.positions == "compact":
@@ -281,18 +289,37 @@ def _reduced_forward(
         levels = [level[entering[visual]] for level in arguments["deepstack_visual_embeds"]]
         extras = {"visual_pos_masks": visual[index][None], "deepstack_visual_embeds": levels}
     with contextlib.ExitStack() as hooks:
-        for number, layer in enumerate(decoder.layers):
+        for number, layer in enumerate(named_child(decoder, LAYERS)):
             blocks = sequence.blocks[index]
             hooks.enter_context(_pruned_layer(decoder.config, layer, number, policy, present, blocks))
         # The mask only keeps the decoder from making its own: every layer gets the one of its hooks.
         mask = torch.ones(1, 1, len(index), len(index), dtype=torch.bool, device=embeds.device)
         given = {"inputs_embeds": embeds[:, index], "position_ids": positions, "attention_mask": mask}
+        output = BaseModelOutputWithPast()
         if len(index):
-            full[:, index] = original(**given, **extras, use_cache=False).last_hidden_state
-    return full
+            output = original(**given, **extras, use_cache=False)
+            full[:, index] = output.last_hidden_state
+    return type(output)(last_hidden_state=full)
 
 
 # One layer.
+
+
+def text_decoder(model: nn.Module) -> Any:
+    """The module that holds the decoder's layers."""
+    decoder = model.get_decoder()
+    while not any(name in LAYERS for name, _ in decoder.named_children()):
+        decoder = named_child(decoder, ("model", "language_model", "text_model", "decoder"))
+    return decoder
+
+
+def named_child(module: nn.Module, names: tuple[str, ...]) -> Any:
+    """The child with the first of the names that there is."""
+    children = dict(module.named_children())
+    found = [children[name] for name in names if name in children]
+    if not found:
+        raise NotImplementedError(f"{type(module).__name__} has none of {', '.join(names)}")
+    return found[0]
 
 
 @contextlib.contextmanager
@@ -305,7 +332,8 @@ def _pruned_layer(
         keeps = [group == "output" or policy.keeps(group, number, module) for group in groups]
         return torch.tensor(keeps, dtype=torch.bool, device=blocks.device)
 
-    attention, mlp = layer.self_attn, layer.mlp
+    attention = named_child(layer, ATTENTIONS)
+    mlps = [child for name, child in layer.named_children() if name in MLPS]
     mask = own_mask(config, number, blocks) & kept("mha_key_value")
     keyless = ~mask.any(-1)
     implementation = config._attn_implementation
@@ -339,14 +367,14 @@ def _pruned_layer(
             return None
         return output.masked_fill(branch[0][1][:, None], 0.0)
 
-    projection = next(getattr(attention, n) for n in ("o_proj", "out_proj", "dense") if hasattr(attention, n))
+    projection = named_child(attention, PROJECTIONS)
     handles = [
         attention.register_forward_pre_hook(set_mask, with_kwargs=True),
         projection.register_forward_pre_hook(zero_keyless),
         attention.register_forward_hook(zero_branch(~kept("mha_query"))),
-        mlp.register_forward_hook(zero_branch(~kept("mlp"))),
+        *(mlp.register_forward_hook(zero_branch(~kept("mlp"))) for mlp in mlps),
     ]
-    handles += [c.register_forward_hook(zero_post_norm) for c in layer.children() if c not in (attention, mlp)]
+    handles += [c.register_forward_hook(zero_post_norm) for c in layer.children() if c not in (attention, *mlps)]
     try:
         yield
     finally:
@@ -357,7 +385,8 @@ def _pruned_layer(
 def own_mask(config: Any, number: int, blocks: Tensor) -> Tensor:
     """The unpruned model's mask over the sequence, bool (query, key): True where the key is visible.
 
-    Causal or in the same bidirectional block, and in a sliding layer no further back than the window.
+    Causal or in the same bidirectional block; in a sliding layer no further back than the window, in a chunked one
+    only in the same chunk.
     """
     step = torch.arange(len(blocks), device=blocks.device)
     query, key = step[:, None], step[None, :]
@@ -365,6 +394,9 @@ def own_mask(config: Any, number: int, blocks: Tensor) -> Tensor:
     kinds = getattr(config, "layer_types", None)
     window = getattr(config, "sliding_window", None)
     kind = kinds[number] if kinds else "full_attention" if window is None else "sliding_attention"
+    if kind == "chunked_attention":
+        chunk = config.attention_chunk_size
+        return visible & (query // chunk == key // chunk)
     if kind not in ("full_attention", "sliding_attention"):
         raise NotImplementedError(f"layer {number} is of type {kind!r}")
     return visible & (key > query - window) if kind == "sliding_attention" else visible

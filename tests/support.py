@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dop_compile import Policy, dop_compile
 from tests.families import FAMILIES, IMAGE, VIDEO, Family, Segment
-from tests.reference import reference_generate, reference_logits
+from tests.reference import ATTENTIONS, LAYERS, named_child, reference_generate, reference_logits, text_decoder
 
 MODULES = ("mha_query", "mha_key_value", "mlp")
 Rows = Sequence[Sequence[Segment]]
@@ -68,7 +68,7 @@ class Batch:
         if not self.family.has_newlines or not visual.any():
             return visual
         given: list[Tensor] = []
-        hook = self.model.get_decoder().register_forward_pre_hook(
+        hook = text_decoder(self.model).register_forward_pre_hook(
             lambda _, args, kwargs: given.append(kwargs["inputs_embeds"]), with_kwargs=True
         )
         with torch.no_grad():
@@ -246,8 +246,9 @@ def fixed_policies(batch: Batch) -> dict[str, tuple[Policy, list[list[int]] | No
 @contextlib.contextmanager
 def original_decoder_forbidden(model: nn.Module) -> Iterator[None]:
     """The forward of the decoder's class and of its layers raises: only a rewritten graph can answer."""
-    decoder = model.get_decoder()
-    classes = {type(decoder), type(decoder.layers[0]), type(decoder.layers[0].self_attn)}
+    decoder = text_decoder(model)
+    layer = named_child(decoder, LAYERS)[0]
+    classes = {type(decoder), type(layer), type(named_child(layer, ATTENTIONS))}
     saved = {kind: kind.forward for kind in classes}
 
     def forward(*args: Any, **kwargs: Any) -> Any:
