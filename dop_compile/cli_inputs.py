@@ -11,7 +11,6 @@ from typing import Any, BinaryIO
 import torch
 import transformers
 from PIL import Image, UnidentifiedImageError
-from transformers.distributed import DistributedConfig
 
 from dop_compile.compiler import dop_compile
 from dop_compile.policy import Policy
@@ -172,7 +171,7 @@ def load_vision_model(model: str, device: str, dtype: str, *, tensor_parallel: b
     where = load_device(device)
     kind = "auto" if dtype == "auto" else getattr(torch, dtype)
     if tensor_parallel:
-        plan = DistributedConfig(tp_plan="auto", tp_size=torch.distributed.get_world_size())
+        plan = hf.distributed.DistributedConfig(tp_plan="auto", tp_size=torch.distributed.get_world_size())
         return load(hf.AutoModelForImageTextToText, located(model), dtype=kind, distributed_config=plan).eval()
     return load(hf.AutoModelForImageTextToText, located(model), dtype=kind).to(where).eval()
 
