@@ -159,9 +159,10 @@ class Evaluation:
         """
         if task is not None:
             choice("task", task, self.tasks)
-        chosen = [number for number, own in enumerate(self.tasks) if task in (None, own)]
+        chosen = [number for number, name in enumerate(self.tasks) if task in (None, name)]
         tasks = [self.tasks[number] for number in chosen]
-        return paired_difference(self.right(first)[chosen], self.right(second)[chosen], tasks, **settings)
+        own, other = self.right(first)[chosen].tolist(), self.right(second)[chosen].tolist()
+        return paired_difference(own, other, tasks, **settings)
 
     def row(self, label: str) -> Row:
         """The summary of one method."""
@@ -169,7 +170,8 @@ class Evaluation:
         accuracy = self.accuracy(label)
 
         def share(field: str) -> float:
-            return sum(getattr(run, field) for run in own.runs) / sum(getattr(run, field) for run in base)
+            spent, whole = (sum(getattr(run, field) for run in runs) for runs in (own.runs, base))
+            return float(spent / whole)
 
         def median(field: str) -> float:
             return float(np.median([getattr(run, field) for run in own.runs]))

@@ -101,9 +101,8 @@ def test_times_and_memory_are_there(found: Evaluation) -> None:
 
 def test_the_untouched_model_has_no_hooks_afterwards(found: Evaluation) -> None:
     model: Any = shared_model("llava")
-    for module in (model, *model.modules()):
-        assert not module._forward_hooks
-        assert not module._forward_pre_hooks
+    hooks = [hook for m in model.modules() for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
+    assert not [hook for hook in hooks if hook.__module__.startswith("dop_compile")]  # there are transformers' own
 
 
 @pytest.mark.parametrize("family", ["llava_next", "qwen2_5_vl", "llama"])
