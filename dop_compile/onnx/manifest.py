@@ -83,7 +83,7 @@ from dop_compile.onnx.parts import (
     VisionGraph,
     file_sha256,
 )
-from dop_compile.policy_json import write_atomic
+from dop_compile.policy_json import parse, write_atomic
 
 __all__ = [
     "DECODE",
@@ -139,7 +139,7 @@ class Manifest:
     def from_json(cls, text: str, where: str = "manifest") -> Manifest:
         """Strict reading of `to_json` text; ValueError naming the field for anything else."""
         try:
-            document = records.parse(text)
+            document = parse(text)
             if not isinstance(document, dict) or document.get("format") != FORMAT:
                 raise ValueError(f"format: expected {FORMAT!r}; this is not the manifest of an export")
             if document.get("version") != VERSION or type(document["version"]) is not int:

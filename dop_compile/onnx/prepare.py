@@ -43,7 +43,8 @@ class Prepared:
 def placeholders(manifest: Manifest, input_ids: Tensor) -> Tensor:
     """(batch, tokens) bool: places of visual features."""
     ids = torch.tensor(list(manifest.placeholder_ids.values()), dtype=torch.long)
-    return torch.isin(input_ids, ids)
+    places: Tensor = torch.isin(input_ids, ids)
+    return places
 
 
 def prompt_positions(model: Any, manifest: Manifest, inputs: Mapping[str, Any]) -> Tensor:
@@ -53,7 +54,7 @@ def prompt_positions(model: Any, manifest: Manifest, inputs: Mapping[str, Any]) 
         model: of the exported class, weights not needed (meta device); used where `manifest.positions` is "model".
         inputs: what the processor returned for the batch.
     """
-    mask = inputs["attention_mask"]
+    mask: Tensor = inputs["attention_mask"]
     plain = (mask.long().cumsum(-1) - 1).clamp(min=0)
     rows = manifest.position_rows
     if manifest.positions == "sequential" or rows is None:

@@ -135,5 +135,10 @@ def externalize(model: ir.Model, views: Mapping[str, Tensor], store: WeightStore
             raw = torch.frombuffer(bytearray(tensor.tobytes()), dtype=torch.uint8)
         offset, length = store.add(raw, lasting=lasting)
         value.const_value = ir.ExternalTensor(
-            WEIGHTS, offset, length, tensor.dtype, shape=ir.Shape(tensor.shape), name=name, base_dir=store.path.parent
+            WEIGHTS, offset, length, tensor.dtype, shape=_shape(tensor), name=name, base_dir=store.path.parent
         )
+
+
+def _shape(tensor: ir.TensorProtocol) -> ir.Shape:
+    sizes: Any = tensor.shape
+    return ir.Shape(sizes)

@@ -73,7 +73,7 @@ class WeightStore:
         digest = hashlib.sha256()
         self._file.write(bytes(offset - self._end))
         for piece in _pieces(tensor.detach()):
-            data = memoryview(piece.cpu().reshape(-1).view(torch.uint8).numpy())
+            data: Any = piece.cpu().reshape(-1).view(torch.uint8).numpy()  # an array is a buffer
             digest.update(data)
             self._file.write(data)
         content = (digest.hexdigest(), length)
