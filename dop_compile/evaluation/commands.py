@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dop_compile.cli_inputs import UsageError, check_backend, one_line, write_file
-from dop_compile.evaluation.evaluate import check_tasks, count_tokens, evaluate
+from dop_compile.evaluation.measuring import check_tasks, count_tokens, evaluate
 from dop_compile.evaluation.methods import FULL, ORIGINAL, Method, Planner
 from dop_compile.evaluation.report import markdown, tradeoff_figure
 from dop_compile.policy import Policy

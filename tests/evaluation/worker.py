@@ -1,4 +1,4 @@
-"""What the processes of `test_evaluate.py` run, and the questions that it asks."""
+"""What the processes of `test_measuring.py` run, and the questions that it asks."""
 
 from __future__ import annotations
 

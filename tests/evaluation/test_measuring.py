@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dop_compile import Policy, dop_compile, explain
-from dop_compile.evaluation import Evaluation, Method, Planner, count_tokens, evaluate
+from dop_compile.evaluation import Evaluation, Method, Planner, count_tokens, evaluate, measuring
 from dop_compile.reducers import Selection, VisualContext, register
 from dop_compile.reducers import registry as reducers
 from tests.evaluation import worker
@@ -240,11 +240,9 @@ def test_another_sample_is_refused(tmp_path: Path) -> None:
 
 
 def test_counted_tokens_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dop_compile.evaluation import evaluate as module
-
     samples, path = prompts(3), tmp_path / "tokens"
     counts = count_tokens(shared_model("llava"), samples, resume=path)
-    monkeypatch.setattr(module, "prompt_counts", None)  # would fail if it were called
+    monkeypatch.setattr(measuring, "prompt_counts", None)  # would fail if it were called
     assert count_tokens(shared_model("llava"), samples, resume=path) == counts
 
 
