@@ -1,7 +1,7 @@
 """Methods compared on one model and one set of samples: accuracy, FLOPs, memory and times."""
 
-from dop_compile.evaluation.measuring import count_tokens, evaluate
 from dop_compile.evaluation.intervals import Difference, paired_difference
+from dop_compile.evaluation.measuring import count_tokens, evaluate
 from dop_compile.evaluation.methods import Method, Planner, method_names
 from dop_compile.evaluation.result import Evaluation, Row, Run
 
