@@ -42,7 +42,7 @@ def test_passes_and_is_kept(folder: Path) -> None:
 def test_another_policy_fails(folder: Path) -> None:
     """The graph of a tier is not that of the policy that the manifest says it is."""
     manifest = Manifest.load(folder)
-    other = Policy.depthwise(LAYERS, mha_query_depth=0, mha_key_value_depth=1, mlp_depth=0, visual_tokens=5)
+    other = Policy.depthwise(LAYERS, mha_query_depth=1, mha_key_value_depth=0, mlp_depth=0, visual_tokens=5)
     tiers = {**manifest.tiers, "pruned": replace(manifest.tiers["pruned"], policy=other)}
     replace(manifest, tiers=tiers).save(folder)
     result = verify(folder, small_model("llava"), samples(), new_tokens=3)
