@@ -17,7 +17,7 @@ from dop_compile.onnx.parts import VisionGraph
 from dop_compile.onnx.prepare import Prepared, placeholders, prepare, prompt_positions
 from dop_compile.onnx.sessions import GraphSession, open_graph
 
-__all__ = ["PlainPipeline"]
+__all__ = ["PlainPipeline", "vision_items"]
 
 
 class PlainPipeline:
@@ -70,7 +70,7 @@ class PlainPipeline:
         if pixels is None:
             return []
         found = []
-        for graph, part in _items(graphs, pixels, inputs):
+        for graph, part in vision_items(graphs, pixels, inputs):
             features = self.session(graph.graph).run({graph.pixels: part})["features"]
             rows = torch.zeros(len(features), dtype=torch.bool)
             rows[list(graph.newlines)] = True
@@ -145,7 +145,9 @@ class PlainPipeline:
         return feeds
 
 
-def _items(graphs: list[VisionGraph], pixels: Tensor, inputs: Mapping[str, Any]) -> list[tuple[VisionGraph, Tensor]]:
+def vision_items(
+    graphs: list[VisionGraph], pixels: Tensor, inputs: Mapping[str, Any]
+) -> list[tuple[VisionGraph, Tensor]]:
     """Each image's pixels with the graph that was made for them.
 
     Raises:

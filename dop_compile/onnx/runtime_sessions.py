@@ -1,0 +1,194 @@
+"""ONNX Runtime sessions whose inputs and outputs are tensors of ours, bound by address: nothing is copied in or out."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnxruntime as ort
+import torch
+from torch import Tensor
+
+from dop_compile.onnx.manifest import Manifest
+from dop_compile.onnx.parts import Graph
+from dop_compile.onnx.plain import PlainPipeline
+from dop_compile.onnx.sessions import GraphSession, UnrunnableError
+
+__all__ = ["Binding", "BoundSession", "Stages", "choose_provider"]
+
+CPU = "CPUExecutionProvider"
+FATAL, WARNING = 4, 2
+"""Of ONNX Runtime's log severities, the highest and the default."""
+
+_ELEMENTS = {torch.float32: 1, torch.int64: 7, torch.float16: 10, torch.bfloat16: 16}
+"""ONNX's numbers of element types."""
+
+
+def choose_provider(path: Path, providers: Sequence[str] | None) -> str:
+    """The first provider that runs here; says so in one line on stderr where that is not the first of the list.
+
+    Args:
+        path: a small graph, to try with.
+        providers: names in order of preference; None: CUDA where the installed package has it, else the processor.
+
+    Raises:
+        ValueError: an unknown provider, or none of them runs here.
+    """
+    if isinstance(providers, str):
+        raise TypeError(f"providers: expected a list of names, got {providers!r}")
+    available = ort.get_available_providers()
+    if providers is None:
+        providers = [name for name in ("CUDAExecutionProvider", CPU) if name in available]
+    if unknown := [name for name in providers if name not in ort.get_all_providers()]:
+        raise ValueError(f"providers: {unknown[0]!r} is no provider; available here are {', '.join(available)}")
+    reasons = []
+    for name in providers:
+        if name not in available:
+            reasons.append(f"{name} is not in the installed onnxruntime")
+        elif not _starts(path, name):
+            reasons.append(f"{name} does not start here (no such device, or its libraries are missing)")
+        else:
+            if reasons:
+                print(f"{'; '.join(reasons)}: using {name}", file=sys.stderr)
+            return name
+    raise ValueError(f"providers: {'; '.join(reasons) or 'none is named'}; available here are {', '.join(available)}")
+
+
+def _starts(path: Path, provider: str) -> bool:
+    """Whether a session really gets the provider: ONNX Runtime goes on without, and logs a page."""
+    if provider == CPU:
+        return True
+    options = ort.SessionOptions()
+    options.log_severity_level = FATAL
+    ort.set_default_logger_severity(FATAL)  # a failure to load a provider is logged outside of the session
+    try:
+        return provider in ort.InferenceSession(str(path), options, providers=[provider]).get_providers()
+    except Exception:  # ONNX Runtime's own exceptions have no common class
+        return False
+    finally:
+        ort.set_default_logger_severity(WARNING)
+
+
+def buffer_device(provider: str) -> torch.device:
+    """Where tensors are kept for a provider: on the GPU if torch can allocate there, else ONNX Runtime copies."""
+    on_gpu = provider.startswith(("CUDA", "Tensorrt")) and torch.cuda.is_available()
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+
+
+class BoundSession(GraphSession):
+    """A graph that runs on tensors where they are.
+
+    Args:
+        graph: its description in the manifest, which says how large outputs are.
+        shared: see `GraphSession`.
+    """
+
+    def __init__(self, path: Path, graph: Graph, provider: str, shared: bool):
+        super().__init__(path, provider, optimized=True, shared=shared)
+        self.device = buffer_device(provider)
+        self.graph = graph
+        self._dtypes = {spec.name: getattr(torch, spec.dtype) for spec in (*graph.inputs, *graph.outputs)}
+
+    def bind(self, inputs: Mapping[str, Tensor]) -> Binding:
+        """Inputs and fresh outputs, bound. Floating point inputs are converted to what the graph takes."""
+        moved = {n: self._fitting(n, t) for n, t in inputs.items() if n in self._types}
+        sizes = self._sizes(moved)
+        outputs = {}
+        for spec in self.graph.outputs:
+            shape = [_size(size, sizes) for size in spec.shape]
+            outputs[spec.name] = torch.empty(shape, dtype=self._dtypes[spec.name], device=self.device)
+        return Binding(self._session, moved, outputs)
+
+    def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Outputs by name, on the CPU."""
+        return {name: tensor.cpu() for name, tensor in self.run_in_place(inputs).items()}
+
+    def run_in_place(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Outputs by name, on the session's device."""
+        binding = self.bind(inputs)
+        binding.run()
+        return binding.outputs
+
+    def _fitting(self, name: str, tensor: Tensor) -> Tensor:
+        wanted = self._dtypes[name]
+        if tensor.is_floating_point() != wanted.is_floating_point:
+            raise TypeError(f"{name}: expected {wanted}, got {tensor.dtype}")
+        return tensor.detach().to(self.device, wanted).contiguous()
+
+    def _sizes(self, inputs: Mapping[str, Tensor]) -> dict[str, int]:
+        """Dynamic sizes by name, from the inputs' shapes."""
+        sizes: dict[str, int] = {}
+        for spec in self.graph.inputs:
+            if spec.name not in inputs:
+                raise ValueError(f"{spec.name}: the graph's input is missing; expected shape {spec.shape}")
+            found = tuple(inputs[spec.name].shape)
+            if len(found) != len(spec.shape):
+                raise ValueError(f"{spec.name}: expected shape {spec.shape}, got {found}")
+            for size, number in zip(spec.shape, found, strict=True):
+                expected = sizes.setdefault(size, number) if isinstance(size, str) else size
+                if expected != number:
+                    raise ValueError(
+                        f"{spec.name}: the graph was exported for shape {spec.shape}, got {found}; export with other "
+                        "sizes, or give inputs of these"
+                    )
+        return sizes
+
+
+def _size(size: int | str, sizes: Mapping[str, int]) -> int:
+    if isinstance(size, int):
+        return size
+    return sum(int(term) if term.isdecimal() else sizes[term] for term in size.split(" + "))
+
+
+class Binding:
+    """Tensors bound to one run of a session after another; their contents may change in between.
+
+    Attributes:
+        inputs, outputs: by name. `rebind` puts another tensor in an input's place.
+    """
+
+    def __init__(self, session: Any, inputs: dict[str, Tensor], outputs: dict[str, Tensor]):
+        self._session = session
+        self._binding = session.io_binding()
+        self.inputs: dict[str, Tensor] = {}
+        self.outputs = outputs
+        for name, tensor in inputs.items():
+            self.rebind(name, tensor)
+        for name, tensor in outputs.items():
+            self._binding.bind_output(name, *_address(tensor))
+
+    def rebind(self, name: str, tensor: Tensor) -> None:
+        self._binding.bind_input(name, *_address(tensor))
+        self.inputs[name] = tensor
+
+    def run(self) -> None:
+        if any(tensor.is_cuda for tensor in self.inputs.values()):
+            torch.cuda.synchronize()  # what torch has written must be there: ONNX Runtime has a stream of its own
+        try:
+            self._session.run_with_iobinding(self._binding)
+        except Exception as error:
+            raise UnrunnableError(" ".join(str(error).split())[:300]) from error
+
+
+def _address(tensor: Tensor) -> tuple[str, int, int, tuple[int, ...], int]:
+    device = tensor.device
+    return device.type, device.index or 0, _ELEMENTS[tensor.dtype], tuple(tensor.shape), tensor.data_ptr()
+
+
+class Stages(PlainPipeline):
+    """The graphs of a directory as bound sessions; the way from a processor's output to prefill is the plain one."""
+
+    def __init__(self, folder: Path, manifest: Manifest, model: Any, provider: str, shared: bool):
+        super().__init__(folder, manifest, model, provider, optimized=True)
+        self._shared = shared
+
+    def session(self, name: str) -> BoundSession:
+        found = self._sessions.get(name)
+        if found is None:
+            graph = self.manifest.graphs[name]
+            path = self.folder / graph.data.file
+            found = self._sessions[name] = BoundSession(path, graph, self._provider, self._shared)
+        assert isinstance(found, BoundSession)
+        return found
