@@ -7,7 +7,9 @@ from dop_compile.costs import prefill_flops
 from dop_compile.errors import PassError, UnsupportedModelError, UnsupportedUsageError
 from dop_compile.explain import Explanation, executed_flops, explain
 from dop_compile.fingerprint import model_fingerprint
+from dop_compile.loading import from_pretrained
 from dop_compile.policy import Policy
+from dop_compile.tiers_file import load_policies, push_policies, save_policies
 
 if TYPE_CHECKING:
     from dop_compile.onnx.export import export_onnx
@@ -22,8 +24,12 @@ __all__ = [
     "executed_flops",
     "explain",
     "export_onnx",
+    "from_pretrained",
+    "load_policies",
     "model_fingerprint",
     "prefill_flops",
+    "push_policies",
+    "save_policies",
 ]
 
 __version__ = "0.1.0"

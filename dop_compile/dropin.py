@@ -25,6 +25,7 @@ from dop_compile.outer_masks import builds_masks, deferring_forward
 from dop_compile.policy import Policy
 from dop_compile.runtime import run_decoder
 from dop_compile.slots import Call
+from dop_compile.tiers_file import save_policies
 from dop_compile.vision import vision_fields, watch_vision
 from dop_compile.vision_features import TokenFeatures
 
@@ -269,7 +270,7 @@ def drop_in(state: Any, base: nn.Module, tier: str) -> Any:
 
     Adds to the class's own interface: `forward` and `generate` take `tier`, `visual_indices` and `token_groups`;
     `tier(name)` is a view with another default, usable from any thread; `dop` is the `CompiledState` and `dop_tier` the
-    default tier.
+    default tier. `save_pretrained` writes the original model, and the tiers beside it.
     """
     view = shallow_copy(base, own_children=False)
 
@@ -296,14 +297,25 @@ def drop_in(state: Any, base: nn.Module, tier: str) -> Any:
 
     def cannot_copy(*_: Any) -> Any:
         raise TypeError(
-            "a compiled model cannot be copied or pickled: it shares the original's weights. Copy or save the original "
-            "(save_pretrained) and the policies (Policy.save), and compile again"
+            "a compiled model cannot be copied or pickled: it shares the original's weights. Save it with "
+            "save_pretrained, or copy the original and compile again"
         )
+
+    def save_pretrained(directory: Any, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("push_to_hub"):
+            raise UnsupportedUsageError(
+                "push_to_hub: call push_to_hub of the compiled model, which sends its tiers too"
+            )
+        saved = state.model_class.save_pretrained(view, directory, *args, **kwargs)
+        if kwargs.get("is_main_process", True):
+            save_policies({tier: state.tiers[tier], **state.tiers}, directory)
+        return saved
 
     own_forward = view.forward = _presented_as(state.model_class.forward, forward)
     view.train = train
     view.__deepcopy__ = view.__reduce_ex__ = cannot_copy
     view.generate = _presented_as(state.model_class.generate, generate)
+    view.save_pretrained = _presented_as(state.model_class.save_pretrained, save_pretrained)
     view.tier = lambda name: drop_in(state, base, state.check_tier(name))
     view.dop = state
     view.dop_tier = tier

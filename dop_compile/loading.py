@@ -1,0 +1,60 @@
+"""Compiled models from disk or from the hub.
+
+compiled.save_pretrained("my-model")    # the untouched model, and dop_compile.json
+compiled = from_pretrained("my-model")  # the compiled model again
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import transformers
+
+from dop_compile.compiler import dop_compile
+from dop_compile.policy import Policy
+from dop_compile.tiers_file import load_policies
+
+__all__ = ["from_pretrained"]
+
+hf: Any = transformers
+
+
+def from_pretrained(
+    name_or_directory: str | os.PathLike[str],
+    *,
+    tiers: Mapping[str, Policy] | Policy | None = None,
+    backend: str = "inductor",
+    **settings: Any,
+) -> Any:
+    """Load a model and compile it.
+
+    Args:
+        name_or_directory: of a model, local or on the hub.
+        tiers: in place of those saved with the model.
+        backend: as in `dop_compile`.
+        settings: of the model class's `from_pretrained`, for example `dtype`, `revision` or `attn_implementation`.
+
+    Raises:
+        OSError: there is no model, or no `dop_compile.json` and no `tiers`.
+        ValueError: policies that are not for this model.
+    """
+    shared = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
+    of_hub = {name: settings[name] for name in shared if name in settings}
+    if tiers is None:
+        tiers = load_policies(name_or_directory, **of_hub)
+    name = os.fspath(name_or_directory)
+    config = hf.AutoConfig.from_pretrained(name, **of_hub)
+    return dop_compile(_model_class(config).from_pretrained(name, **settings).eval(), tiers, backend=backend)
+
+
+def _model_class(config: Any) -> Any:
+    """The class that wrote the checkpoint, or the one that generates with such a configuration."""
+    for architecture in config.architectures or ():
+        if hasattr(hf, architecture):
+            return getattr(hf, architecture)
+    for auto in (hf.AutoModelForImageTextToText, hf.AutoModelForCausalLM):
+        if type(config) in auto._model_mapping:
+            return auto
+    raise ValueError(f"{type(config).__name__} is not the configuration of a model that generates text")
