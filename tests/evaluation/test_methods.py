@@ -81,6 +81,16 @@ def test_searched_policies_fit_the_evaluated_samples(space: str, counts: Any) ->
     assert found[0] > found[1] > 0.5
 
 
+def test_evaluated_samples_are_not_taken_for_the_measured_ones() -> None:
+    """There are three of either; only the evaluated ones' costs count, which are the same when each is there twice."""
+    counts = ((2, 80, 9), (3, 17, 30), (2, 48, 9))
+    divergences = make_divergences(LAYERS, 20)
+    once, twice = (planner(counts=given, divergences=divergences) for given in (counts, counts * 2))
+    for budget in (0.9, 0.8, 0.7, 0.6, 0.5):
+        for space in ("dop", "split"):
+            assert once.searched(space, budget, alpha=None) == twice.searched(space, budget, alpha=None)
+
+
 def test_names_of_searched_methods() -> None:
     plan = planner(divergences=make_divergences(LAYERS, 20))
     policies = [plan.named(name, 0.95).policy for name in ("split", "split+uniform", "split+random")]
