@@ -36,7 +36,7 @@ def example_rows(family: Family) -> list[list[Segment]]:
 
 @functools.cache
 def exported(name: str, opset: int = 23, dtype: torch.dtype = torch.float32) -> Path:
-    """A family with `TIERS`."""
+    """A family with `TIERS`; in another opset or dtype only with the pruned one."""
     family = small_family(name)
     model = small_model(name) if dtype == torch.float32 else family.build(dtype=dtype)
     examples = [family.make_inputs(model, [row], seed=n) for n, row in enumerate(example_rows(family))]
@@ -44,7 +44,9 @@ def exported(name: str, opset: int = 23, dtype: torch.dtype = torch.float32) -> 
     with folder.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not folder.exists():
-            export_onnx(model, TIERS, folder, examples=examples, opset=opset)
+            plain = opset == 23 and dtype == torch.float32
+            tiers = TIERS if plain else {"pruned": PRUNED}
+            export_onnx(model, tiers, folder, examples=examples, opset=opset)
     return folder
 
 
