@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 BUILD := build
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help demo test lint types bench clean
+.PHONY: help demo test conformance lint types bench clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo   ask a small trained model about a picture of digits, in full and pruned"
 	@echo "make test   run the tests"
+	@echo "make conformance  check every known model family and print the table"
 	@echo "make lint   ruff"
 	@echo "make types  mypy --strict on the built and installed wheel"
 	@echo "make bench  measure prefill of the original and of pruned models"
@@ -36,6 +37,9 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+
+conformance: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m conformance tests/conformance $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dop_compile.dropin import drop_in
-from dop_compile.errors import UnsupportedModelError, UnsupportedUsageError
+from dop_compile.errors import PassError, UnsupportedModelError, UnsupportedUsageError
 from dop_compile.fingerprint import model_fingerprint
 from dop_compile.keep import KeepTable
 from dop_compile.local_sizes import localise_sizes
@@ -35,6 +35,7 @@ from dop_compile.pieces import PieceLibrary
 from dop_compile.policy import Policy
 from dop_compile.program import Program
 from dop_compile.reducers import create
+from dop_compile.side_inputs import default_inputs
 from dop_compile.tokens import Universe
 from dop_compile.trace import DecoderInputs, trace_decoder
 
@@ -135,10 +136,10 @@ class CompiledState:
 
     def _bypass_graph(self) -> DecoderGraph:
         keep = KeepTable.dense(self.decoder.config.num_hidden_layers)
-        traced = trace_decoder(self.decoder, DecoderInputs(cached=False))
+        traced = trace_decoder(self.decoder, default_inputs(self.decoder, cached=False))
         graph = run_passes(DecoderGraph(traced, keep, Universe(keep.groups), False), (ANNOTATE,))
-        assert graph.entry is not None
-        graph.junctions[-1].out.replace_all_uses_with(graph.entry)
+        embeds = next(node for node in graph.graph.nodes if node.name == "inputs_embeds")
+        graph.junctions[-1].out.replace_all_uses_with(embeds)
         eliminate_dead_nodes(graph.graph)
         graph.junctions = []
         return graph
@@ -267,5 +268,8 @@ def dop_compile(
     state = CompiledState(model, tiers, library, token_groups, disable_passes, debug)
     # Built now and not on the first call, so that a model that cannot be compiled is refused here
     keep = KeepTable.from_policy(next(iter(tiers.values())), ("text",))
-    state.program(keep, Universe(keep.groups), DecoderInputs())
+    try:
+        state.program(keep, Universe(keep.groups), default_inputs(state.decoder))
+    except (PassError, UnsupportedModelError) as error:
+        raise UnsupportedModelError(f"{type(model).__name__} cannot be pruned: {error}") from error
     return drop_in(state, state.base, next(iter(tiers)))

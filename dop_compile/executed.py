@@ -13,8 +13,8 @@ from dop_compile.costs import DecoderDims, LayerTokens, group_counts, layer_flop
 from dop_compile.keep import ANY_GROUP, KeepTable
 from dop_compile.passes.graph import MHA, Block
 from dop_compile.policy import Policy
+from dop_compile.side_inputs import default_inputs
 from dop_compile.tokens import Atom, TokenSet, Universe
-from dop_compile.trace import DecoderInputs
 
 __all__ = ["LayerCost", "Prompt", "layer_costs", "resumed_flops"]
 
@@ -165,7 +165,7 @@ def layer_costs(state: CompiledState, tier: str, prompt: Prompt, dims: DecoderDi
     """
     policy = state.tiers[tier]
     counter = _Counter(policy, prompt)
-    program = state.program(counter.keep, counter.universe, DecoderInputs(cached=prompt.use_cache))
+    program = state.program(counter.keep, counter.universe, default_inputs(state.decoder, cached=prompt.use_cache))
     dtype: Any = state.decoder.dtype
     run = _Run(counter, program.blocks, dims, dtype.itemsize)
     return tuple(run.layer(number) for number in range(policy.num_layers))
@@ -174,7 +174,7 @@ def layer_costs(state: CompiledState, tier: str, prompt: Prompt, dims: DecoderDi
 def resumed_flops(state: CompiledState, policy: Policy, prompt: Prompt, dims: DecoderDims, first_layer: int = 0) -> int:
     """FLOPs that a run of `policy` computes for one sample from `first_layer` on."""
     counter = _Counter(policy, prompt)
-    inputs = DecoderInputs(cached=prompt.use_cache, first_layer=first_layer)
+    inputs = default_inputs(state.decoder, cached=prompt.use_cache, first_layer=first_layer)
     program = state.program(counter.keep, counter.universe, inputs)
     dtype: Any = state.decoder.dtype
     return _Run(counter, program.blocks, dims, dtype.itemsize).flops()

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.utils.generic import can_return_tuple
 
-__all__ = ["DeferredMask", "builds_masks", "deferring_forward"]
+__all__ = ["DeferredMask", "DeferredMasks", "builds_masks", "deferred", "deferring_forward"]
 
 
 class DeferredMask:
@@ -29,29 +29,46 @@ class DeferredMask:
         self._kwargs = kwargs
         self.attention_mask: Tensor | None = kwargs.get("attention_mask")
 
-    def original(self) -> dict[str, Any]:
-        """The masks that the outer model would have built, by layer type."""
-        result = self._builder(**self._kwargs)
-        return result if isinstance(result, dict) else {"full_attention": result}
+    def original(self) -> Any:
+        """What the outer model would have built: a mask, or masks by layer type."""
+        return self._builder(**self._kwargs)
 
-    def build(
-        self, embeds: Tensor, mask: Tensor | None, view: Any, positions: Tensor, columns: Tensor | None
-    ) -> dict[str, Any]:
-        """The masks for the slots, by layer type; `columns` (batch, slots) tells which caller's tokens they are."""
+    def build(self, embeds: Tensor, mask: Tensor | None, view: Any, positions: Tensor, columns: Tensor | None) -> Any:
+        """The same for the slots; `columns` (batch, slots) tells which caller's tokens they are."""
         tokens = self._kwargs["inputs_embeds"].shape[1]
         kwargs = {
             name: _follow(value, tokens, columns) for name, value in self._kwargs.items() if name not in _REPLACED
         }
         # Positions with gaps are no packed sequences: without positions Hugging Face does not look for those
         positions_arg = positions if columns is None and self._kwargs.get("position_ids") is not None else None
-        result = self._builder(
+        return self._builder(
             inputs_embeds=embeds,
             attention_mask=mask,
             past_key_values=view,
             position_ids=positions_arg,
             **kwargs,
         )
-        return result if isinstance(result, dict) else {"full_attention": result}
+
+
+class DeferredMasks:
+    """Masks by layer type, each of which the outer model asks its builder for."""
+
+    def __init__(self, masks: dict[str, DeferredMask]):
+        self._masks = masks
+        self.attention_mask = next(iter(masks.values())).attention_mask
+
+    def original(self) -> dict[str, Any]:
+        return {kind: mask.original() for kind, mask in self._masks.items()}
+
+    def build(self, *arguments: Any) -> dict[str, Any]:
+        return {kind: mask.build(*arguments) for kind, mask in self._masks.items()}
+
+
+def deferred(mask: Any) -> DeferredMask | DeferredMasks | None:
+    """The masks that an outer model hands to its decoder, if they are still to be built."""
+    if isinstance(mask, dict) and mask and all(isinstance(value, DeferredMask) for value in mask.values()):
+        return DeferredMasks(mask)
+    return mask if isinstance(mask, DeferredMask) else None
 
 
 _REPLACED = ("inputs_embeds", "attention_mask", "past_key_values", "position_ids")

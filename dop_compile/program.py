@@ -20,7 +20,7 @@ from dop_compile import ops
 from dop_compile.passes.graph import DecoderGraph, IndexSpec
 from dop_compile.pieces import PieceLibrary, call_module, piece_kind
 from dop_compile.tokens import TokenSet
-from dop_compile.trace import MASK_BUILDERS, is_packed
+from dop_compile.trace import MASK_BUILDERS, is_length, is_packed
 
 __all__ = ["Program"]
 
@@ -68,6 +68,11 @@ class Program:
         self.layer_keys: dict[int, TokenSet] = {
             block.layer: block.keys for block in self.blocks if block.update is not None
         }
+        self.needs_mask = any(
+            user.target not in MASK_BUILDERS
+            for node in graph.graph.find_nodes(op="placeholder", target="attention_mask")
+            for user in node.users
+        )
         self._library = library
         self._registers: dict[fx.Node, int] = {}
         self.inputs: dict[str, int] = {}
@@ -120,6 +125,8 @@ class Program:
     def _is_runtime(self, node: fx.Node) -> bool:
         # Packed tokens have data-dependent shapes: left to run as they are
         if is_packed(node.meta.get("val")) or any(is_packed(n.meta.get("val")) for n in node.all_input_nodes):
+            return True
+        if is_length(node):
             return True
         if node.op != "call_function":
             return False

@@ -55,7 +55,7 @@ def is_dynamic(size: Any) -> bool:
 
 def is_packed(value: Any) -> bool:
     """Whether a value holds packed tokens, whose number depends on data."""
-    return isinstance(value, Tensor) and PACKED in value.shape
+    return isinstance(value, Tensor) and any(size % PACKED == 0 and size for size in value.shape)
 
 
 def map_nested(value: Any, function: Callable[[Any], Any]) -> Any:
@@ -108,7 +108,8 @@ class ValueProxy(fx.Proxy):
 
     @property
     def ndim(self) -> int:
-        return int(self.value.dim())
+        """Of a value that may be missing, `meta["dims"]` says how many dimensions it has otherwise."""
+        return int(self.node.meta["dims"] if self.value is OPAQUE else self.value.dim())
 
     def dim(self) -> int:
         return self.ndim

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from dop_compile.costs import DecoderDims, prefill_flops
 from dop_compile.dropin import CALL_ARGUMENTS, Frame, Session
 from dop_compile.executed import Prompt, resumed_flops
-from dop_compile.outer_masks import DeferredMask
+from dop_compile.outer_masks import deferred
 from dop_compile.policy import Policy
 from dop_compile.runtime import run_decoder
 from dop_compile.slots import Call, token_counts
@@ -149,8 +149,8 @@ class _Recorder(Frame):
     def run_decoder(self, call: Call, kwargs: dict[str, Any]) -> Any:
         self.call, self.arguments = call, kwargs
         plain = dict(kwargs)
-        if isinstance(plain.get("attention_mask"), DeferredMask):
-            plain["attention_mask"] = plain["attention_mask"].original()
+        if (masks := deferred(plain.get("attention_mask"))) is not None:
+            plain["attention_mask"] = masks.original()
         _, layers = find_layers(self.decoder)
         with _noting(layers, self._depths, self.streams):
             return type(self.decoder).forward(self.decoder, **plain)

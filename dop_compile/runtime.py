@@ -15,17 +15,19 @@ from dop_compile.cache import PrunedCache, ReducedView
 from dop_compile.errors import UnsupportedUsageError
 from dop_compile.layout import TokenLayout
 from dop_compile.masks import MaskSelector
-from dop_compile.outer_masks import DeferredMask
+from dop_compile.outer_masks import deferred
 from dop_compile.program import Program
+from dop_compile.side_inputs import add_side_inputs
 from dop_compile.slots import Arguments, Call, Slots
 from dop_compile.tokens import TokenSet
-from dop_compile.trace import DecoderInputs
+from dop_compile.trace import PACKED_FEATURES, DecoderInputs
 
 __all__ = ["run_decoder"]
 
-PACKED_INPUT, PACKED_MASK = "deepstack_visual_embeds", "visual_pos_masks"
 UNUSED_ARGUMENTS = ("num_items_in_batch", "cache_position", "mm_token_type_ids")
 """What outer models pass on to decoders that take any keyword but do nothing with these."""
+POSITIONS_FROM_MASK = ("OPTDecoder",)
+"""Decoders that number tokens without padding where the caller does not; others count every column."""
 REFUSED_OUTPUTS = ("output_attentions", "output_hidden_states", "output_router_logits")
 
 
@@ -43,6 +45,7 @@ def _check_arguments(decoder: Any, call: Call, kwargs: dict[str, Any]) -> Argume
         raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
     if embeds is None:
         embeds = decoder.get_input_embeddings()(input_ids)
+        add_side_inputs(decoder, input_ids, embeds, kwargs)
     if embeds.shape[1] == 0:
         raise ValueError("the prompt is empty: input_ids must hold at least one token per row")
     use_cache = kwargs.pop("use_cache", None)
@@ -51,7 +54,7 @@ def _check_arguments(decoder: Any, call: Call, kwargs: dict[str, Any]) -> Argume
     if cache is not None:
         PrunedCache.check(cache)
     mask = kwargs.pop("attention_mask", None)
-    masks = mask if isinstance(mask, DeferredMask) else None
+    masks = deferred(mask)
     if masks is not None:
         mask = masks.attention_mask
     if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
@@ -60,11 +63,15 @@ def _check_arguments(decoder: Any, call: Call, kwargs: dict[str, Any]) -> Argume
             "cannot follow token reduction"
         )
     positions = kwargs.pop("position_ids", None)
+    if positions is None and mask is not None and type(decoder).__name__ in POSITIONS_FROM_MASK:
+        positions = (mask.cumsum(1) * mask - 1)[:, -embeds.shape[1] :]
     _check_lengths(cache, embeds, mask, positions)
-    packed, packed_mask = kwargs.pop(PACKED_INPUT, None) or (), kwargs.pop(PACKED_MASK, None)
+    packed_name, packed, packed_mask = _packed(kwargs)
     for name in UNUSED_ARGUMENTS:
         if name not in inspect.signature(type(decoder).forward).parameters:
             kwargs.pop(name, None)
+    names = [n for n, v in kwargs.items() if isinstance(v, Tensor) and v.shape[:2] == embeds.shape[:2]]
+    token_inputs = {name: kwargs.pop(name) for name in names}
     constants = tuple(sorted((name, value) for name, value in kwargs.items() if value is not None))
     for name, value in constants:
         if not isinstance(value, bool | int | float | str):
@@ -75,7 +82,17 @@ def _check_arguments(decoder: Any, call: Call, kwargs: dict[str, Any]) -> Argume
         cache = PrunedCache.adopt(cache)
     elif use_cache:
         cache = PrunedCache()
-    return Arguments(embeds, mask, masks, positions, cache, tuple(packed), packed_mask, constants)
+    keys = tuple(packed) if isinstance(packed, dict) else None
+    features = tuple(packed.values() if isinstance(packed, dict) else packed)
+    return Arguments(
+        embeds, mask, masks, positions, cache, features, packed_mask, constants, packed_name, keys, token_inputs
+    )
+
+
+def _packed(kwargs: dict[str, Any]) -> tuple[str, Any, Tensor | None]:
+    """Features of visual tokens: the argument's name, the features, and the mask of their tokens."""
+    found = [(name, kwargs.pop(name, None) or (), kwargs.pop(mask, None)) for name, mask in PACKED_FEATURES.items()]
+    return next((entry for entry in found if entry[1]), found[0])
 
 
 def _check_tier(call: Call, cache: PrunedCache) -> None:
@@ -152,18 +169,26 @@ def run_decoder(compiled: Any, decoder: nn.Module, call: Call, **kwargs: Any) ->
     masks: dict[str, Any] | None = None
     if arguments.masks is not None:
         columns = None if slots.columns is None else slots.columns.clamp(min=0)
-        masks = arguments.masks.build(embeds, mask, view, positions, columns)
+        built = arguments.masks.build(embeds, mask, view, positions, columns)
+        masks = built if isinstance(built, dict) else None
+        mask = mask if built is None or masks is not None else built  # the decoder's own builder passes a built one on
+    token_inputs = slots.token_inputs()
+    if packed[0] is not None and packed[1]:
+        token_inputs = {**token_inputs, PACKED_FEATURES[arguments.packed_name]: packed[0]}
     inputs = DecoderInputs(
         position_rows=positions.shape[0] if positions.dim() == 3 else None,
         masks=None if masks is None else tuple(masks),
         cached=cache is not None,
         packed=len(packed[1]),
+        packed_name=arguments.packed_name,
+        packed_keys=arguments.packed_keys,
+        tokens=tuple((name, tuple(value.shape[2:]), value.dtype) for name, value in token_inputs.items()),
         constants=arguments.constants,
         first_layer=call.first_layer,
     )
     program: Program = compiled.program(slots.keep, layout.universe, inputs)
-    if mask is None and cache is None and slots.columns is not None:
-        mask = torch.ones(slots.batch, slots.count, dtype=torch.long, device=slots.device)
+    if mask is None and (program.needs_mask or (cache is None and slots.columns is not None)):
+        mask = torch.ones(slots.batch, past + slots.count, dtype=torch.long, device=slots.device)
     selector = MaskSelector(layout, cache.entries if cache is not None else {}, past)
     values: dict[str, Any] = {
         "inputs_embeds": embeds,
@@ -172,8 +197,8 @@ def run_decoder(compiled: Any, decoder: nn.Module, call: Call, **kwargs: Any) ->
         "past_key_values": cache,
         "cache_view": view,
         "masks": selector,
-        PACKED_MASK: packed[0],
     }
+    values |= token_inputs
     values |= {f"attention_mask_{key}": value for key, value in (masks or {}).items()}
     values |= {f"packed_{index}": feature for index, feature in enumerate(packed[1])}
     index = {

@@ -15,7 +15,7 @@ from dop_compile.errors import UnsupportedUsageError
 from dop_compile.keep import KeepTable
 from dop_compile.layout import NO_TOKEN, TokenLayout
 from dop_compile.masks import MaskSelector
-from dop_compile.outer_masks import DeferredMask
+from dop_compile.outer_masks import DeferredMask, DeferredMasks
 from dop_compile.policy import Policy
 from dop_compile.program import Program
 from dop_compile.prompt import Prompt, Reduction, call_groups, make_reducer, reduce_prompt
@@ -66,16 +66,27 @@ class Call:
 
 @dataclass(frozen=True)
 class Arguments:
-    """A decoder call's arguments after checking; `masks` is what the outer model built, if it builds masks."""
+    """A decoder call's arguments after checking.
+
+    Args:
+        masks: what the outer model built, if it builds masks.
+        packed: features of visual tokens, (their number, hidden) each.
+        packed_mask: (batch, tokens) or (batch, tokens, 1) bool, the tokens they belong to.
+        packed_name, packed_keys: the argument they came in, and their keys if that was a dictionary.
+        token_inputs: other tensors (batch, tokens, ...) by name.
+    """
 
     embeds: Tensor
     attention_mask: Tensor | None
-    masks: DeferredMask | None
+    masks: DeferredMask | DeferredMasks | None
     positions: Tensor | None
     cache: PrunedCache | None
     packed: tuple[Tensor, ...]
     packed_mask: Tensor | None
     constants: tuple[tuple[str, Any], ...]
+    packed_name: str = "deepstack_visual_embeds"
+    packed_keys: tuple[Any, ...] | None = None
+    token_inputs: dict[str, Tensor] = field(default_factory=dict)
 
 
 def visual_positions(call: Call, embeds: Tensor, prompt: int) -> tuple[Tensor, Tensor]:
@@ -252,11 +263,19 @@ class Slots:
         mask, features = self.arguments.packed_mask, list(self.arguments.packed)
         if not features or mask is None or self.columns is None:
             return mask, features
-        number = (mask.flatten().cumsum(0) - 1).view_as(mask)
+        flat = mask.reshape(self.batch, self.tokens)
+        number = (flat.flatten().cumsum(0) - 1).view_as(flat)
         columns = self.columns.clamp(min=0)
-        kept = mask.gather(1, columns) & (self.columns >= 0)
+        kept = flat.gather(1, columns) & (self.columns >= 0)
         rows = number.gather(1, columns)[kept]
-        return kept, [feature[rows] for feature in features]
+        return kept.view(*kept.shape, *mask.shape[2:]), [feature[rows] for feature in features]
+
+    def token_inputs(self) -> dict[str, Tensor]:
+        """The other values per token, of the slots' tokens."""
+        if self.columns is None:
+            return self.arguments.token_inputs
+        rows = torch.arange(self.batch, device=self.device)[:, None]
+        return {name: value[rows, self.columns.clamp(min=0)] for name, value in self.arguments.token_inputs.items()}
 
     def commit(self, program: Program, selector: MaskSelector) -> None:
         cache = self.cache

@@ -20,19 +20,23 @@ import torch
 from torch import fx, nn
 
 from dop_compile import ops
+from dop_compile.decoder_inputs import PACKED_FEATURES, DecoderInputs
 from dop_compile.errors import UnsupportedModelError
+from dop_compile.flat_tokens import unflatten_tokens
 from dop_compile.module_tracer import names_in
 from dop_compile.proxies import BATCH, TOKENS, is_packed
-from dop_compile.tracer import ATTENTION_REGISTRY, CACHE_INPUT, MASK_BUILDERS, DecoderInputs, DecoderTracer
+from dop_compile.tracer import ATTENTION_REGISTRY, CACHE_INPUT, MASK_BUILDERS, DecoderTracer
 
 __all__ = [
     "BATCH",
     "CACHE_INPUT",
     "MASK_BUILDERS",
+    "PACKED_FEATURES",
     "TOKENS",
     "DecoderInputs",
     "TracedDecoder",
     "find_layers",
+    "is_length",
     "is_packed",
     "trace_decoder",
 ]
@@ -72,6 +76,11 @@ class TracedDecoder:
         return None
 
 
+def is_length(node: fx.Node) -> bool:
+    """Whether the node asks the cache for the number of past tokens."""
+    return node.op == "call_method" and node.target == "get_seq_length"
+
+
 def find_layers(decoder: nn.Module) -> tuple[str, nn.ModuleList]:
     """The decoder's list of layers and its path, by structure: the first list as long as the configuration says."""
     count = getattr(decoder.config, "num_hidden_layers", None)
@@ -101,6 +110,28 @@ def _check_openable(path: str, module: nn.Module) -> None:
         )
 
 
+_CHANNEL_MIXERS = ("norm", "mlp", "feed_forward", "moe", "dropout")
+
+
+def _without_attention(decoder: nn.Module, number: int, layer: nn.Module, known: set[str]) -> str:
+    """Why a layer without an attention that can be followed is refused; `known` are the children of other layers."""
+    own = [
+        f"{name} ({type(child).__name__})"
+        for name, child in layer.named_children()
+        if name not in known and not any(word in f"{name} {type(child).__name__}".lower() for word in _CHANNEL_MIXERS)
+    ]
+    where = f"layer {number} of {type(decoder).__name__} ({type(layer).__name__})"
+    if known:
+        return (
+            f"{where} mixes tokens by {' and '.join(own) or 'other means'} instead of attention: a recurrence or "
+            "convolution needs every token, so none of them can be pruned"
+        )
+    return (
+        f"{where} mixes tokens by {' and '.join(own) or 'code'} of its own, which does not go through the attention "
+        f"interface ({ATTENTION_REGISTRY}): its queries, keys and mask cannot be told apart"
+    )
+
+
 def _opened(decoder: nn.Module, layers: nn.ModuleList) -> set[int]:
     """Ids of the modules that contain attention."""
     found: set[int] = set()
@@ -108,17 +139,10 @@ def _opened(decoder: nn.Module, layers: nn.ModuleList) -> set[int]:
         if any(_is_attention(child) for child in module.modules()):
             _check_openable(path, module)
             found.add(id(module))
-    if not found:
-        raise UnsupportedModelError(
-            f"no module of {type(decoder).__name__} calls the attention interface; only Hugging Face decoders whose "
-            f"attention goes through {ATTENTION_REGISTRY} are supported"
-        )
+    mixers = {name for layer in layers if id(layer) in found for name, _ in layer.named_children()}
     for number, layer in enumerate(layers):
         if id(layer) not in found:
-            raise UnsupportedModelError(
-                f"layer {number} of {type(decoder).__name__} ({type(layer).__name__}) has no attention that goes "
-                f"through {ATTENTION_REGISTRY}; a layer that mixes tokens otherwise needs every token"
-            )
+            raise UnsupportedModelError(_without_attention(decoder, number, layer, mixers))
     return found
 
 
@@ -155,6 +179,7 @@ def trace_decoder(decoder: nn.Module, inputs: DecoderInputs | None = None) -> Tr
             node.meta["effect"] = True
         elif node.target in _OUT_OF_PLACE:
             node.target = _OUT_OF_PLACE[node.target]
+    unflatten_tokens(graph, tracer.root)
     return TracedDecoder(
         graph,
         tracer.root,

@@ -12,7 +12,6 @@ import operator
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,10 +20,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import masking_utils
 
 from dop_compile import ops
+from dop_compile.decoder_inputs import DecoderInputs
 from dop_compile.module_tracer import ModuleTracer
 from dop_compile.proxies import BATCH, OPAQUE, PACKED, TOKENS, Refused, ValueProxy, flatten, is_dynamic, map_nested
 
-__all__ = ["ATTENTION_REGISTRY", "CACHE_INPUT", "MASK_BUILDERS", "DecoderInputs", "DecoderTracer"]
+__all__ = ["ATTENTION_REGISTRY", "CACHE_INPUT", "MASK_BUILDERS", "DecoderTracer"]
 
 ATTENTION_REGISTRY = "ALL_ATTENTION_FUNCTIONS"
 CACHE_INPUT = "past_key_values"
@@ -38,27 +38,6 @@ MASK_BUILDERS = frozenset(
 # What a module cannot do with example values is no news to the user: PyTorch's log of it is dropped, in this thread
 _EVALUATING = threading.local()
 logging.getLogger("torch._subclasses.fake_tensor").addFilter(lambda record: not getattr(_EVALUATING, "active", False))
-
-
-@dataclass(frozen=True)
-class DecoderInputs:
-    """Which optional inputs the outer model hands to its decoder; one graph is traced per combination.
-
-    Args:
-        position_rows: leading size of `position_ids` (rows, batch, tokens); None for (batch, tokens).
-        masks: keys of the mask dictionary that the outer model builds itself; None if the decoder builds the mask.
-        cached: whether keys and values are stored.
-        packed: how many tensors of packed per-visual-token features (DeepStack) are handed over.
-        constants: other keyword arguments, all of them plain Python values.
-        first_layer: the layer that `inputs_embeds` enters; later than 0, they are a residual stream taken from there.
-    """
-
-    position_rows: int | None = None
-    masks: tuple[str, ...] | None = None
-    cached: bool = True
-    packed: int = 0
-    constants: tuple[tuple[str, Any], ...] = ()
-    first_layer: int = 0
 
 
 class DecoderTracer(ModuleTracer):
@@ -108,22 +87,25 @@ class DecoderTracer(ModuleTracer):
             rows = self._inputs.position_rows
             shape = (BATCH, TOKENS) if rows is None else (rows, BATCH, TOKENS)
             positions = torch.empty(shape, dtype=torch.long, device=device)
-            visual = torch.empty(BATCH, TOKENS, dtype=torch.bool, device=device)
             packed = torch.empty(PACKED, hidden, dtype=dtype, device=device)
         arguments["inputs_embeds"] = self._placeholder("inputs_embeds", embeds)
         arguments["position_ids"] = self._placeholder("position_ids", positions)
         if self._inputs.masks is None:
-            arguments["attention_mask"] = self._placeholder("attention_mask", OPAQUE)
+            arguments["attention_mask"] = mask = self._placeholder("attention_mask", OPAQUE)
+            mask.node.meta["dims"] = 2
         else:
             arguments["attention_mask"] = {
                 key: self._placeholder(f"attention_mask_{key}", OPAQUE) for key in self._inputs.masks
             }
         arguments[CACHE_INPUT] = self._placeholder(CACHE_INPUT, OPAQUE) if self._inputs.cached else None
+        for name, sizes, kind in self._inputs.token_values:
+            with self._fake:
+                value = torch.empty(BATCH, TOKENS, *sizes, dtype=kind, device=device)
+            arguments[name] = self._placeholder(name, value)
         if self._inputs.packed:
-            arguments["visual_pos_masks"] = self._placeholder("visual_pos_masks", visual)
-            arguments["deepstack_visual_embeds"] = [
-                self._placeholder(f"packed_{index}", packed) for index in range(self._inputs.packed)
-            ]
+            features = [self._placeholder(f"packed_{index}", packed) for index in range(self._inputs.packed)]
+            keys = self._inputs.packed_keys
+            arguments[self._inputs.packed_name] = features if keys is None else dict(zip(keys, features, strict=True))
         return arguments
 
     def _placeholder(self, name: str, value: Any) -> Any:
@@ -243,8 +225,19 @@ class DecoderTracer(ModuleTracer):
             proxies = map_nested((args, kwargs), lambda a: parts._placeholder("x", a) if isinstance(a, Tensor) else a)
             result = parts._call(parts.copy.get_submodule("part"), *proxies)
         except Exception:
-            return fallback
+            return self._value_of_text(path, args, kwargs, fallback)
         return map_nested(result, lambda a: a.value if isinstance(a, ValueProxy) else a)
+
+    def _value_of_text(self, path: str, args: Any, kwargs: Any, fallback: Any) -> Any:
+        """What a mixture returns does not depend on the kinds of its tokens: try without them."""
+
+        def without_kinds(a: Any) -> Any:
+            return None if isinstance(a, Tensor) and not a.dtype.is_floating_point else a
+
+        plain = map_nested((args, kwargs), without_kinds)
+        if repr(plain) == repr((args, kwargs)):
+            return fallback
+        return self._value("call_module", path, *plain)
 
     def _bare(self, path: str) -> nn.Module:
         """A module without the user's hooks, which are not for example values."""

@@ -8,7 +8,8 @@ Numerics: exact; no node changes.
 A residual branch is what lies between x and ``add(x, branch)``, whatever norms and multipliers it holds. Cases:
 1. pre-norm, post-norm and sandwich-norm blocks;
 2. parallel MHA and MLP: ``x + mha(x) + mlp(x)`` in any order of addition is one junction with two branches;
-3. anything else that replaces the stream between layers (DeepStack adds visual features): a transform, kept whole.
+3. anything else that replaces the stream between layers (DeepStack adds visual features) or scales it at the end of
+   one: a transform, kept whole;
 Refused: 4. no addition to a stream; 5. a constant added to it; 6. a branch with several attention kernels or of several
 layers; 7. a layer without an attention branch (linear attention needs every token); 8. a layer that replaces the stream
 by more than token-wise arithmetic, or goes on after its last addition (OPT's MLP on flattened tokens); 9. a branch
@@ -18,6 +19,7 @@ that reads two stream values.
 from __future__ import annotations
 
 import operator
+from collections import Counter
 
 import torch
 from torch import Tensor, fx
@@ -27,12 +29,12 @@ from dop_compile.errors import PassError
 from dop_compile.passes.cleanup import eliminate_dead_nodes, eliminate_duplicates
 from dop_compile.passes.graph import MHA, MLP, Block, DecoderGraph, Junction, depends_on, is_add
 from dop_compile.passes.infra import Pass, PassReport
-from dop_compile.trace import BATCH, CACHE_INPUT, MASK_BUILDERS, TOKENS
+from dop_compile.trace import BATCH, CACHE_INPUT, MASK_BUILDERS, TOKENS, is_length, is_packed
 
 __all__ = ["ANNOTATE"]
 
 _TOKEN_WISE = {ops.masked_assign, operator.add, operator.mul, operator.getitem, torch.add, torch.mul}
-_TOKEN_WISE_METHODS = {"clone", "to", "contiguous"}
+_TOKEN_WISE_METHODS = {"clone", "to", "contiguous", "squeeze", "masked_scatter"}
 
 
 class _StreamFinder:
@@ -66,11 +68,15 @@ class _StreamFinder:
             return ends[-1]
         raise PassError("annotate", "no addition to a residual stream was found in any layer")
 
-    def check_end(self, last: fx.Node) -> None:
-        """Nothing that a layer does may come after the last addition."""
+    def end(self, last: fx.Node) -> fx.Node:
+        """The stream behind the layers: after the last addition, only token-wise arithmetic (a scale) may come."""
+        end = last
         for node in self.nodes[self.position[last] + 1 :]:
             layer = self.target.traced.layer_of(node)
             if layer is not None and self.is_before(last, node):
+                if self.is_stream(node) and self.is_token_wise(node):
+                    end = node
+                    continue
                 raise PassError(
                     "annotate",
                     "the layer goes on after its last addition to the residual stream; only what is added to it can "
@@ -78,6 +84,13 @@ class _StreamFinder:
                     node=node.name,
                     layer=layer,
                 )
+        return end
+
+    @staticmethod
+    def is_token_wise(node: fx.Node) -> bool:
+        if node.op == "call_method":
+            return node.target in _TOKEN_WISE_METHODS or is_packed(node.meta.get("val"))
+        return node.target in _TOKEN_WISE
 
     def terms(self, node: fx.Node) -> list[fx.Node]:
         """Leaves of a tree of additions whose inner sums nobody else reads."""
@@ -156,9 +169,7 @@ class _StreamFinder:
             return None
         stream = earlier[-1]
         steps = [n for n in self.nodes if self.is_before(stream, n) and (n is node or self.is_before(n, node))]
-        token_wise = all(
-            n.target in _TOKEN_WISE or (n.op == "call_method" and n.target in _TOKEN_WISE_METHODS) for n in steps
-        )
+        token_wise = all(map(self.is_token_wise, steps))
         layer = self.target.traced.layer_of(node)
         if layer is not None and not token_wise:
             raise PassError(
@@ -178,8 +189,7 @@ def _annotate(graph: DecoderGraph, report: PassReport) -> None:
     # Every layer unpacks the same rotary tables: once is enough
     eliminate_duplicates(graph.graph, finder.is_positional, training=graph.traced.root.training)
     finder = _StreamFinder(graph)
-    current = finder.last()
-    finder.check_end(current)
+    current = finder.end(finder.last())
     junctions: list[Junction] = []
     while True:
         step = finder.junction(current) or finder.transform(current)
@@ -189,6 +199,7 @@ def _annotate(graph: DecoderGraph, report: PassReport) -> None:
         current = step.stream
     graph.entry = current
     graph.junctions = junctions[::-1]
+    _number_parts(graph)
     found = {kind: [b.layer for b in graph.blocks if b.kind == kind] for kind in (MHA, MLP)}
     layers = graph.traced.num_layers
     if found[MHA] != list(range(layers)):
@@ -204,11 +215,19 @@ def _annotate(graph: DecoderGraph, report: PassReport) -> None:
             report.kept.append(f"{step.out.name}: replaces the residual stream, for all tokens")
 
 
+def _number_parts(graph: DecoderGraph) -> None:
+    seen: Counter[int] = Counter()
+    for block in graph.blocks:
+        if block.kind == MLP:
+            block.part = seen[block.layer]
+            seen[block.layer] += 1
+
+
 def _use_reduced_lengths_in_masks(graph: DecoderGraph) -> None:
-    """Mask builders ask the cache for its length: they get a view that reports it after reduction."""
+    """Who asks the cache for its length - mask builders, layers that count - gets it after reduction, from a view."""
     if not graph.cached:
         return
-    builders = [node for node in graph.graph.nodes if node.target in MASK_BUILDERS]
+    builders = [node for node in graph.graph.nodes if node.target in MASK_BUILDERS or is_length(node)]
     if not builders:
         return
     cache = next(node for node in graph.graph.nodes if node.name == CACHE_INPUT)

@@ -61,7 +61,8 @@ class Block:
 
     For attention `tokens` are the queries and `keys` the tokens that supply keys and values; for an MLP `keys` is
     empty. `branch` is None once no token is left to compute for. `fused` says that queries, keys and values come from
-    one projection, which therefore runs for all tokens that are any of them.
+    one projection, which therefore runs for all tokens that are any of them. `part` numbers the MLP branches of a layer
+    that has several (Gemma 4 adds one that reads per-layer embeddings).
     """
 
     kind: str
@@ -73,10 +74,11 @@ class Block:
     attention: fx.Node | None = None
     update: fx.Node | None = None
     fused: bool = False
+    part: int = 0
 
     @property
     def name(self) -> str:
-        return f"L{self.layer:02d}_{self.kind}"
+        return f"L{self.layer:02d}_{self.kind}{self.part + 1 if self.part else ''}"
 
     @property
     def reads(self) -> TokenSet:

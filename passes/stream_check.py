@@ -85,6 +85,8 @@ class _StreamCheck:
             if node in seen:
                 continue
             seen.add(node)
+            if node.op == "call_method" and node.target == "size":
+                continue
             if node in self.writes and node not in roots:
                 found.append(node)
             elif node in roots or not inside or self.graph.traced.layer_of(node) is not None:

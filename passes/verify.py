@@ -23,7 +23,7 @@ from torch import fx
 
 from dop_compile import ops
 from dop_compile.errors import PassError
-from dop_compile.passes.graph import MHA, Block, DecoderGraph, IndexSpec
+from dop_compile.passes.graph import MHA, Block, DecoderGraph, IndexSpec, has_tokens
 from dop_compile.passes.infra import Pass, PassReport
 from dop_compile.passes.remove_dead import find_live
 from dop_compile.passes.stream_check import check_stream
@@ -33,7 +33,7 @@ from dop_compile.trace import MASK_BUILDERS
 __all__ = ["VERIFY", "check_graph"]
 
 _WITHOUT_TOKENS = (ops.select_attention_mask, ops.update_cache, *MASK_BUILDERS)
-_TOKEN_INPUTS = ("inputs_embeds", "position_ids", "visual_pos_masks")
+_TOKEN_INPUTS = ("inputs_embeds", "position_ids")
 
 
 class _Verifier:
@@ -55,7 +55,8 @@ class _Verifier:
 
     def _layout(self, node: fx.Node) -> TokenSet | None:
         if node.op == "placeholder":
-            return self.graph.universe.all if node.name in _TOKEN_INPUTS else None
+            names = (*_TOKEN_INPUTS, *(name for name, *_ in self.graph.traced.inputs.token_values))
+            return self.graph.universe.all if node.name in names else None
         if node.target is ops.token_slice:
             return self._moved(node, "gather", node.args[1], (node.args[0],))
         if node.target is ops.token_merge:
@@ -72,6 +73,8 @@ class _Verifier:
         found = {self.layout[source] for source in node.all_input_nodes if source in self.layout}
         if len(found) > 1:
             self.fail(f"combines values of the tokens {' and '.join(sorted(map(str, found)))}", node)
+        if not found and has_tokens(node):
+            return self.graph.universe.all  # made of the number of tokens alone
         return found.pop() if found else None
 
     def _is_without_tokens(self, node: fx.Node) -> bool:

@@ -42,7 +42,7 @@ VisualMaker = Callable[[nn.Module, int, torch.Generator], Visual]
 class Family:
     """A model class with a tiny configuration and a maker of inputs.
 
-    `type_ids` names the tensor that marks image (1) and video (2) placeholders, for classes that want one.
+    `type_ids` names the tensors that mark image (1) and video (2) placeholders, for classes that want some.
     `tower_per_row` is SmolVLM's layout: pixel values (batch, images, 3, height, width), zeros where a row has
     fewer images than another.
     """
@@ -59,9 +59,13 @@ class Family:
     has_newlines: bool = False
     has_sliding_layers: bool = False
     has_bidirectional_images: bool = False
+    has_bidirectional_prefix: bool = False
     has_absolute_positions: bool = False  # a shifted prompt is another prompt: padding needs `position_ids`
+    has_batch_positions: bool = False  # images are numbered through the batch: rows alone need `position_ids`
     is_parallel: bool = False  # attention and MLP read the same normalised state
     num_layers: int = LAYERS
+    needs_image: bool = False  # every row has one
+    eager_only: bool = False  # a part of the model has no other attention
 
     @property
     def has_video(self) -> bool:
@@ -72,9 +76,13 @@ class Family:
         return self.image is None
 
     @property
+    def has_logits_to_keep(self) -> bool:
+        return "logits_to_keep" in inspect.signature(self.model_class.forward).parameters
+
+    @property
     def attentions(self) -> tuple[str, ...]:
         """Attention implementations that the class has, of those that are supported."""
-        return ("sdpa", "eager") if self.model_class._supports_sdpa else ("eager",)
+        return ("sdpa", "eager") if self.model_class._supports_sdpa and not self.eager_only else ("eager",)
 
     def build(self, seed: int = 0, dtype: torch.dtype = torch.float32, attn: str | None = None) -> nn.Module:
         """The model in eval mode, the same for the same seed. It has no end-of-sequence token."""
@@ -97,6 +105,38 @@ class Family:
 
         Padding is PAD with attention 0. A batch without images has no pixel values.
         """
+        ids, visuals = self._rows(model, rows, seed)
+        inputs = _pad(ids, padding)
+        if self.has_absolute_positions:
+            inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+        if self.type_ids:
+            types = (inputs["input_ids"] == IMAGE).long() + 2 * (inputs["input_ids"] == VIDEO).long()
+            types = types * inputs["attention_mask"] * (not self.has_bidirectional_prefix)
+            inputs |= dict.fromkeys(self.type_ids.split(), types)
+        inputs |= self._join(visuals)
+        if self.has_batch_positions:
+            known = {name: value for name, value in inputs.items() if not value.is_floating_point()}
+            inputs["position_ids"] = model.base_model.get_rope_index(**known)[0]
+        return {
+            name: value.to(device=device, dtype=model.dtype if value.is_floating_point() else value.dtype)
+            for name, value in inputs.items()
+        }
+
+    def make_towers(
+        self, model: nn.Module, rows: Sequence[Sequence[Segment]], seed: int = 0
+    ) -> list[dict[str, Tensor]]:
+        """Each row's own images and videos, of the batch that `make_inputs` makes."""
+        return [
+            {n: v.to(model.device, model.dtype if v.is_floating_point() else v.dtype) for n, v in tower.items()}
+            for tower in (self._join([row]) for row in self._rows(model, rows, seed)[1])
+        ]
+
+    def _join(self, visuals: list[list[Visual]]) -> dict[str, Tensor]:
+        return _join_per_row(visuals) if self.tower_per_row else _join([v for row in visuals for v in row])
+
+    def _rows(
+        self, model: nn.Module, rows: Sequence[Sequence[Segment]], seed: int
+    ) -> tuple[list[list[int]], list[list[Visual]]]:
         generator = torch.Generator().manual_seed(seed)
         ids: list[list[int]] = []
         visuals: list[list[Visual]] = []
@@ -115,17 +155,7 @@ class Family:
                 row_visuals.append(visual)
             ids.append(row_ids)
             visuals.append(row_visuals)
-        inputs = _pad(ids, padding)
-        if self.has_absolute_positions:
-            inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
-        if self.type_ids:
-            types = (inputs["input_ids"] == IMAGE).long() + 2 * (inputs["input_ids"] == VIDEO).long()
-            inputs[self.type_ids] = types * inputs["attention_mask"]
-        inputs |= _join_per_row(visuals) if self.tower_per_row else _join([v for row in visuals for v in row])
-        return {
-            name: value.to(device=device, dtype=model.dtype if value.is_floating_point() else value.dtype)
-            for name, value in inputs.items()
-        }
+        return ids, visuals
 
 
 def _random_ids(count: int, generator: torch.Generator) -> list[int]:
@@ -138,7 +168,7 @@ def _initialise(model: nn.Module) -> None:
     Tied embeddings are small against the branches (or every model would repeat its last token), and the final
     norm makes up for it.
     """
-    tied = model.config.get_text_config().tie_word_embeddings
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim < 2:

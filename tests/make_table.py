@@ -1,13 +1,15 @@
 """The README's table of model families: `python -m tests.make_table` writes it.
 
-It lists what `tests/test_conformance.py` is parametrised over, so a family stands there only while it is tested.
+It lists what the conformance suite is parametrised over, so a family stands there only while it is tested: as exact, or
+as refused for the reason that the error gives.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from tests.families import FAMILIES, Family
+from tests.conformance.table import EXACT, REFUSED
+from tests.families import Family
 
 README = Path(__file__).parents[1] / "README.md"
 START, END = "<!-- FAMILIES -->", "<!-- /FAMILIES -->"
@@ -18,24 +20,31 @@ _TRAITS = {
     "has_newlines": "newline embeddings",
     "has_sliding_layers": "sliding-window layers",
     "has_bidirectional_images": "bidirectional image tokens",
+    "has_bidirectional_prefix": "bidirectional prompt",
     "is_parallel": "parallel attention and MLP",
 }
 
 
 def _checked(family: Family) -> str:
     kinds = [name for name, takes in (("images", family.image), ("videos", family.video)) if takes is not None]
-    return ", ".join(
-        [*(kinds or ["`token_groups`"]), *(text for flag, text in _TRAITS.items() if getattr(family, flag))]
-    )
+    return ", ".join([*kinds, *(text for flag, text in _TRAITS.items() if getattr(family, flag))])
+
+
+def _decoder(family: Family) -> str:
+    return type(family.config().get_text_config(decoder=True)).__name__
 
 
 def supported_models_table() -> str:
-    """Markdown: one line per family of the conformance test."""
-    lines = ["| family | model class | text decoder | checked with |", "| --- | --- | --- | --- |"]
-    for family in FAMILIES.values():
-        model = family.build()
-        decoder = type(model.get_decoder()).__name__
-        lines.append(f"| {family.name} | `{family.model_class.__name__}` | `{decoder}` | {_checked(family)} |")
+    """Markdown: one line per multimodal family, the text-only classes, and a line per refused family."""
+    multimodal = [family for family in EXACT.values() if not family.is_text_only]
+    text_only = sorted({family.model_class.__name__ for family in EXACT.values() if family.is_text_only})
+    lines = ["| family | model class | text decoder of | checked with |", "| --- | --- | --- | --- |"]
+    for family in multimodal:
+        lines.append(f"| {family.name} | `{family.model_class.__name__}` | `{_decoder(family)}` | {_checked(family)} |")
+    lines += ["", f"Text-only classes, with `token_groups`: {', '.join(f'`{name}`' for name in text_only)}.", ""]
+    lines += ["Refused when they are compiled, by an error that names the layer:", ""]
+    lines += ["| model class | because of |", "| --- | --- |"]
+    lines += [f"| `{r.family.model_class.__name__}` | {r.reason} |" for r in REFUSED.values()]
     return "\n".join(lines)
 
 

@@ -32,16 +32,20 @@ if TYPE_CHECKING:
     from dop_compile.policy import Policy
 
 TEXT, VISUAL, SYSTEM = 0, 1, 2
+OWN_ARGUMENTS = ("input_ids", "inputs_embeds", "position_ids", "attention_mask")
+BLOCKS_WITHIN_WINDOWS = ("gemma3_text",)  # elsewhere a block is seen whole, also through a sliding window
 LAYERS = ("layers", "h")
 FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f", "embedding_norm")
 ATTENTIONS = ("self_attn", "attention", "self_attention", "attn")
 PROJECTIONS = ("o_proj", "out_proj", "dense", "c_proj", "wo")
-MLPS = ("mlp", "feed_forward", "block_sparse_moe", "shared_mlp", "fc2")  # OPT has no module around its projections
+MLPS = ("mlp", "feed_forward", "block_sparse_moe", "shared_mlp", "per_layer_projection")
+MLPS += ("fc2",)  # OPT has no module around its projections
 TOWER_INPUTS = {
     "image": ("pixel_values", "pixel_values_images", "pixel_attention_mask", "image_sizes", "image_grid_thw"),
     "video": ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts"),
 }
 Ordinals = Sequence[Sequence[int]] | None
+Towers = Sequence[dict[str, Tensor]] | None
 
 
 def reference_logits(
@@ -51,15 +55,17 @@ def reference_logits(
     kept: Ordinals = None,
     token_groups: Tensor | None = None,
     salient: Ordinals = None,
+    towers: Towers = None,
 ) -> list[Tensor]:
     """The logits of each row, (tokens of the row, vocab) in float32, in the caller's positions, no padding.
 
     `kept` lists per row the visual tokens that enter the decoder, as increasing ordinals 0..n-1 of the row's
     visual tokens (newline embeddings are not counted). `salient` lists those of them that form
     `visual_salient`, in the same numbering; newlines are `visual_rest`. `token_groups` (batch, tokens) gives
-    the groups of a text-only model: 0 text, 1 visual, 2 system.
+    the groups of a text-only model: 0 text, 1 visual, 2 system. `towers` are the rows' images and videos, which
+    are otherwise found in `inputs`.
     """
-    return [_run(model, row, policy)[0] for row in split_rows(model, inputs, kept, token_groups, salient)]
+    return [_run(model, row, policy)[0] for row in split_rows(model, inputs, kept, token_groups, salient, towers)]
 
 
 def reference_generate(
@@ -70,6 +76,7 @@ def reference_generate(
     kept: Ordinals = None,
     token_groups: Tensor | None = None,
     salient: Ordinals = None,
+    towers: Towers = None,
 ) -> list[list[int]]:
     """The greedily chosen new ids of each row. There is no cache: every step runs prompt and output anew.
 
@@ -78,7 +85,7 @@ def reference_generate(
     eos = getattr(model.generation_config, "eos_token_id", None)
     stop = set(eos if isinstance(eos, list) else [eos])
     generated = []
-    for row in split_rows(model, inputs, kept, token_groups, salient):
+    for row in split_rows(model, inputs, kept, token_groups, salient, towers):
         while len(row.output) < max_new_tokens and not stop.intersection(row.output[-1:]):
             _, last = _run(model, row, policy)
             row = replace(row, output=[*row.output, int(last.argmax())])
@@ -103,19 +110,20 @@ def split_rows(
     kept: Ordinals = None,
     token_groups: Tensor | None = None,
     salient: Ordinals = None,
+    towers: Towers = None,
 ) -> list[Row]:
-    """The rows of a batch, each with its own images and videos."""
+    """The rows of a batch, each with its own images and videos: `towers`, or found by counting placeholders."""
     mask = inputs["attention_mask"].bool()
     ids = inputs["input_ids"]
-    parts: list[dict[str, Tensor]] = [{} for _ in range(len(ids))]
-    for kind, names in TOWER_INPUTS.items():
+    parts: list[dict[str, Tensor]] = [{} for _ in ids] if towers is None else [dict(tower) for tower in towers]
+    for kind, names in TOWER_INPUTS.items() if towers is None else ():
         tower = {name: inputs[name] for name in names if name in inputs}
         if tower:
             placeholder = getattr(model.config, f"{kind}_token_id")
             tokens = ((ids == placeholder) & mask).sum(-1).tolist()
             for part, own in zip(parts, _split_tower(model, tower, tokens), strict=True):
                 part.update(own)
-    for name in ("mm_token_type_ids", "token_type_ids", "position_ids"):
+    for name in ("mm_token_type_ids", "moe_mm_token_type_ids", "token_type_ids", "position_ids"):
         if name in inputs:
             for index, part in enumerate(parts):
                 part[name] = inputs[name][..., index, :][..., mask[index]].unsqueeze(-2)
@@ -182,7 +190,7 @@ def _run(model: nn.Module, row: Row, policy: Policy) -> tuple[Tensor, Tensor]:
         arguments |= dict(zip(names, positional, strict=False))
         sequence = _sequence(model, decoder, row, arguments, placeholders)
         groups = _group_names(policy, row, sequence)
-        return _reduced_forward(decoder, original, policy, sequence, groups, arguments)
+        return _reduced_forward(decoder, original, policy, row, sequence, groups, arguments)
 
     with _patched(decoder, "forward", forward), _recorded_placeholders(model, placeholders):
         logits = model(**row.inputs, use_cache=False).logits[0].float()
@@ -209,7 +217,11 @@ def _sequence(
     prompt, device = embeds.shape[1], embeds.device
     visual = torch.zeros(prompt, dtype=torch.bool, device=device)
     for mask in placeholders:
-        visual |= mask[0, :, 0]
+        visual |= mask[0].reshape(prompt, -1).any(-1)
+    if not placeholders and len(row.inputs) > 2 and row.groups is None:  # the class tells placeholders by their ids
+        for name in ("image_token_id", "video_token_id"):
+            if (number := getattr(model.config, name, None)) is not None:
+                visual |= row.inputs["input_ids"][0] == number
     if row.groups is not None:
         visual = row.groups.to(device) == VISUAL
     newline = torch.zeros_like(visual)
@@ -219,7 +231,9 @@ def _sequence(
     if positions is None:
         positions = torch.arange(prompt, device=device)[None]
     blocks = torch.full((prompt,), -1, device=device)
-    if "token_type_ids" in row.inputs:  # Gemma 3: every run of image tokens is one block
+    if model.config.model_type == "paligemma":  # the whole prompt, but for a suffix to learn from
+        blocks = row.inputs["token_type_ids"][0].ne(0).long().neg()
+    elif "token_type_ids" in row.inputs:  # Gemma 3: every run of image tokens is one block
         image = row.inputs["token_type_ids"][0] == 1
         starts = image & ~nn.functional.pad(image, (1, 0))[:-1]
         blocks = torch.where(image, starts.cumsum(0) - 1, -1)
@@ -267,6 +281,7 @@ def _reduced_forward(
     decoder: nn.Module,
     original: Callable[..., Any],
     policy: Policy,
+    row: Row,
     sequence: Tokens,
     groups: list[str],
     arguments: dict[str, Any],
@@ -282,12 +297,7 @@ def _reduced_forward(
         if positions.ndim != 2 and len(index) < len(groups):
             raise NotImplementedError("compact positions are not defined for several position axes.")
         positions = positions if positions.ndim != 2 else torch.arange(len(index), device=index.device)[None]
-    extras = {}
-    if arguments.get("deepstack_visual_embeds") is not None:
-        visual = arguments["visual_pos_masks"][0]
-        visual = nn.functional.pad(visual, (0, len(groups) - len(visual)))
-        levels = [level[entering[visual]] for level in arguments["deepstack_visual_embeds"]]
-        extras = {"visual_pos_masks": visual[index][None], "deepstack_visual_embeds": levels}
+    extras = _token_arguments(decoder, row, arguments, entering)
     with contextlib.ExitStack() as hooks:
         for number, layer in enumerate(named_child(decoder, LAYERS)):
             blocks = sequence.blocks[index]
@@ -300,6 +310,28 @@ def _reduced_forward(
             output = original(**given, **extras, use_cache=False)
             full[:, index] = output.last_hidden_state
     return type(output)(last_hidden_state=full)
+
+
+def _token_arguments(decoder: nn.Module, row: Row, arguments: dict[str, Any], entering: Tensor) -> dict[str, Any]:
+    """The decoder's other arguments for the tokens that enter it; zeros for output tokens."""
+    reduced: dict[str, Any] = {}
+    given = arguments.get("inputs_embeds")
+    count = (arguments["input_ids"] if given is None else given).shape[1]
+    for name, value in arguments.items():
+        if isinstance(value, Tensor) and name not in OWN_ARGUMENTS and value.shape[:2] == (1, count):
+            padded = value.new_zeros(1, len(entering), *value.shape[2:])
+            padded[:, :count] = value
+            if name == "per_layer_inputs" and row.output:  # Gemma 4's second embeddings
+                padded[:, count:] = decoder.get_per_layer_inputs(torch.tensor([row.output]))
+            reduced[name] = padded[:, entering]
+    for name, mask in (("deepstack_visual_embeds", "visual_pos_masks"), ("deepstack_features", "vision_mask")):
+        if arguments.get(name):
+            visual = arguments[mask][0].flatten()
+            levels, kept = arguments[name], entering[: len(visual)][visual]
+            items = levels.items() if isinstance(levels, dict) else enumerate(levels)
+            parts = {key: level[kept] for key, level in items}
+            reduced[name] = parts if isinstance(levels, dict) else list(parts.values())
+    return reduced
 
 
 # One layer.
@@ -390,16 +422,20 @@ def own_mask(config: Any, number: int, blocks: Tensor) -> Tensor:
     """
     step = torch.arange(len(blocks), device=blocks.device)
     query, key = step[:, None], step[None, :]
-    visible = (key <= query) | ((blocks[:, None] == blocks[None, :]) & (blocks[:, None] >= 0))
+    causal, same_block = key <= query, (blocks[:, None] == blocks[None, :]) & (blocks[:, None] >= 0)
     kinds = getattr(config, "layer_types", None)
     window = getattr(config, "sliding_window", None)
     kind = kinds[number] if kinds else "full_attention" if window is None else "sliding_attention"
     if kind == "chunked_attention":
         chunk = config.attention_chunk_size
-        return visible & (query // chunk == key // chunk)
+        return causal & (query // chunk == key // chunk)
     if kind not in ("full_attention", "sliding_attention"):
         raise NotImplementedError(f"layer {number} is of type {kind!r}")
-    return visible & (key > query - window) if kind == "sliding_attention" else visible
+    if kind == "full_attention":
+        return causal | same_block
+    if config.model_type in BLOCKS_WITHIN_WINDOWS:
+        return (causal | same_block) & (key > query - window)
+    return causal & (key > query - window) | same_block
 
 
 # Temporary changes of the model, undone also when something raises.

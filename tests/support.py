@@ -26,7 +26,7 @@ ONE_IMAGE: Rows = [[("text", 4), ("image",), ("text", 3)]]
 
 def mixed_rows(family: Family) -> list[list[Segment]]:
     """Images at different places and of different counts, a video where the class takes one, a row of text."""
-    rows: list[list[Segment]] = [[("text", 5), ("text", 6)]]
+    rows: list[list[Segment]] = [] if family.needs_image else [[("text", 5), ("text", 6)]]
     if family.is_text_only:
         return [*rows, [("text", 14)], [("text", 20)]]
     rows += [[("text", 3), ("image",), ("text", 4), ("image", 1), ("text", 3)], [("image", 2), ("text", 6)]]
@@ -35,10 +35,10 @@ def mixed_rows(family: Family) -> list[list[Segment]]:
     return rows
 
 
-@functools.cache
-def shared_model(name: str, attn: str = "sdpa", seed: int = 0) -> nn.Module:
+@functools.lru_cache(32)
+def shared_model(family: str | Family, attn: str | None = None, seed: int = 0) -> nn.Module:
     """One model for many tests; none of them changes it."""
-    return FAMILIES[name].build(seed=seed, attn=attn)
+    return (FAMILIES[family] if isinstance(family, str) else family).build(seed=seed, attn=attn)
 
 
 def compile_eagerly(model: nn.Module, policy: Policy | dict[str, Policy], **arguments: Any) -> Any:
@@ -47,12 +47,14 @@ def compile_eagerly(model: nn.Module, policy: Policy | dict[str, Policy], **argu
 
 @dataclass(frozen=True)
 class Batch:
-    """One batch for one model. `groups` (batch, tokens) are those of a text-only model."""
+    """One batch for one model. `groups` (batch, tokens) are those of a text-only model; `towers` are each row's own
+    images and videos."""
 
     family: Family
     model: nn.Module = field(repr=False)
     inputs: dict[str, Tensor]
     groups: Tensor | None = None
+    towers: list[dict[str, Tensor]] | None = None
 
     @property
     def mask(self) -> Tensor:
@@ -91,11 +93,12 @@ class Batch:
 
 
 def make_batch(
-    name: str, rows: Rows | None = None, padding: str = "left", seed: int = 0, model: nn.Module | None = None
+    name: str | Family, rows: Rows | None = None, padding: str = "left", seed: int = 0, model: nn.Module | None = None
 ) -> Batch:
-    family = FAMILIES[name]
+    family = FAMILIES[name] if isinstance(name, str) else name
     model = shared_model(name) if model is None else model
-    inputs = family.make_inputs(model, mixed_rows(family) if rows is None else rows, padding=padding, seed=seed)
+    rows = mixed_rows(family) if rows is None else rows
+    inputs = family.make_inputs(model, rows, padding=padding, seed=seed)
     groups = None
     if family.is_text_only:
         # 2 system, then visual with text between, then text; the first row is text alone
@@ -103,7 +106,7 @@ def make_batch(
         place = (inputs["attention_mask"].cumsum(1) - 1).clamp(0, len(pattern) - 1)
         groups = pattern[place] * inputs["attention_mask"]
         groups[0] = 0
-    return Batch(family, model, inputs, groups)
+    return Batch(family, model, inputs, groups, None if family.is_text_only else family.make_towers(model, rows, seed))
 
 
 # Comparisons. `scale` of every error is the largest number of the reference.
@@ -137,7 +140,7 @@ def reference(
 ) -> Tensor:
     """(batch, tokens, vocab) logits of the oracle, zeros on padding."""
     in_order = None if kept is None else [sorted(row) for row in kept]
-    rows = reference_logits(batch.model, batch.inputs, policy, in_order, batch.groups, salient)
+    rows = reference_logits(batch.model, batch.inputs, policy, in_order, batch.groups, salient, batch.towers)
     return padded(rows, batch.mask)
 
 
@@ -161,7 +164,8 @@ def assert_forward_matches(
     """All rows with and without a cache, and the last three rows alone, are the oracle's."""
     expected = reference(batch, policy, kept, salient)
     given = batch.call_arguments(kept if policy.reducer == "given" else None)
-    for settings in ({"use_cache": True}, {"use_cache": False}, {"logits_to_keep": 3}):
+    last = ({"logits_to_keep": 3},) if batch.family.has_logits_to_keep else ()
+    for settings in ({"use_cache": True}, {"use_cache": False}, *last):
         logits = compiled(**batch.inputs, **given, **settings).logits
         assert logits.shape[1] == min(settings.get("logits_to_keep", 10**6), expected.shape[1])
         assert_rows_match(logits, expected, batch.mask, tolerance)
@@ -173,8 +177,10 @@ def assert_generates_reference(
 ) -> None:
     """Greedy tokens are the oracle's, in every row of a left-padded batch."""
     given = batch.call_arguments(kept if policy.reducer == "given" else None)
-    generated = compiled.generate(**batch.inputs, **given, max_new_tokens=tokens, do_sample=False)
-    expected = reference_generate(batch.model, batch.inputs, policy, tokens, kept, batch.groups)
+    generated = compiled.generate(
+        **without(batch.inputs, "position_ids"), **given, max_new_tokens=tokens, do_sample=False
+    )
+    expected = reference_generate(batch.model, batch.inputs, policy, tokens, kept, batch.groups, towers=batch.towers)
     assert generated[:, batch.inputs["input_ids"].shape[1] :].tolist() == expected
 
 

@@ -228,13 +228,13 @@ def test_a_decoder_without_a_list_of_layers_is_refused() -> None:
 def test_a_layer_that_mixes_tokens_by_other_means_is_refused_by_number() -> None:
     model = _llama()
     model.layers[2].self_attn = nn.Linear(64, 64)
-    with pytest.raises(UnsupportedModelError, match=r"layer 2 of LlamaModel .*no attention"):
+    with pytest.raises(UnsupportedModelError, match=r"layer 2 of LlamaModel .*instead of attention"):
         trace_decoder(model)
 
 
-def test_a_layer_that_works_on_flattened_tokens_is_refused_by_name() -> None:
+def test_a_layer_that_ends_with_a_norm_is_refused_by_name() -> None:
     config = OPTConfig(hidden_size=64, num_attention_heads=4, ffn_dim=96, num_hidden_layers=2, vocab_size=128,
-                       word_embed_proj_dim=64)  # fmt: skip
+                       word_embed_proj_dim=64, do_layer_norm_before=False)  # fmt: skip
     decoder = OPTModel._from_config(config, attn_implementation="sdpa").eval().decoder
     keep = KeepTable.dense(2)
     with pytest.raises(PassError, match=r"can.* be pruned") as caught:

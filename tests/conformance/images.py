@@ -7,21 +7,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import ModelOutput
 
 from tests.families import BREAK, END, IMAGE, START, VIDEO, Visual, VisualMaker
 
-__all__ = ["fitted", "grid_image", "grid_video", "patches", "pixels", "sized_pixels", "tiles"]
+__all__ = ["fitted", "grid_image", "grid_video", "patches", "pixels", "placed_patches", "sized_pixels", "tiles"]
 
 Tensors = Callable[[int, torch.Generator], dict[str, Tensor]]
 
 
-def fitted(make_tensors: Tensors, kind: str = "image", marked: bool = True) -> VisualMaker:
+def fitted(make_tensors: Tensors, kind: str = "image", marked: bool = True, per_row: bool = False) -> VisualMaker:
     """An image (or video) whose features are counted: `get_image_features` is asked for them.
 
     Args:
         make_tensors: the tensors of a variant.
         kind: "image" or "video".
         marked: whether START and END stand around the placeholders.
+        per_row: whether the class wants a dimension for the rows of a batch before that of the images.
     """
 
     def make(model: nn.Module, variant: int, generator: torch.Generator) -> Visual:
@@ -31,9 +33,12 @@ def fitted(make_tensors: Tensors, kind: str = "image", marked: bool = True) -> V
             name: value.to(model.device, model.dtype) if value.is_floating_point() else value
             for name, value in tensors.items()
         }
+        if per_row:
+            given = {name: value[None] for name, value in given.items()}
         with torch.no_grad():
             features = getattr(owner, f"get_{kind}_features")(**given)
-        count = sum(part.flatten(0, -2).shape[0] for part in _tensors(getattr(features, "pooler_output", features)))
+        output = features if features.pooler_output is None else features.pooler_output
+        count = sum(part.flatten(0, -2).shape[0] for part in _tensors(output))
         ids = [IMAGE if kind == "image" else VIDEO] * count
         return Visual([START, *ids, END] if marked else ids, tensors)
 
@@ -43,6 +48,8 @@ def fitted(make_tensors: Tensors, kind: str = "image", marked: bool = True) -> V
 def _tensors(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
+    elif isinstance(value, ModelOutput):
+        yield value.last_hidden_state
     else:
         for part in value:
             yield from _tensors(part)
@@ -61,6 +68,16 @@ def pixels(side: int = 24, name: str = "pixel_values", frames: tuple[int, ...] =
 def patches(count: int, values: int) -> Tensors:
     """(1, patches, values)."""
     return lambda variant, generator: {"pixel_values": torch.randn(1, count, values, generator=generator)}
+
+
+def placed_patches(values: int, side: int = 6) -> Tensors:
+    """Gemma 4: (1, side * side, values), and where each patch stands."""
+
+    def make(variant: int, generator: torch.Generator) -> dict[str, Tensor]:
+        places = torch.cartesian_prod(torch.arange(side), torch.arange(side)).flip(-1)[None]
+        return {"pixel_values": torch.rand(1, side * side, values, generator=generator), "image_position_ids": places}
+
+    return make
 
 
 def sized_pixels(*sizes: tuple[int, int]) -> Tensors:
@@ -85,12 +102,12 @@ def tiles(side: int = 16) -> Tensors:
     return make
 
 
-def grid_image(patch_values: int, **extra: Any) -> Tensors:
-    """Qwen's flattened patches (patches, values) and `image_grid_thw`."""
+def grid_image(*patch: int, **extra: Any) -> Tensors:
+    """Qwen's flattened patches (patches, *patch) and `image_grid_thw`."""
 
     def make(variant: int, generator: torch.Generator) -> dict[str, Tensor]:
         _, height, width = grid = [(1, 6, 6), (1, 4, 8), (1, 4, 4)][variant % 3]
-        image = torch.randn(height * width, patch_values, generator=generator)
+        image = torch.randn(height * width, *patch, generator=generator)
         tensors = {"pixel_values": image, "image_grid_thw": torch.tensor([grid])}
         return tensors | {name: torch.tensor(value) for name, value in extra.items()}
 

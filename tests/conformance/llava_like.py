@@ -11,7 +11,7 @@ import transformers as hf
 
 from tests.conformance.configs import tiny, tiny_tower
 from tests.conformance.images import fitted, patches, pixels, sized_pixels, tiles
-from tests.families import HEAD_DIM, HEADS, IMAGE, VIDEO, Family, VisualMaker
+from tests.families import HEAD_DIM, IMAGE, VIDEO, Family, VisualMaker
 
 __all__ = ["LLAVA_LIKE", "ids_of", "vlm"]
 
@@ -45,7 +45,7 @@ def vlm(
 
     def config() -> Any:
         parts = {"text_config": text()} | ({} if tower is None else {"vision_config": tower()})
-        tied = {"tie_word_embeddings": parts["text_config"].tie_word_embeddings}
+        tied = {"tie_word_embeddings": getattr(parts["text_config"], "tie_word_embeddings", False)}
         return config_class(**(parts | ids_of(config_class) | tied | settings))
 
     return Family(name, model_class, config, image, video, **(flags or {}))
@@ -71,8 +71,13 @@ _INTERN = functools.partial(tiny_tower, hf.InternVLVisionConfig, image_size=[24,
 _IDEFICS2 = functools.partial(tiny_tower, hf.Idefics2VisionConfig, patch=8)
 _IDEFICS3 = functools.partial(tiny_tower, hf.Idefics3VisionConfig)
 _GOT = functools.partial(
-    tiny_tower, hf.models.got_ocr2.GotOcr2VisionConfig, patch=2, output_channels=16, window_size=4,
-    global_attn_indexes=[1], mlp_dim=48,
+    tiny_tower,
+    hf.models.got_ocr2.GotOcr2VisionConfig,
+    patch=2,
+    output_channels=16,
+    window_size=4,
+    global_attn_indexes=[1],
+    mlp_dim=48,
 )
 
 _PLAIN = fitted(pixels(24), marked=False)
@@ -82,41 +87,127 @@ _PINPOINTS: dict[str, Any] = {"image_grid_pinpoints": [[16, 32], [32, 16], [32, 
 _SIZES = sized_pixels((24, 24), (16, 32), (32, 24))
 _SLIDES = {"has_sliding_layers": True}
 _NEWLINES = {"has_newlines": True}
-_SPLIT = fitted(pixels(24, frames=(1,), pixel_attention_mask=1))
+_SPLIT = fitted(pixels(24, pixel_attention_mask=1), per_row=True)
+_PREFIX = {"type_ids": "token_type_ids", "has_bidirectional_prefix": True}
 _PER_ROW = {"tower_per_row": True}
 
-_LLAVA, _NEXT, _INTERNVL = "LlavaForConditionalGeneration", "LlavaNextForConditionalGeneration", "InternVLForConditionalGeneration"
+_LLAVA, _NEXT, _INTERNVL = (
+    "LlavaForConditionalGeneration",
+    "LlavaNextForConditionalGeneration",
+    "InternVLForConditionalGeneration",
+)
 
 _ALL = (
     vlm("llava_qwen2", _LLAVA, _QWEN2, _CLIP, _PLAIN),
     vlm("llava_mistral", _LLAVA, _SLIDING_MISTRAL, _CLIP, _PLAIN, _SLIDES),
-    vlm("llava_siglip", _LLAVA, _QWEN2, _SIGLIP, _PLAIN, vision_feature_select_strategy="full", vision_feature_layer=-1),
-    vlm("pixtral", _LLAVA, _MISTRAL, _PIXTRAL, fitted(_SIZES), vision_feature_select_strategy="full", vision_feature_layer=-1),
+    vlm(
+        "llava_siglip", _LLAVA, _QWEN2, _SIGLIP, _PLAIN, vision_feature_select_strategy="full", vision_feature_layer=-1
+    ),
+    vlm(
+        "pixtral",
+        _LLAVA,
+        _MISTRAL,
+        _PIXTRAL,
+        fitted(_SIZES),
+        vision_feature_select_strategy="full",
+        vision_feature_layer=-1,
+    ),
     vlm("llava_next_llama", _NEXT, _LLAMA, _TILE_CLIP, _TILES, _NEWLINES, **_PINPOINTS),
     vlm("llava_next_qwen2", _NEXT, _QWEN2, _TILE_CLIP, _TILES, _NEWLINES, **_PINPOINTS),
-    vlm("granite_vision", _NEXT, _GRANITE, _TILE_SIGLIP, _TILES, _NEWLINES,
-        vision_feature_select_strategy="full", vision_feature_layer=[-2, -1], **_PINPOINTS),
-    vlm("llava_next_video", "LlavaNextVideoForConditionalGeneration", _LLAMA, _TILE_CLIP, _TILES, _NEWLINES,
-        fitted(pixels(16, "pixel_values_videos", (2,)), "video"), spatial_pool_stride=1, **_PINPOINTS),
-    vlm("llava_onevision", "LlavaOnevisionForConditionalGeneration", _QWEN2, _TILE_SIGLIP, _TILES, _NEWLINES, **_PINPOINTS),
+    vlm(
+        "granite_vision",
+        _NEXT,
+        _GRANITE,
+        _TILE_SIGLIP,
+        _TILES,
+        _NEWLINES,
+        vision_feature_select_strategy="full",
+        vision_feature_layer=[-2, -1],
+        **_PINPOINTS,
+    ),
+    vlm(
+        "llava_next_video",
+        "LlavaNextVideoForConditionalGeneration",
+        _LLAMA,
+        _TILE_CLIP,
+        _TILES,
+        _NEWLINES,
+        fitted(pixels(16, "pixel_values_videos", (2,)), "video"),
+        spatial_pool_stride=1,
+        **_PINPOINTS,
+    ),
+    vlm(
+        "llava_onevision",
+        "LlavaOnevisionForConditionalGeneration",
+        _QWEN2,
+        _TILE_SIGLIP,
+        _TILES,
+        _NEWLINES,
+        **_PINPOINTS,
+    ),
     vlm("vipllava", "VipLlavaForConditionalGeneration", _LLAMA, _CLIP, _PLAIN, vision_feature_layer=[-2, -1]),
-    vlm("aya_vision", "AyaVisionForConditionalGeneration", _COHERE2, functools.partial(_SIGLIP, patch=4), _MARKED,
-        _SLIDES | {"is_parallel": True}),
+    vlm(
+        "aya_vision",
+        "AyaVisionForConditionalGeneration",
+        _COHERE2,
+        functools.partial(_SIGLIP, patch=4),
+        _MARKED,
+        _SLIDES | {"is_parallel": True},
+    ),
     vlm("internvl_qwen3", _INTERNVL, _QWEN3, _INTERN, _MARKED),
     vlm("internvl_llama", _INTERNVL, _LLAMA, _INTERN, _MARKED),
-    vlm("paligemma", "PaliGemmaForConditionalGeneration", _GEMMA, _SIGLIP, _PLAIN, {"type_ids": "token_type_ids"},
-        projection_dim=64),
-    vlm("paligemma2", "PaliGemmaForConditionalGeneration", _GEMMA2, _SIGLIP, _PLAIN, {"type_ids": "token_type_ids"} | _SLIDES,
-        projection_dim=64),
+    vlm("paligemma", "PaliGemmaForConditionalGeneration", _GEMMA, _SIGLIP, _PLAIN, _PREFIX, projection_dim=64),
+    vlm(
+        "paligemma2",
+        "PaliGemmaForConditionalGeneration",
+        _GEMMA2,
+        _SIGLIP,
+        _PLAIN,
+        _PREFIX | _SLIDES | {"eager_only": True},
+        projection_dim=64,
+    ),
     vlm("got_ocr2", "GotOcr2ForConditionalGeneration", _QWEN2, _GOT, _MARKED),
-    vlm("idefics2", "Idefics2ForConditionalGeneration", _MISTRAL, _IDEFICS2, _SPLIT, _PER_ROW,
-        perceiver_config={"hidden_size": 64, "resampler_n_latents": 4, "resampler_depth": 1, "resampler_n_heads": 2,
-                          "resampler_head_dim": 16, "num_key_value_heads": 1}),
+    vlm(
+        "idefics2",
+        "Idefics2ForConditionalGeneration",
+        _MISTRAL,
+        _IDEFICS2,
+        _SPLIT,
+        _PER_ROW,
+        perceiver_config={
+            "hidden_size": 64,
+            "resampler_n_latents": 4,
+            "resampler_depth": 1,
+            "resampler_n_heads": 2,
+            "resampler_head_dim": 16,
+            "num_key_value_heads": 1,
+        },
+    ),
     vlm("idefics3", "Idefics3ForConditionalGeneration", _LLAMA, _IDEFICS3, _SPLIT, _PER_ROW),
-    vlm("lighton_ocr", "LightOnOcrForConditionalGeneration", _QWEN3, _PIXTRAL, fitted(sized_pixels((32, 32), (16, 32))), spatial_merge_size=2),
+    vlm(
+        "lighton_ocr",
+        "LightOnOcrForConditionalGeneration",
+        _QWEN3,
+        _PIXTRAL,
+        fitted(sized_pixels((32, 32), (16, 32))),
+        spatial_merge_size=2,
+    ),
     vlm("deepseek_vl", "DeepseekVLForConditionalGeneration", _LLAMA, _SIGLIP, _MARKED),
-    vlm("aria", "AriaForConditionalGeneration", functools.partial(tiny, hf.AriaTextConfig, moe_num_shared_experts=1),
-        functools.partial(tiny_tower, hf.Idefics3VisionConfig, patch=8), _MARKED, projector_patch_to_query_dict={9: 4}),
-    vlm("fuyu", "FuyuForCausalLM", functools.partial(tiny, hf.PersimmonConfig), None, fitted(patches(9, 48)), patch_size=4),
+    vlm(
+        "aria",
+        "AriaForConditionalGeneration",
+        functools.partial(tiny, hf.AriaTextConfig, moe_num_shared_experts=1),
+        functools.partial(tiny_tower, hf.Idefics3VisionConfig, patch=8),
+        _MARKED,
+        projector_patch_to_query_dict={9: 4},
+    ),
+    vlm(
+        "fuyu",
+        "FuyuForCausalLM",
+        functools.partial(tiny, hf.PersimmonConfig),
+        None,
+        fitted(patches(9, 48)),
+        patch_size=4,
+    ),
 )
 LLAVA_LIKE: dict[str, Family] = {family.name: family for family in _ALL}

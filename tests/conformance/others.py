@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import torch
 import transformers as hf
+from torch import Tensor
 from transformers import models
 
 from tests.conformance.configs import tiny, tiny_tower
-from tests.conformance.images import fitted, pixels, sized_pixels, tiles
+from tests.conformance.images import fitted, pixels, placed_patches, tiles
 from tests.conformance.llava_like import vlm
 from tests.families import END, HIDDEN, IMAGE, START, VOCAB, Family
 
@@ -18,6 +20,7 @@ __all__ = ["OTHERS"]
 _LLAMA = functools.partial(tiny, hf.LlamaConfig)
 _QWEN2 = functools.partial(tiny, hf.Qwen2Config)
 _SLIDES = {"has_sliding_layers": True}
+_NEEDS_IMAGE = {"needs_image": True}
 _ABSOLUTE = {"has_absolute_positions": True}
 _MARKED = fitted(pixels(24))
 _CLIP = functools.partial(tiny_tower, hf.CLIPVisionConfig, patch=8)
@@ -31,13 +34,22 @@ _QFORMER = {
 }
 
 
-def _blip_text(config: type[hf.PreTrainedConfig], **settings: Any) -> Any:
-    return functools.partial(tiny, config, **settings)
+def _asked(variant: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """InstructBLIP's Q-Former reads the question, too."""
+    question = torch.randint(4, 32, (1, 3), generator=generator)
+    tensors = {"qformer_input_ids": question, "qformer_attention_mask": torch.ones_like(question)}
+    return pixels(24)(variant, generator) | tensors
+
+
+def _tile(variant: int, generator: torch.Generator) -> dict[str, Tensor]:
+    return pixels(24)(variant, generator) | {"pixel_attention_mask": torch.ones(1, dtype=torch.bool)}
 
 
 # Id of each image code in the vocabulary: Chameleon and Emu3 read their images as text.
 _CODES = 32
-_CHAMELEON_MAP = {"<image>": IMAGE} | {f"IMGIMG{'ABCDEFGHIJ'[n // 10]}{'ABCDEFGHIJ'[n % 10]}Z": 64 + n for n in range(_CODES)}
+_CHAMELEON_MAP = {"<image>": IMAGE} | {
+    f"IMGIMG{'ABCDEFGHIJ'[n // 10]}{'ABCDEFGHIJ'[n % 10]}Z": 64 + n for n in range(_CODES)
+}
 _EMU3_MAP = {"<image>": IMAGE, "<|extra_200|>": 8, "<|image start|>": START, "<|image end|>": END} | {
     f"<|visual token {n:06d}|>": 64 + n for n in range(_CODES)
 }
@@ -47,10 +59,21 @@ _ALL = (
     vlm(
         "llama4",
         "Llama4ForConditionalGeneration",
-        functools.partial(tiny, models.llama4.Llama4TextConfig, intermediate_size_mlp=96, num_experts_per_tok=1,
-                          attention_chunk_size=8, attn_temperature_tuning=True, floor_scale=4),
-        functools.partial(tiny_tower, models.llama4.Llama4VisionConfig, intermediate_size=48, vision_output_dim=48,
-                          projector_input_dim=48, projector_output_dim=48),
+        functools.partial(
+            tiny,
+            models.llama4.Llama4TextConfig,
+            intermediate_size_mlp=96,
+            num_experts_per_tok=1,
+            attention_chunk_size=8,
+        ),
+        functools.partial(
+            tiny_tower,
+            models.llama4.Llama4VisionConfig,
+            intermediate_size=128,
+            vision_output_dim=48,
+            projector_input_dim=48,
+            projector_output_dim=48,
+        ),
         fitted(pixels(24)),
     ),
     vlm(
@@ -64,37 +87,35 @@ _ALL = (
         "fast_vlm",
         "FastVlmForConditionalGeneration",
         _QWEN2,
-        lambda: hf.ResNetConfig(embedding_size=8, hidden_sizes=[8, 32], depths=[1, 1], layer_type="basic",
-                                hidden_size=32, image_size=24),
+        lambda: hf.ResNetConfig(
+            embedding_size=8, hidden_sizes=[8, 32], depths=[1, 1], layer_type="basic", hidden_size=32, image_size=24
+        ),
         _MARKED,
+        {"eager_only": True},
     ),
     vlm(
         "janus",
         "JanusForConditionalGeneration",
         _LLAMA,
-        functools.partial(tiny_tower, models.janus.JanusVisionConfig, patch=8, projection_dim=HIDDEN, mlp_ratio=1.5,
-                          num_image_tokens=9),
+        functools.partial(
+            tiny_tower,
+            models.janus.JanusVisionConfig,
+            patch=8,
+            projection_dim=HIDDEN,
+            mlp_ratio=1.5,
+            num_image_tokens=9,
+        ),
         _MARKED,
-        vq_config={"embed_dim": 8, "num_embeddings": 16, "latent_channels": 32, "base_channels": 32,
-                   "channel_multiplier": [1, 1], "num_res_blocks": 1, "projection_dim": HIDDEN,
-                   "image_token_embed_dim": HIDDEN},
-    ),
-    vlm(
-        "deepseek_vl_hybrid",
-        "DeepseekVLHybridForConditionalGeneration",
-        _LLAMA,
-        functools.partial(tiny_tower, hf.SiglipVisionConfig, patch=8),
-        _MARKED,
-    ),
-    vlm(
-        "kosmos2",
-        "Kosmos2ForConditionalGeneration",
-        functools.partial(tiny, models.kosmos2.configuration_kosmos2.Kosmos2TextConfig, ffn_dim=96, dropout=0.0, tie_word_embeddings=True),
-        functools.partial(_CLIP, _config=models.kosmos2.configuration_kosmos2.Kosmos2VisionConfig) if False else
-        functools.partial(tiny_tower, models.kosmos2.configuration_kosmos2.Kosmos2VisionConfig, patch=8),
-        _MARKED,
-        _ABSOLUTE,
-        latent_query_num=4,
+        vq_config={
+            "embed_dim": 8,
+            "num_embeddings": 16,
+            "latent_channels": 32,
+            "base_channels": 32,
+            "channel_multiplier": [1, 1],
+            "num_res_blocks": 1,
+            "projection_dim": HIDDEN,
+            "image_token_embed_dim": HIDDEN,
+        },
     ),
     vlm(
         "blip2_opt",
@@ -102,7 +123,7 @@ _ALL = (
         functools.partial(tiny, hf.OPTConfig, ffn_dim=96, word_embed_proj_dim=HIDDEN, tie_word_embeddings=True),
         functools.partial(tiny_tower, hf.Blip2VisionConfig, patch=8),
         _MARKED,
-        _ABSOLUTE,
+        _NEEDS_IMAGE,
         qformer_config=_QFORMER,
         num_query_tokens=5,
     ),
@@ -112,6 +133,7 @@ _ALL = (
         _LLAMA,
         functools.partial(tiny_tower, hf.Blip2VisionConfig, patch=8),
         _MARKED,
+        _NEEDS_IMAGE,
         qformer_config=_QFORMER,
         num_query_tokens=5,
     ),
@@ -120,14 +142,17 @@ _ALL = (
         "InstructBlipForConditionalGeneration",
         _LLAMA,
         functools.partial(tiny_tower, hf.InstructBlipVisionConfig, patch=8),
-        _MARKED,
+        fitted(_asked),
+        _NEEDS_IMAGE,
         qformer_config=_QFORMER,
         num_query_tokens=5,
     ),
     vlm(
         "granite4_vision",
         "Granite4VisionForConditionalGeneration",
-        functools.partial(tiny, models.granite4_vision.configuration_granite4_vision.Granite4VisionTextConfig, residual_multiplier=0.5),
+        functools.partial(
+            tiny, models.granite4_vision.configuration_granite4_vision.Granite4VisionTextConfig, residual_multiplier=0.5
+        ),
         functools.partial(tiny_tower, hf.CLIPVisionConfig, side=16, patch=4, num_hidden_layers=3),
         fitted(tiles(16), marked=False),
         {"has_newlines": True, "has_deepstack": True},
@@ -136,45 +161,70 @@ _ALL = (
         deepstack_layer_map=[[1, 1], [2, 0]],
         spatial_vision_layer=-1,
         spatial_target_layers=[1, 2, 2, 1],
-        qformer_config={"model_type": "blip_2_qformer", **_QFORMER, "num_hidden_layers": 1,
-                        "cross_attention_frequency": 1, "use_qformer_text_input": False, "max_position_embeddings": 64},
+        qformer_config={
+            "model_type": "blip_2_qformer",
+            **_QFORMER,
+            "num_hidden_layers": 1,
+            "cross_attention_frequency": 1,
+            "use_qformer_text_input": False,
+            "max_position_embeddings": 64,
+        },
     ),
     vlm(
         "granite_docling",
         "GraniteDoclingForConditionalGeneration",
-        functools.partial(tiny, models.granite_docling.configuration_granite_docling.GraniteDoclingTextConfig, tie_word_embeddings=True),
-        functools.partial(tiny_tower, models.granite_docling.configuration_granite_docling.GraniteDoclingVisionConfig,
-                          out_hidden_size=HIDDEN, scale_factor=2, deepstack_visual_indexes=[0]),
-        fitted(pixels(24, frames=(1,))),
+        functools.partial(
+            tiny,
+            models.granite_docling.configuration_granite_docling.GraniteDoclingTextConfig,
+            tie_word_embeddings=True,
+        ),
+        functools.partial(
+            tiny_tower,
+            models.granite_docling.configuration_granite_docling.GraniteDoclingVisionConfig,
+            out_hidden_size=HIDDEN,
+            scale_factor=2,
+            deepstack_visual_indexes=[0],
+        ),
+        fitted(_tile, per_row=True),
         {"tower_per_row": True, "has_deepstack": True},
         pad_token_id=0,
     ),
     vlm(
         "step3p7",
         "Step3p7ForConditionalGeneration",
-        functools.partial(tiny, models.step3p7.configuration_step3p7.Step3p7TextConfig, share_expert_dim=32, sliding_window=8),
+        functools.partial(
+            tiny, models.step3p7.configuration_step3p7.Step3p7TextConfig, share_expert_dim=32, sliding_window=8
+        ),
         functools.partial(tiny_tower, models.step3p7.configuration_step3p7.Step3p7VisionConfig),
         _MARKED,
         _SLIDES,
     ),
     vlm(
-        "lfm2_vl",
-        "Lfm2VlForConditionalGeneration",
-        functools.partial(tiny, hf.Lfm2Config, layer_types=["conv", "full_attention"] * 2),
-        functools.partial(tiny_tower, hf.Siglip2VisionConfig, num_patches=36),
-        _MARKED,
-        projector_hidden_size=32,
-    ),
-    vlm(
         "gemma4",
         "Gemma4ForConditionalGeneration",
-        functools.partial(tiny, models.gemma4.configuration_gemma4.Gemma4TextConfig, num_hidden_layers=4, tie_word_embeddings=True, sliding_window=8,
-                          layer_types=["sliding_attention", "full_attention"] * 2, hidden_size_per_layer_input=16,
-                          vocab_size_per_layer_input=VOCAB),
-        lambda: {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
-                 "num_key_value_heads": 2, "head_dim": 16, "patch_size": 4, "position_embedding_size": 36},
-        _MARKED,
+        functools.partial(
+            tiny,
+            models.gemma4.configuration_gemma4.Gemma4TextConfig,
+            num_hidden_layers=4,
+            tie_word_embeddings=True,
+            sliding_window=8,
+            layer_types=["sliding_attention", "full_attention"] * 2,
+            hidden_size_per_layer_input=16,
+            vocab_size_per_layer_input=VOCAB,
+        ),
+        lambda: {
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "patch_size": 4,
+            "position_embedding_size": 36,
+        },
+        fitted(placed_patches(48)),
         _SLIDES | {"type_ids": "mm_token_type_ids"},
+        audio_config=None,
         boi_token_id=START,
         eoi_token_id=END,
     ),
@@ -182,7 +232,13 @@ _ALL = (
         "qianfan_ocr",
         "QianfanOCRForConditionalGeneration",
         functools.partial(tiny, hf.Qwen3Config),
-        functools.partial(tiny_tower, models.qianfan_ocr.configuration_qianfan_ocr.QianfanOCRVisionConfig, image_size=[24, 24], patch_size=[4, 4], drop_path_rate=0.0),
+        functools.partial(
+            tiny_tower,
+            models.qianfan_ocr.configuration_qianfan_ocr.QianfanOCRVisionConfig,
+            image_size=[24, 24],
+            patch_size=[4, 4],
+            drop_path_rate=0.0,
+        ),
         _MARKED,
     ),
 )

@@ -1,0 +1,77 @@
+"""Families that cannot be pruned exactly, and the property of each that prevents it."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import transformers as hf
+from transformers import models
+
+from tests.conformance.configs import tiny, tiny_tower
+from tests.conformance.images import fitted, pixels
+from tests.conformance.llava_like import vlm
+from tests.conformance.text_only import text
+from tests.families import HIDDEN, Family
+
+__all__ = ["REFUSED", "Refusal"]
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A family, what the error says (a pattern), and the reason in the words of the README."""
+
+    family: Family
+    message: str
+    reason: str
+
+
+_RECURRENT = "a recurrence over all tokens in some layers"
+_MIXED = r"layer \d+ of .* mixes tokens by .*{} .*needs every token"
+_OWN = "attention that does not go through the attention interface, so that its parts cannot be told apart"
+_NOT_REGISTERED = r"layer 0 of .* mixes tokens by .*{} .*attention interface"
+_IMAGE = fitted(pixels(24))
+_LINEAR: dict[str, Any] = {
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "layer_types": ["linear_attention", "full_attention"] * 2,
+}
+_MROPE = {
+    "rope_type": "default",
+    "rope_theta": 10000.0,
+    "mrope_section": [2, 3, 3],
+    "mrope_interleaved": True,
+    "partial_rotary_factor": 1.0,
+}
+_QWEN_TOWER = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 4,
+               "out_hidden_size": HIDDEN, "num_position_embeddings": 36}  # fmt: skip
+_LFM_TOWER = functools.partial(tiny_tower, hf.Siglip2VisionConfig, num_patches=36)
+_CONVOLUTIONS = {"layer_types": ["conv", "full_attention"] * 2}
+
+_ALL = (
+    Refusal(
+        vlm("qwen3_5", "Qwen3_5ForConditionalGeneration",
+            functools.partial(tiny, models.qwen3_5.Qwen3_5TextConfig, rope_parameters=_MROPE, **_LINEAR),
+            lambda: _QWEN_TOWER, _IMAGE),
+        _MIXED.format("GatedDeltaNet"),
+        _RECURRENT,
+    ),
+    Refusal(
+        vlm("lfm2_vl", "Lfm2VlForConditionalGeneration", functools.partial(tiny, hf.Lfm2Config, **_CONVOLUTIONS),
+            _LFM_TOWER, _IMAGE, projector_hidden_size=32),
+        _MIXED.format("ShortConv"),
+        "a convolution over neighbouring tokens in some layers",
+    ),
+    Refusal(text("lfm2", "Lfm2ForCausalLM", **_CONVOLUTIONS), _MIXED.format("ShortConv"),
+            "a convolution over neighbouring tokens in some layers"),
+    Refusal(text("qwen3_next", "Qwen3NextForCausalLM", **_LINEAR), _MIXED.format("GatedDeltaNet"), _RECURRENT),
+    Refusal(text("diffllama", "DiffLlamaForCausalLM"), "holds 2 attention kernels",
+            "two attentions per layer, subtracted from each other"),
+    Refusal(text("falcon", "FalconForCausalLM", tie_word_embeddings=True), _NOT_REGISTERED.format("Attention"), _OWN),
+    Refusal(text("gptj", "GPTJForCausalLM", rotary_dim=8), _NOT_REGISTERED.format("Attention"), _OWN),
+    Refusal(text("bloom", "BloomForCausalLM", tie_word_embeddings=True), _NOT_REGISTERED.format("Attention"), _OWN),
+)  # fmt: skip
+REFUSED: dict[str, Refusal] = {refusal.family.name: refusal for refusal in _ALL}

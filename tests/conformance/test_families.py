@@ -1,0 +1,46 @@
+"""The conformance suite: every family of the README's table passes every check, and every refusal has its reason."""
+
+from __future__ import annotations
+
+import pytest
+
+from dop_compile import Policy
+from dop_compile.errors import UnsupportedModelError
+from tests.conformance.checks import POLICIES, check_full, check_policy, check_row_alone
+from tests.conformance.table import EXACT, REFUSED
+from tests.families import FAMILIES
+from tests.support import compile_eagerly
+
+pytestmark = pytest.mark.conformance
+
+FAMILY = pytest.mark.parametrize("name", EXACT)
+
+
+@pytest.mark.parametrize(("name", "attn"), [(n, attn) for n, family in EXACT.items() for attn in family.attentions])
+def test_full_policy_is_the_untouched_model_bit_by_bit(name: str, attn: str) -> None:
+    check_full(EXACT[name], attn)
+
+
+@pytest.mark.parametrize("policy_name", POLICIES)
+@FAMILY
+def test_pruned_model_is_the_reference(name: str, policy_name: str) -> None:
+    check_policy(EXACT[name], policy_name)
+
+
+@FAMILY
+def test_a_row_of_a_left_padded_batch_is_as_if_alone(name: str) -> None:
+    check_row_alone(EXACT[name])
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_refused_family_is_refused_for_its_reason(name: str) -> None:
+    refusal = REFUSED[name]
+    model = refusal.family.build()
+    with pytest.raises(UnsupportedModelError, match=refusal.message) as caught:
+        compile_eagerly(model, Policy.full(refusal.family.num_layers), token_groups=lambda ids: ids * 0)
+    assert type(model).__name__ in str(caught.value)
+
+
+def test_no_family_is_left_out() -> None:
+    assert FAMILIES.keys() <= EXACT.keys()
+    assert not EXACT.keys() & REFUSED.keys()
