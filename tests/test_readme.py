@@ -38,8 +38,10 @@ def test_the_python_blocks_run(
     picture().save("photo.jpg")
     sizes: dict[str, Any] = {"layers": LAYERS, "hidden": 32, "image_size": 112}
 
-    def load_model(name: str, dtype: torch.dtype) -> Any:
-        return local_llava(**sizes).to(dtype)
+    load = hf.LlavaForConditionalGeneration.from_pretrained
+
+    def load_model(name: str, **settings: Any) -> Any:
+        return load(name) if Path(name).is_dir() else local_llava(**sizes).to(settings["dtype"])
 
     monkeypatch.setattr(hf.LlavaForConditionalGeneration, "from_pretrained", load_model)
     monkeypatch.setattr(hf.AutoProcessor, "from_pretrained", lambda name: local_processor(112))
