@@ -144,7 +144,7 @@ def _rows(embeds: Tensor, mask: Tensor, rows: list[int]) -> list[Tensor]:
     """The masked embeddings of each row, taken at once."""
     places = mask[rows].nonzero()
     taken = embeds[torch.tensor(rows, device="cpu")[places[:, 0]].to(embeds.device), places[:, 1].to(embeds.device)]
-    return list(taken.split(mask[rows].sum(dim=1).tolist()))
+    return list(torch.split(taken, mask[rows].sum(dim=1).tolist()))
 
 
 def _count(policy: Policy, reducer: Reducer, row: int, tokens: int) -> int:

@@ -49,24 +49,34 @@ def watch_vision(
     for module, child in reversed(list(zip(chain[:-1], path.split("."), strict=True))):
         methods = [name for name in FEATURE_METHODS if hasattr(type(module), name)]
         if methods:
-            modules = VisionModules.find(module, child)
+            modules, busy = VisionModules.find(module, child), set[nn.Module]()
             for name in methods:
-                vars(module)[name] = _watched(modules, getattr(type(module), name), wanted, note)
+                vars(module)[name] = _watched(modules, getattr(type(module), name), wanted, note, busy)
             return
 
 
 def _watched(
-    modules: VisionModules, method: Callable[..., Any], wanted: frozenset[str], note: Callable[[TokenFeatures], None]
+    modules: VisionModules,
+    method: Callable[..., Any],
+    wanted: frozenset[str],
+    note: Callable[[TokenFeatures], None],
+    busy: set[nn.Module],
 ) -> Callable[..., Any]:
     signature = inspect.signature(method)
 
     @functools.wraps(method)
     def call(*args: Any, **kwargs: Any) -> Any:
+        if modules.owner in busy:  # one feature method calls another
+            return method(modules.owner, *args, **kwargs)
         named = signature.bind_partial(modules.owner, *args, **kwargs).arguments
         named |= named.get("kwargs", {})
         attentions = _layers(modules, named) if wanted & {"cls_attention", "keys"} else {}
-        with observing(modules, attentions) as observed:
-            output = method(modules.owner, *args, **kwargs)
+        busy.add(modules.owner)
+        try:
+            with observing(modules, attentions) as observed:
+                output = method(modules.owner, *args, **kwargs)
+        finally:
+            busy.discard(modules.owner)
         grid = next((value for name, value in named.items() if name.endswith("_grid_thw")), None)
         with span(SELECTION):
             note(token_features(wanted, observed, output, grid, modules))
@@ -147,7 +157,7 @@ class PromptVision:
 
     def _why_not(self, name: str, known: bool) -> str | None:
         if not known:
-            return "visual features were passed in ready-made, so that their vision tower was not seen"
+            return "the vision tower was not seen (features passed in ready-made, or recorded for another reducer)"
         if name in self._missing:
             return self._missing[name]
         there = {*self._table, *(("project",) if self._project is not None else ()), "grid"}
@@ -170,8 +180,8 @@ class PromptVision:
 
     def _grid(self, tiles: Tensor, segments: Tensor) -> list[tuple[int, int, int]] | None:
         grid = []
-        for segment in segments.unique().tolist():
-            numbers, counts = tiles[segments == segment].unique_consecutive(return_counts=True)
+        for segment in torch.unique(segments).tolist():
+            numbers, counts = torch.unique_consecutive(tiles[segments == segment], return_counts=True)
             shapes = {self._shapes[number] for number in numbers.tolist()}
             shape = next(iter(shapes))
             if len(shapes) > 1 or shape is None or set(counts.tolist()) != {shape[0] * shape[1]}:

@@ -12,6 +12,7 @@ made of one patch of the tower or of several. So two maps are found, and checked
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -80,23 +81,23 @@ def token_features(
         result.missing = dict.fromkeys(wanted, str(unknown))
         return result
     index = None if source is None else source.clamp(min=0).to(rows.device)
-    for name, make in {
-        "features": lambda: _features(given, len(flat), _patches(observed, given, len(flat))),
-        "project": lambda: _project(owner.get_submodule(str(modules.projector)), given, flat, more),
-    }.items():
-        if name in wanted:
-            try:
-                value: Any = make()
-                setattr(result, name, value[index] if isinstance(value, Tensor) and index is not None else value)
-            except _Unknown as unknown:
-                result.missing[name] = str(unknown)
-    if wanted & {"cls_attention", "keys"}:
+    projector = owner.get_submodule(modules.projector)
+    project = functools.cache(lambda: _project(projector, given, flat, more))
+    patches = functools.cache(lambda: _patches(observed, given, len(flat), projector, project))
+    attention = functools.cache(lambda: _attention(observed, modules.towers, given, patches()))
+    makers: dict[str, Callable[[], Any]] = {
+        "features": lambda: _features(given, len(flat), patches()),
+        "project": project,
+        "cls_attention": lambda: attention()[0],
+        "keys": lambda: attention()[1],
+    }
+    for name in sorted(wanted & makers.keys()):
         try:
-            attention, keys = _attention(observed, modules.towers, given, len(flat))
-            result.cls_attention = attention if index is None else attention[index]
-            result.keys = keys if index is None else keys[index]
+            value = makers[name]()
         except _Unknown as unknown:
-            result.missing |= dict.fromkeys(wanted & {"cls_attention", "keys"}, str(unknown))
+            result.missing[name] = str(unknown)
+        else:
+            setattr(result, name, value[index] if isinstance(value, Tensor) and index is not None else value)
     return result
 
 
@@ -163,22 +164,40 @@ def _tiles(
 # Patches to rows of the projector.
 
 
-def _patches(observed: Observed, given: Tensor, rows: int) -> Tensor | None:
+def _patches(observed: Observed, given: Tensor, rows: int, projector: Any, project: Callable[[], Any]) -> Tensor | None:
     """(rows, patches per row) numbers of patches in the order of the tower, on the CPU; None: one each."""
     count = given.shape[:-1].numel()
     if observed.shuffled:
         return observed.shuffled[0].reshape(rows, -1)
     if count == rows:
         return None
+    unknown = _Unknown(f"the projector makes {rows} tokens of {count} patches in a way that is not known")
     if count % rows == 0 and given.dim() == 2:
+        try:
+            project()  # works for single tokens if these are what consecutive patches make
+        except _Unknown:
+            raise unknown from None
         return torch.arange(count, device="cpu").view(rows, -1)
     pictures = given.shape[0]
     across, fewer = math.isqrt(count // pictures), math.isqrt(rows // pictures)
     if given.dim() != 3 or across**2 * pictures != count or fewer**2 * pictures != rows or across % fewer:
-        raise _Unknown(f"the projector makes {rows} tokens of {count} patches in a way that is not known")
+        raise unknown
     side = across // fewer
     grid = torch.arange(count, device="cpu").view(pictures, fewer, side, fewer, side)
-    return grid.transpose(2, 3).reshape(rows, side**2)
+    blocks = grid.transpose(2, 3).reshape(rows, side**2)
+    if not _made_of(projector, given, blocks[: fewer**2]):
+        raise unknown
+    return blocks
+
+
+def _made_of(projector: Any, given: Tensor, blocks: Tensor) -> bool:
+    """Whether a token of the first picture, and no other, depends on its block of patches."""
+    token = len(blocks) // 2
+    other = given[:1].clone()
+    other[0, blocks[token].to(other.device)] *= -1
+    before, after = projector(given[:1]), projector(other)
+    changed: list[int] = (before != after).any(dim=-1).flatten().nonzero().flatten().tolist()
+    return changed == [token]
 
 
 def _features(given: Tensor, rows: int, patches: Tensor | None) -> Tensor:
@@ -188,7 +207,9 @@ def _features(given: Tensor, rows: int, patches: Tensor | None) -> Tensor:
     return flat[patches.to(flat.device)].reshape(rows, -1)
 
 
-def _attention(observed: Observed, towers: tuple[Tower, ...], given: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+def _attention(
+    observed: Observed, towers: tuple[Tower, ...], given: Tensor, patches: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """(rows,) attention and (rows, key_dim) keys."""
     if not towers:
         raise _Unknown("no vision tower with layers of attention was found")
@@ -198,7 +219,6 @@ def _attention(observed: Observed, towers: tuple[Tower, ...], given: Tensor, row
     found = attention_rows(module, args, kwargs, tower.has_class_token)
     if found is None:
         raise _Unknown(f"{type(module).__name__} does not use Hugging Face's attention interface")
-    patches = _patches(observed, given, rows)
     count = given.shape[:-1].numel() if patches is None else patches.numel()
     attention, keys = found
     special = attention.shape[1] - count // len(attention)

@@ -44,7 +44,7 @@ def check_indices(
         tensors.append(value)
     if not tensors:
         return []
-    joined = torch.cat(tensors).cpu().split([len(value) for value in tensors])
+    joined = torch.split(torch.cat(tensors).cpu(), [len(value) for value in tensors])
     for value, (tokens, _) in zip(joined, sizes, strict=True):
         numbers = value.tolist()
         for token in numbers:

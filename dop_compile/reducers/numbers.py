@@ -23,7 +23,8 @@ def wide(device: torch.device) -> torch.dtype:
 
 def _unit(features: Tensor) -> Tensor:
     features = features.to(wide(features.device))
-    return features / features.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    norm = torch.linalg.vector_norm(features, dim=-1, keepdim=True)
+    return features / norm.clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def cosine(a: Tensor, b: Tensor | None = None) -> Tensor:

@@ -130,7 +130,7 @@ def _segments(reducer: Reducer, sample: int, context: VisualContext, count: int)
 
 def _tiles(part: _Part) -> list[_Part]:
     assert part.context.tiles is not None
-    names, tiles = part.context.tiles.cpu().unique(return_inverse=True)
+    names, tiles = torch.unique(part.context.tiles.cpu(), return_inverse=True)
     if len(names) == 1:
         return [part]
     result = []
