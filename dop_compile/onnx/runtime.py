@@ -211,26 +211,9 @@ class OnnxPipeline:
             raise ValueError(f"max_new_tokens: expected a number >= 1, got {limit}")
         batch = as_batch(inputs)
         name = self.choose_tier(batch, tier, max_ms)
-        stages, info = self._stages, self.manifest.tiers[name]
-        mask, ids = batch["attention_mask"], batch["input_ids"]
-        embeds, visual, newlines = stages.embeddings(batch)
-        positions = prompt_positions(stages.model, self.manifest, batch)
-        prepared = prepare(
-            info.policy,
-            info.sections,
-            embeds,
-            mask,
-            positions,
-            visual,
-            newlines=newlines,
-            visual_indices=visual_indices,
-        )
-        prefilled = stages.session(info.prefill).run_in_place(prepared.inputs)
-        model = self.manifest.model
-        decoder = Decoder(stages.session(info.decode), self.manifest, name, prepared, prefilled, limit - 1)
-        logits = prefilled.pop("logits")
-        prefilled.clear()  # the decoder holds keys and values in its own buffers
-        sampler = Sampler(self._sampling(sampling), ids.numpy(), mask.bool().numpy(), model.vocabulary)
+        logits, decoder = self._prefill(name, batch, visual_indices, limit)
+        model, ids = self.manifest.model, batch["input_ids"].numpy()
+        sampler = Sampler(self._sampling(sampling), ids, batch["attention_mask"].bool().numpy(), model.vocabulary)
         found = TokenStream(len(ids), {*model.eos_token_ids, *stop_token_ids}, limit, self._reader.text, stream)
         first_ms = 0.0
         while True:
@@ -239,9 +222,27 @@ class OnnxPipeline:
             found.add(chosen.tolist())
             if found.done:
                 break
+            assert decoder is not None
             logits = decoder.step(torch.from_numpy(chosen))
         texts = [self._reader.text(row) for row in found.ids]
         return Generation(texts, found.ids, name, first_ms, (time.perf_counter() - start) * 1e3)
+
+    def _prefill(
+        self, tier: str, batch: Mapping[str, Tensor], given: Sequence[Any] | None, limit: int
+    ) -> tuple[Tensor, Decoder | None]:
+        """Logits (batch, vocabulary) of the first token, and what computes the others, if there can be any."""
+        stages, info = self._stages, self.manifest.tiers[tier]
+        embeds, visual, newlines = stages.embeddings(batch)
+        positions = prompt_positions(stages.model, self.manifest, batch)
+        mask = batch["attention_mask"]
+        prepared = prepare(
+            info.policy, info.sections, embeds, mask, positions, visual, newlines=newlines, visual_indices=given
+        )
+        outputs = stages.session(info.prefill).run_in_place(prepared.inputs)
+        if limit == 1:
+            return outputs["logits"], None
+        decode = stages.session(info.decode)
+        return outputs["logits"], Decoder(decode, self.manifest, tier, prepared, outputs, limit - 1)
 
     def _sampling(self, sampling: Sampling | None) -> Sampling:
         sampling = sampling or Sampling()

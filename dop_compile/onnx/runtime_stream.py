@@ -73,8 +73,3 @@ class TokenStream:
             return ""
         self._shown[row] = text
         return text[len(shown) :]
-
-    def padded(self, pad_id: int) -> list[list[int]]:
-        """Rows of one length."""
-        longest = max(len(row) for row in self.ids)
-        return [row + [pad_id] * (longest - len(row)) for row in self.ids]
