@@ -1,268 +1,25 @@
 """The drop-in model: an object of the model's own class whose decoder is compiled.
 
 Nothing of the original is changed and no weight is copied. The modules on the path from the model to its text decoder
-are shallow copies with the same parameters and children; each call works on copies of its own (a *frame*), so that
-what Hugging Face's code stores on modules during a call - rope deltas, for one - belongs to that call. Conversation
-state is kept in the cache.
+are shallow copies with the same parameters and children; each call works on copies of its own (a *frame*).
 """
 
 from __future__ import annotations
 
-import functools
-import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from dop_compile.cache import PrunedCache
-from dop_compile.errors import UnsupportedModelError, UnsupportedUsageError
-from dop_compile.model_path import copy_path, placeholder_ids, shallow_copy
-from dop_compile.outer_masks import builds_masks, deferring_forward
+from dop_compile.errors import UnsupportedUsageError
+from dop_compile.frame import CALL_ARGUMENTS, Frame, Session, presented_as
+from dop_compile.model_path import shallow_copy
 from dop_compile.policy import Policy
-from dop_compile.runtime import run_decoder
-from dop_compile.slots import Call
 from dop_compile.tiers_file import save_policies
-from dop_compile.vision import vision_fields, watch_vision
-from dop_compile.vision_features import TokenFeatures
 
-__all__ = ["Frame", "Session", "drop_in", "generate_under"]
+__all__ = ["drop_in", "generate_under"]
 
-CONVERSATION_ATTRIBUTES = ("rope_deltas",)
-"""Attributes that Hugging Face's outer models keep between calls on the module; here they live in the cache."""
-
-NEWLINE_EMBEDDINGS = ("image_newline",)
-"""Embeddings that a model inserts inside image placeholders: visual, never dropped, not counted."""
-
-CALL_ARGUMENTS = ("tier", "visual_indices", "token_groups")
-
-
-@dataclass
-class Session:
-    """One `generate`, or one plain forward call: its tier and what the caller said about its tokens.
-
-    `policy` takes the place of the tier's. `prompt_columns` is where the prompt ends in a `generate`: what stands in
-    later columns was generated.
-    """
-
-    tier: str
-    visual_indices: Any = None
-    token_groups: Any = None
-    prompt_columns: int | None = None
-    policy: Policy | None = None
-
-
-def _presented_as(method: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` with the name, docstring and signature of a class's method, for code that inspects them."""
-
-    @functools.wraps(method)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return function(*args, **kwargs)
-
-    signature = inspect.signature(method)
-    call.__signature__ = signature.replace(parameters=list(signature.parameters.values())[1:])  # type: ignore[attr-defined]
-    return call
-
-
-class Frame:
-    """Private copies of the path modules for one session."""
-
-    def __init__(self, state: Any, root: nn.Module, session: Session):
-        self.state = state
-        self.session = session
-        state.original.update()
-        self.chain = copy_path(root, state.decoder_path)
-        for module in self.chain:
-            vars(module).pop("forward", None)
-        self.chain[0].training = state.base.training
-        self.root, self.decoder = self.chain[0], self.chain[-1]
-        self._restored = False
-        self._encoded: list[TokenFeatures] = []  # images and videos that `generate` encodes before the prompt
-        for module in self.chain[:-1]:
-            if module is not self.root and builds_masks(module):
-                module.forward = deferring_forward(module)
-        self.root.forward = _presented_as(state.model_class.forward, self.forward)
-
-    # --- one forward call -----------------------------------------------------------------------------------------
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        arguments = inspect.signature(self.state.model_class.forward).bind_partial(self.root, *args, **kwargs).arguments
-        named = {**arguments, **arguments.get("kwargs", {})}
-        cache = named.get("past_key_values")
-        self.restore(cache)
-        call = self._call(named)
-        if call.prompt_tokens:
-            self._watch_vision(call.vision)
-        self.decoder.forward = self._decoder_forward(call)
-        for module in self.chain[:-1]:
-            if hasattr(type(module), "get_placeholder_mask"):
-                module.get_placeholder_mask = self._note_placeholders(call, type(module), module)
-        output = self.state.model_class.forward(self.root, *args, **kwargs)
-        if not call.done:
-            raise UnsupportedModelError(
-                f"the forward of {type(self.root).__name__} does not call {self.state.decoder_path}; what it returns "
-                "was not pruned"
-            )
-        for value in output if isinstance(output, tuple) else (cache, getattr(output, "past_key_values", None)):
-            if isinstance(value, PrunedCache):
-                value.conversation = self._conversation(call.batch)
-        return output
-
-    def _decoder_forward(self, call: Call) -> Callable[..., Any]:
-        signature = inspect.signature(type(self.decoder).forward)
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            if args:  # some outer models pass their decoder's arguments by position
-                positional = signature.bind_partial(self.decoder, *args).arguments
-                kwargs = {**dict(list(positional.items())[1:]), **kwargs}
-            call.done = True
-            return self.run_decoder(call, kwargs)
-
-        return forward
-
-    def _watch_vision(self, noted: list[TokenFeatures]) -> None:
-        """Note in a list what the session's reducer wants to know about the vision tower."""
-        wanted = self.vision_fields(self.session.policy or self.state.tiers[self.session.tier])
-        if wanted:
-            watch_vision(self.chain, self.state.decoder_path, wanted, noted.append)
-
-    def vision_fields(self, policy: Policy) -> frozenset[str]:
-        """What the policy's reducer wants to know about the vision tower in this session."""
-        reduces = policy.visual_tokens is not None or policy.salient_fraction is not None
-        return vision_fields(policy) if reduces else frozenset()
-
-    def run_decoder(self, call: Call, kwargs: dict[str, Any]) -> Any:
-        """The decoder's forward in this session, with its arguments by name."""
-        return run_decoder(self.state, self.decoder, call, **kwargs)
-
-    def _call(self, named: dict[str, Any]) -> Call:
-        session = self.session
-        rows = named.get("logits_to_keep", 0)
-        cache = named.get("past_key_values")
-        tokens = named.get("inputs_embeds") if named.get("input_ids") is None else named["input_ids"]
-        past = cache.get_seq_length() if cache is not None else 0
-        length = 0 if tokens is None else tokens.shape[1]
-        if session.prompt_columns is None:
-            prompt = 0 if past and length == 1 else length
-        else:  # without a cache, and with looked-up candidates, one call holds both prompt and generated tokens
-            prompt = min(max(session.prompt_columns - past, 0), length)
-        call = Call(
-            tier=session.tier,
-            policy=session.policy or self.state.tiers[session.tier],
-            rows=rows if isinstance(rows, int) and named.get("labels") is None else 0,
-            prompt_tokens=prompt,
-            batch=1 if tokens is None else tokens.shape[0],
-            given=session.visual_indices,
-            vision=list(self._encoded),
-            input_ids=named.get("input_ids"),
-            model=self.state.model_class.__name__,
-        )
-        if prompt and tokens is not None:
-            ids = named.get("input_ids")
-            groups = self._token_groups(None if ids is None else ids[:, :prompt], tokens[:, :prompt], past)
-            call.token_groups = None if groups is None else F.pad(groups, (0, length - prompt))
-            if not any(hasattr(type(module), "get_placeholder_mask") for module in self.chain):
-                call.visual.extend(self._placeholders_by_id(named))
-        for module in self.chain[:-1]:
-            for name in NEWLINE_EMBEDDINGS:
-                newline = getattr(module, name, None)
-                if isinstance(newline, Tensor):
-                    call.newline = newline.detach()
-        return call
-
-    def _token_groups(self, input_ids: Tensor | None, tokens: Tensor, past: int) -> Tensor | None:
-        groups = self.session.token_groups
-        if groups is None:
-            groups = self.state.token_groups
-        if callable(groups):
-            if input_ids is None:
-                raise UnsupportedUsageError("a token_groups function needs input_ids; pass a tensor with inputs_embeds")
-            groups = groups(input_ids)
-        if groups is None:
-            return None
-        groups = torch.as_tensor(groups, device=tokens.device)
-        batch, length = tokens.shape[:2]
-        if groups.dim() != 2:
-            raise ValueError(f"token_groups must be (batch, tokens), got {tuple(groups.shape)}")
-        if groups.shape[1] in (past + length, self.session.prompt_columns):
-            groups = groups[:, past : past + length]
-        if groups.shape[0] != batch and batch % groups.shape[0] == 0:
-            groups = groups.repeat_interleave(batch // groups.shape[0], dim=0)
-        if groups.shape != (batch, length):
-            raise ValueError(f"token_groups is {tuple(groups.shape)}; the prompt is {(batch, length)}")
-        if not bool(((groups >= 0) & (groups <= 2)).all()):
-            raise ValueError("token_groups: values are 0 (text), 1 (visual) and 2 (system)")
-        return groups
-
-    def _placeholders_by_id(self, named: dict[str, Any]) -> list[Tensor]:
-        """Placeholder positions by their ids, where images or videos are handed in."""
-        if not any("pixel_values" in name and value is not None for name, value in named.items()):
-            return []
-        if named.get("input_ids") is None:
-            raise UnsupportedUsageError(
-                f"{type(self.root).__name__} cannot tell which positions of inputs_embeds are visual; pass input_ids, "
-                "or token_groups"
-            )
-        return [named["input_ids"] == number for number in placeholder_ids(self.root.config)]
-
-    def _note_placeholders(self, call: Call, kind: type, module: nn.Module) -> Callable[..., Any]:
-        original = kind.get_placeholder_mask  # type: ignore[attr-defined]
-
-        def get_placeholder_mask(*args: Any, **kwargs: Any) -> Any:
-            masks = original(module, *args, **kwargs)
-            call.visual.extend(m for m in (masks if isinstance(masks, tuple) else (masks,)) if isinstance(m, Tensor))
-            return masks
-
-        return get_placeholder_mask
-
-    # --- conversation state ---------------------------------------------------------------------------------------
-
-    def restore(self, cache: Any) -> None:
-        """Begin with the state of the conversation that the cache belongs to, or with none."""
-        if self._restored:
-            return
-        self._restored = True
-        known = cache.conversation if isinstance(cache, PrunedCache) else {}
-        for number, module in enumerate(self.chain):
-            for name in CONVERSATION_ATTRIBUTES:
-                if name in vars(module):
-                    setattr(module, name, known.get(f"{number}.{name}"))
-
-    def _conversation(self, batch: int) -> dict[str, Any]:
-        def per_row(value: Any) -> Any:  # beams repeat the rows after some models computed this for the prompts
-            if isinstance(value, Tensor) and value.dim() and batch % value.shape[0] == 0:
-                return value.repeat_interleave(batch // value.shape[0], dim=0)
-            return value
-
-        return {
-            f"{number}.{name}": per_row(vars(module)[name])
-            for number, module in enumerate(self.chain)
-            for name in CONVERSATION_ATTRIBUTES
-            if vars(module).get(name) is not None
-        }
-
-    # --- generate -------------------------------------------------------------------------------------------------
-
-    @staticmethod
-    def _check_generation(settings: Any, kwargs: dict[str, Any]) -> None:
-        if kwargs.get("prefill_chunk_size", getattr(settings, "prefill_chunk_size", None)):
-            raise UnsupportedUsageError(
-                "prefill_chunk_size is not supported by a compiled model: which tokens are pruned is decided for the "
-                "whole prompt; leave it unset"
-            )
-
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        self._check_generation(kwargs.get("generation_config") or self.root.generation_config, kwargs)
-        self.restore(kwargs.get("past_key_values"))
-        # The mask covers the whole conversation also where only the new tokens are passed
-        given = (kwargs.get(name) for name in ("attention_mask", "inputs_embeds", "input_ids", "inputs"))
-        prompt = next((value for value in (*given, *args[:1]) if isinstance(value, Tensor)), None)
-        self.session.prompt_columns = 1 if prompt is None else prompt.shape[1]
-        self._watch_vision(self._encoded)
-        return self.state.model_class.generate(self.root, *args, **kwargs)
+CONTINUOUS_BATCHING = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
+"""Ways into transformers' own server loop."""
 
 
 def drop_in(state: Any, base: nn.Module, tier: str) -> Any:
@@ -295,6 +52,12 @@ def drop_in(state: Any, base: nn.Module, tier: str) -> Any:
         view.training = mode
         return view
 
+    def no_continuous_batching(*_: Any, **__: Any) -> Any:
+        raise UnsupportedUsageError(
+            "continuous batching packs requests into one row and pages the cache of every layer alike, which a pruned "
+            "cache is not; call generate with padded batches"
+        )
+
     def cannot_copy(*_: Any) -> Any:
         raise TypeError(
             "a compiled model cannot be copied or pickled: it shares the original's weights. Save it with "
@@ -311,11 +74,13 @@ def drop_in(state: Any, base: nn.Module, tier: str) -> Any:
             save_policies({tier: state.tiers[tier], **state.tiers}, directory)
         return saved
 
-    own_forward = view.forward = _presented_as(state.model_class.forward, forward)
+    own_forward = view.forward = presented_as(state.model_class.forward, forward)
     view.train = train
+    for name in CONTINUOUS_BATCHING:
+        setattr(view, name, no_continuous_batching)
     view.__deepcopy__ = view.__reduce_ex__ = cannot_copy
-    view.generate = _presented_as(state.model_class.generate, generate)
-    view.save_pretrained = _presented_as(state.model_class.save_pretrained, save_pretrained)
+    view.generate = presented_as(state.model_class.generate, generate)
+    view.save_pretrained = presented_as(state.model_class.save_pretrained, save_pretrained)
     view.tier = lambda name: drop_in(state, base, state.check_tier(name))
     view.dop = state
     view.dop_tier = tier

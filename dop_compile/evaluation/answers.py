@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dop_compile.dropin import Frame, Session
 from dop_compile.evaluation.clock import Clock
 from dop_compile.evaluation.memory import PeakMemory
+from dop_compile.frame import Frame, Session
 from dop_compile.model_path import decoder_path
 from dop_compile.policy import Policy
 from dop_compile.slots import Call, token_counts
