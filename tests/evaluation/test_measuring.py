@@ -105,11 +105,11 @@ def test_the_untouched_model_has_no_hooks_afterwards(found: Evaluation) -> None:
     assert not [hook for hook in hooks if hook.__module__.startswith("dop_compile")]  # there are transformers' own
 
 
-@pytest.mark.parametrize("family", ["llava_next", "qwen2_5_vl", "llama"])
+@pytest.mark.parametrize("family", ["llava_next", "qwen2_5_vl", "llama", "llava"])
 def test_tokens_are_counted_before_reduction(family: str) -> None:
-    rows = (
-        [[("text", 14)]] if family == "llama" else [[("text", 3), ("image",), ("text", 4), ("image", 1), ("text", 3)]]
-    )
+    """LLaVA's prompt ends with its image."""
+    images = [("text", 3), ("image",), ("text", 4), ("image", 1)]
+    rows: Any = [[("text", 14)]] if family == "llama" else [images if family == "llava" else [*images, ("text", 3)]]
     batch = make_batch(family, rows)
     sample = dict(batch.inputs)
     if batch.groups is not None:
