@@ -15,6 +15,7 @@ from dop_compile.cache import PrunedCache, ReducedView
 from dop_compile.errors import UnsupportedUsageError
 from dop_compile.layout import TokenLayout
 from dop_compile.masks import MaskSelector
+from dop_compile.merging import merge_images
 from dop_compile.outer_masks import deferred
 from dop_compile.program import Program
 from dop_compile.side_inputs import add_side_inputs
@@ -158,6 +159,7 @@ def run_decoder(compiled: Any, decoder: nn.Module, call: Call, **kwargs: Any) ->
         the decoder's own output class; `last_hidden_state` is (batch, rows, hidden) for `rows` last rows, else
         (batch, tokens, hidden) in the caller's columns.
     """
+    merge_images(decoder, call, kwargs)
     arguments = _check_arguments(decoder, call, kwargs)
     slots = Slots(call, arguments)
     _check_gaps(decoder, slots)

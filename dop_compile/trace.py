@@ -110,25 +110,42 @@ def _check_openable(path: str, module: nn.Module) -> None:
         )
 
 
-_CHANNEL_MIXERS = ("norm", "mlp", "feed_forward", "moe", "dropout")
+_CHANNEL_MIXERS = ("norm", "ln_", "mlp", "feed_forward", "moe", "dropout", "ffn", "activation", "experts")
+_UNTRACEABLE = {
+    "num_kv_shared_layers": "its last {} layers read the keys and values of earlier layers, so that the tokens which "
+    "supply them cannot be chosen for each layer",
+    "cross_attention_layers": "layers {} attend to image features outside of the token sequence, which hold no visual "
+    "tokens that could be pruned",
+    "altup_num_inputs": "its layers work on {} residual streams at once (AltUp), and update only one of them",
+}
+"""Settings of configurations that a decoder cannot be pruned with, and why."""
 
 
-def _without_attention(decoder: nn.Module, number: int, layer: nn.Module, known: set[str]) -> str:
+def _check_settings(decoder: nn.Module) -> None:
+    for name, reason in _UNTRACEABLE.items():
+        if value := getattr(decoder.config, name, None):
+            raise UnsupportedModelError(f"{type(decoder).__name__} has {name}={value}: {reason.format(value)}")
+
+
+def _without_attention(decoder: nn.Module, number: int, layer: nn.Module, known: set[tuple[str, type]]) -> str:
     """Why a layer without an attention that can be followed is refused; `known` are the children of other layers."""
     own = [
         f"{name} ({type(child).__name__})"
         for name, child in layer.named_children()
-        if name not in known and not any(word in f"{name} {type(child).__name__}".lower() for word in _CHANNEL_MIXERS)
+        if (name, type(child)) not in known
+        and not isinstance(child, nn.Linear)
+        and not any(word in name for word in _CHANNEL_MIXERS)
     ]
+    how = " and ".join(own) or "code of its own"
     where = f"layer {number} of {type(decoder).__name__} ({type(layer).__name__})"
-    if known:
+    if known or "att" not in how.lower():
         return (
-            f"{where} mixes tokens by {' and '.join(own) or 'other means'} instead of attention: a recurrence or "
-            "convolution needs every token, so none of them can be pruned"
+            f"{where} mixes tokens by {how} instead of attention: a recurrence or convolution needs every token, so "
+            "none of them can be pruned"
         )
     return (
-        f"{where} mixes tokens by {' and '.join(own) or 'code'} of its own, which does not go through the attention "
-        f"interface ({ATTENTION_REGISTRY}): its queries, keys and mask cannot be told apart"
+        f"{where} mixes tokens by {how}, which does not go through the attention interface ({ATTENTION_REGISTRY}): its "
+        "queries, keys and mask cannot be told apart"
     )
 
 
@@ -139,10 +156,10 @@ def _opened(decoder: nn.Module, layers: nn.ModuleList) -> set[int]:
         if any(_is_attention(child) for child in module.modules()):
             _check_openable(path, module)
             found.add(id(module))
-    mixers = {name for layer in layers if id(layer) in found for name, _ in layer.named_children()}
+    known = {(name, type(c)) for layer in layers if id(layer) in found for name, c in layer.named_children()}
     for number, layer in enumerate(layers):
         if id(layer) not in found:
-            raise UnsupportedModelError(_without_attention(decoder, number, layer, mixers))
+            raise UnsupportedModelError(_without_attention(decoder, number, layer, known))
     return found
 
 
@@ -163,6 +180,7 @@ def trace_decoder(decoder: nn.Module, inputs: DecoderInputs | None = None) -> Tr
         UnsupportedModelError: the decoder cannot be traced; the message names the module and the reason.
     """
     inputs = inputs or DecoderInputs()
+    _check_settings(decoder)
     layers_path, layers = find_layers(decoder)
     weight = next(p for p in layers.parameters())
     floating = weight.dtype if weight.dtype.is_floating_point else torch.get_default_dtype()

@@ -35,7 +35,7 @@ TEXT, VISUAL, SYSTEM = 0, 1, 2
 OWN_ARGUMENTS = ("input_ids", "inputs_embeds", "position_ids", "attention_mask")
 BLOCKS_WITHIN_WINDOWS = ("gemma3_text",)  # elsewhere a block is seen whole, also through a sliding window
 LAYERS = ("layers", "h")
-FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f", "embedding_norm")
+FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f", "layer_norm", "embedding_norm")
 ATTENTIONS = ("self_attn", "attention", "self_attention", "attn")
 PROJECTIONS = ("o_proj", "out_proj", "dense", "c_proj", "wo")
 MLPS = ("mlp", "feed_forward", "block_sparse_moe", "shared_mlp", "per_layer_projection")
@@ -188,7 +188,7 @@ def _run(model: nn.Module, row: Row, policy: Policy) -> tuple[Tensor, Tensor]:
 
     def forward(*positional: Any, **arguments: Any) -> ModelOutput:
         arguments |= dict(zip(names, positional, strict=False))
-        sequence = _sequence(model, decoder, row, arguments, placeholders)
+        sequence = _sequence(model, decoder, original, row, arguments, placeholders)
         groups = _group_names(policy, row, sequence)
         return _reduced_forward(decoder, original, policy, row, sequence, groups, arguments)
 
@@ -209,10 +209,27 @@ class Tokens:
     blocks: Tensor  # (T,): number of the bidirectional block, -1 outside
 
 
+def _merged_embeds(decoder: nn.Module, original: Callable[..., Any], arguments: dict[str, Any]) -> Tensor:
+    """What enters the first layer of the untouched decoder."""
+    entering: list[Tensor] = []
+    first = named_child(decoder, LAYERS)[0]
+    handle = first.register_forward_pre_hook(lambda _, args: entering.append(args[0]))
+    original(**arguments)
+    handle.remove()
+    return entering[0]
+
+
 def _sequence(
-    model: nn.Module, decoder: nn.Module, row: Row, arguments: dict[str, Any], placeholders: list[Tensor]
+    model: nn.Module,
+    decoder: nn.Module,
+    original: Callable[..., Any],
+    row: Row,
+    arguments: dict[str, Any],
+    placeholders: list[Tensor],
 ) -> Tokens:
-    if (embeds := arguments.get("inputs_embeds")) is None:
+    if arguments.get("pixel_values") is not None:  # a decoder that merges images itself
+        embeds = _merged_embeds(decoder, original, arguments)
+    elif (embeds := arguments.get("inputs_embeds")) is None:
         embeds = decoder.get_input_embeddings()(arguments["input_ids"])
     prompt, device = embeds.shape[1], embeds.device
     visual = torch.zeros(prompt, dtype=torch.bool, device=device)

@@ -37,7 +37,9 @@ def fitted(make_tensors: Tensors, kind: str = "image", marked: bool = True, per_
             given = {name: value[None] for name, value in given.items()}
         with torch.no_grad():
             features = getattr(owner, f"get_{kind}_features")(**given)
-        output = features if features.pooler_output is None else features.pooler_output
+        output = features.pooler_output
+        if output is None:  # Granite 4 Vision has features for some layers only; Fuyu has plain embeddings
+            output = features.deepstack_features[0][1] if hasattr(features, "deepstack_features") else features
         count = sum(part.flatten(0, -2).shape[0] for part in _tensors(output))
         ids = [IMAGE if kind == "image" else VIDEO] * count
         return Visual([START, *ids, END] if marked else ids, tensors)

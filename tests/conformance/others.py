@@ -11,9 +11,9 @@ from torch import Tensor
 from transformers import models
 
 from tests.conformance.configs import tiny, tiny_tower
-from tests.conformance.images import fitted, pixels, placed_patches, tiles
+from tests.conformance.images import fitted, pixels, placed_patches, sized_pixels, tiles
 from tests.conformance.llava_like import vlm
-from tests.families import END, HIDDEN, IMAGE, START, VOCAB, Family
+from tests.families import END, HEADS, HIDDEN, IMAGE, START, VOCAB, Family
 
 __all__ = ["OTHERS"]
 
@@ -45,17 +45,29 @@ def _tile(variant: int, generator: torch.Generator) -> dict[str, Tensor]:
     return pixels(24)(variant, generator) | {"pixel_attention_mask": torch.ones(1, dtype=torch.bool)}
 
 
-# Id of each image code in the vocabulary: Chameleon and Emu3 read their images as text.
+# Chameleon and Emu3 read their images as text: the id of each image code in the vocabulary.
 _CODES = 32
-_CHAMELEON_MAP = {"<image>": IMAGE} | {
-    f"IMGIMG{'ABCDEFGHIJ'[n // 10]}{'ABCDEFGHIJ'[n % 10]}Z": 64 + n for n in range(_CODES)
-}
-_EMU3_MAP = {"<image>": IMAGE, "<|extra_200|>": 8, "<|image start|>": START, "<|image end|>": END} | {
-    f"<|visual token {n:06d}|>": 64 + n for n in range(_CODES)
-}
-_VQ: dict[str, Any] = {"base_channels": 32, "channel_multiplier": [1, 2], "num_res_blocks": 1, "attn_resolutions": []}
+_LETTERS = "ABCDEFGHIJ"
+_CHAMELEON_MAP = {"<image>": IMAGE} | {f"IMGIMG{_LETTERS[n // 10]}{_LETTERS[n % 10]}Z": 64 + n for n in range(_CODES)}
+_EMU3_MAP = {"<image>": IMAGE, "<|extra_200|>": 8} | {f"<|visual token {n:06d}|>": 64 + n for n in range(_CODES)}
+
+
+_VQ: dict[str, Any] = {"base_channels": 32, "channel_multiplier": [1, 2], "num_res_blocks": 1, "embed_dim": 8}
+
+
+def _chameleon() -> Any:
+    vq = _VQ | {"num_embeddings": _CODES, "latent_channels": 32, "resolution": 8}
+    return tiny(hf.ChameleonConfig, num_key_value_heads=HEADS, vq_config=vq, vocabulary_map=_CHAMELEON_MAP)
+
+
+def _emu3() -> Any:
+    vq = _VQ | {"codebook_size": _CODES, "latent_channels": 8, "hidden_size": 64, "attn_resolutions": []}
+    return hf.Emu3Config(text_config=tiny(hf.Emu3TextConfig), vq_config=vq, vocabulary_map=_EMU3_MAP)
+
 
 _ALL = (
+    Family("chameleon", hf.ChameleonForConditionalGeneration, _chameleon, fitted(pixels(8))),
+    Family("emu3", hf.Emu3ForConditionalGeneration, _emu3, fitted(sized_pixels((8, 8)))),
     vlm(
         "llama4",
         "Llama4ForConditionalGeneration",
@@ -153,7 +165,7 @@ _ALL = (
         functools.partial(
             tiny, models.granite4_vision.configuration_granite4_vision.Granite4VisionTextConfig, residual_multiplier=0.5
         ),
-        functools.partial(tiny_tower, hf.CLIPVisionConfig, side=16, patch=4, num_hidden_layers=3),
+        functools.partial(tiny_tower, hf.CLIPVisionConfig, side=16, patch=4, num_hidden_layers=3, hidden_size=64),
         fitted(tiles(16), marked=False),
         {"has_newlines": True, "has_deepstack": True},
         image_grid_pinpoints=[[16, 32], [32, 16], [32, 32]],

@@ -13,7 +13,7 @@ from tests.conformance.configs import tiny, tiny_tower
 from tests.conformance.images import fitted, pixels
 from tests.conformance.llava_like import vlm
 from tests.conformance.text_only import text
-from tests.families import HIDDEN, Family
+from tests.families import HIDDEN, VOCAB, Family
 
 __all__ = ["REFUSED", "Refusal"]
 
@@ -28,9 +28,9 @@ class Refusal:
 
 
 _RECURRENT = "a recurrence over all tokens in some layers"
-_MIXED = r"layer \d+ of .* mixes tokens by .*{} .*needs every token"
+_MIXED = r"layer \d+ of .* mixes tokens by .*{}.*needs every token"
 _OWN = "attention that does not go through the attention interface, so that its parts cannot be told apart"
-_NOT_REGISTERED = r"layer 0 of .* mixes tokens by .*{} .*attention interface"
+_NOT_REGISTERED = r"layer 0 of .* mixes tokens by .*{}.*attention interface"
 _IMAGE = fitted(pixels(24))
 _LINEAR: dict[str, Any] = {
     "linear_key_head_dim": 8,
@@ -48,6 +48,7 @@ _MROPE = {
 }
 _QWEN_TOWER = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 4,
                "out_hidden_size": HIDDEN, "num_position_embeddings": 36}  # fmt: skip
+_ALTERNATING: dict[str, Any] = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2}
 _LFM_TOWER = functools.partial(tiny_tower, hf.Siglip2VisionConfig, num_patches=36)
 _CONVOLUTIONS = {"layer_types": ["conv", "full_attention"] * 2}
 
@@ -70,8 +71,47 @@ _ALL = (
     Refusal(text("qwen3_next", "Qwen3NextForCausalLM", **_LINEAR), _MIXED.format("GatedDeltaNet"), _RECURRENT),
     Refusal(text("diffllama", "DiffLlamaForCausalLM"), "holds 2 attention kernels",
             "two attentions per layer, subtracted from each other"),
-    Refusal(text("falcon", "FalconForCausalLM", tie_word_embeddings=True), _NOT_REGISTERED.format("Attention"), _OWN),
-    Refusal(text("gptj", "GPTJForCausalLM", rotary_dim=8), _NOT_REGISTERED.format("Attention"), _OWN),
-    Refusal(text("bloom", "BloomForCausalLM", tie_word_embeddings=True), _NOT_REGISTERED.format("Attention"), _OWN),
+    *(
+        Refusal(text(name, model, **settings), _MIXED.format(mixer), _RECURRENT)
+        for name, model, mixer, settings in (
+            ("mamba", "MambaForCausalLM", "MambaMixer", {"state_size": 4}),
+            ("jamba", "JambaForCausalLM", "JambaMambaMixer", {"attn_layer_period": 2, "attn_layer_offset": 1}),
+            ("recurrent_gemma", "RecurrentGemmaForCausalLM", "RecurrentBlock", {}),
+            ("granitemoehybrid", "GraniteMoeHybridForCausalLM", "Mamba",
+             {"layer_types": ["mamba", "attention"] * 2, "mamba_n_heads": 8, "shared_intermediate_size": 32}),
+            ("minimax", "MiniMaxForCausalLM", "LightningAttention",
+             {"layer_types": ["linear_attention", "full_attention"] * 2}),
+            ("olmo_hybrid", "OlmoHybridForCausalLM", "GatedDeltaNet", {}),
+        )
+    ),
+    Refusal(
+        text("gemma4_shared", "Gemma4ForCausalLM", tie_word_embeddings=True, hidden_size_per_layer_input=16,
+             vocab_size_per_layer_input=VOCAB, num_kv_shared_layers=2, **_ALTERNATING),
+        "num_kv_shared_layers=2.*keys and values of earlier layers",
+        "layers that read the keys and values of earlier ones (`num_kv_shared_layers`)",
+    ),
+    Refusal(
+        text("gemma3n", "Gemma3nForCausalLM", tie_word_embeddings=True, hidden_size_per_layer_input=16, laurel_rank=8,
+             vocab_size_per_layer_input=VOCAB, num_kv_shared_layers=0, activation_sparsity_pattern=[0.0] * 4,
+             **_ALTERNATING),
+        r"4 residual streams at once \(AltUp\)",
+        "several residual streams at once (AltUp)",
+    ),
+    Refusal(
+        text("mllama", "MllamaForCausalLM", cross_attention_layers=[1, 3]),
+        "image features outside of the token sequence",
+        "cross-attention to image features: no visual tokens in the sequence",
+    ),
+    *(
+        Refusal(text(name, model, **settings), _NOT_REGISTERED.format("Attention"), _OWN)
+        for name, model, settings in (
+            ("falcon", "FalconForCausalLM", {"tie_word_embeddings": True}),
+            ("bloom", "BloomForCausalLM", {"tie_word_embeddings": True}),
+            ("gptj", "GPTJForCausalLM", {"rotary_dim": 8}),
+            ("codegen", "CodeGenForCausalLM", {"rotary_dim": 8}),
+            ("gpt_neo", "GPTNeoForCausalLM", {"attention_types": [[["global", "local"], 2]]}),
+            ("mpt", "MptForCausalLM", {}),
+        )
+    ),
 )  # fmt: skip
 REFUSED: dict[str, Refusal] = {refusal.family.name: refusal for refusal in _ALL}

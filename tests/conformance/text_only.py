@@ -8,7 +8,7 @@ from typing import Any
 import transformers as hf
 
 from tests.conformance.configs import tiny
-from tests.families import HEADS, Family
+from tests.families import HEADS, VOCAB, Family
 
 __all__ = ["TEXT_ONLY", "text"]
 
@@ -78,6 +78,31 @@ _ALL = (
     text("minimax_m2", "MiniMaxM2ForCausalLM"),
     text("ernie4_5_moe", "Ernie4_5_MoeForCausalLM"),
     text("llama4_text", "Llama4ForCausalLM", attention_chunk_size=8),
+    text(
+        "gemma4_text",
+        "Gemma4ForCausalLM",
+        _SLIDES,
+        tie_word_embeddings=True,
+        hidden_size_per_layer_input=16,
+        vocab_size_per_layer_input=VOCAB,
+        **_ALTERNATING,
+    ),
+    text("nanochat", "NanoChatForCausalLM"),
+    text("bitnet", "BitNetForCausalLM"),
+    text("flex_olmo", "FlexOlmoForCausalLM"),
+    text("cwm", "CwmForCausalLM"),
+    text("solar_open", "SolarOpenForCausalLM"),
+    text("mistral4", "Mistral4ForCausalLM", **_MULTI_HEAD),
+    text("minicpm3", "MiniCPM3ForCausalLM", **_MULTI_HEAD),
+    text("hunyuan_moe", "HunYuanMoEV1ForCausalLM", _ABSOLUTE),
+    text("cohere2_moe", "Cohere2MoeForCausalLM", _PARALLEL),
+    text("exaone_moe", "ExaoneMoeForCausalLM"),
+    text("jais2", "Jais2ForCausalLM"),
+    text("hyperclovax", "HyperCLOVAXForCausalLM"),
+    text("afmoe", "AfmoeForCausalLM"),
+    text("laguna", "LagunaForCausalLM"),
+    text("mellum", "MellumForCausalLM"),
+    text("biogpt", "BioGptForCausalLM", _ABSOLUTE),
     text("opt", "OPTForCausalLM", ffn_dim=96, word_embed_proj_dim=64, tie_word_embeddings=True),
     text("gpt2", "GPT2LMHeadModel", _ABSOLUTE, tie_word_embeddings=True),
     text("gpt_bigcode", "GPTBigCodeForCausalLM", _ABSOLUTE, tie_word_embeddings=True),
