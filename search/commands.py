@@ -21,7 +21,7 @@ from dop_compile.search.greedy import greedy_order
 from dop_compile.search.joint import measure_accuracy, measure_policies
 from dop_compile.search.latency import LatencyModel, measure_latency
 from dop_compile.search.measure import measure_divergences
-from dop_compile.search.meter import without_answers
+from dop_compile.search.meter import model_inputs
 from dop_compile.search.optimize import optimize
 from dop_compile.search.samples import Row, Samples, check_images, choose, read_data_set, read_jsonl
 
@@ -164,7 +164,7 @@ def _latency(arguments: Namespace) -> LatencyModel:
             raise UsageError(f"--latency {arguments.latency!r}: no such file; to measure it give --model and --samples")
         model, samples, _ = model_and_samples(arguments)
         with usage_errors():
-            measure_latency(model, without_answers(samples[0]), backend=arguments.backend).save(path)
+            measure_latency(model, model_inputs(samples[0]), backend=arguments.backend).save(path)
     with usage_errors():
         return LatencyModel.load(path)
 

@@ -20,7 +20,7 @@ from dop_compile.dropin import generate_under
 from dop_compile.fingerprint import model_fingerprint
 from dop_compile.policy import Policy
 from dop_compile.policy_json import choice
-from dop_compile.search.meter import ANSWERS, SampleMeter, resized, resizing, sample_digest, without_answers
+from dop_compile.search.meter import ANSWERS, SampleMeter, model_inputs, resized, resizing, sample_digest
 from dop_compile.search.metrics import METRICS, is_right
 from dop_compile.search.processes import Team, barrier, gather
 from dop_compile.search.progress import Progress
@@ -103,7 +103,7 @@ def measure_accuracy(
         resize = resizing(samples, number)
         found = []
         for policy in policies:
-            inputs = without_answers(resized(sample, policy, resize))
+            inputs = model_inputs(resized(sample, policy, resize))
             output = generate_under(compiled, policy, **inputs, do_sample=False, **settings)
             found.append(is_right(decode(output[0, inputs["input_ids"].shape[1] :]), answers))
         return found

@@ -18,10 +18,12 @@ from dop_compile.reducers import ResizeReducer
 from dop_compile.replay import Replay
 from dop_compile.search.metrics import METRICS, is_right
 
-__all__ = ["ANSWERS", "SampleMeter", "resized", "resizing", "sample_digest", "without_answers"]
+__all__ = ["ANSWERS", "TASK", "SampleMeter", "model_inputs", "resized", "resizing", "sample_digest"]
 
 ANSWERS = "answers"
 """Where a sample keeps its right answers, beside the model's inputs."""
+TASK = "task"
+"""Where it may keep the name of its task."""
 
 Resize = Callable[[int], Mapping[str, Any]]
 
@@ -48,9 +50,16 @@ def resized(sample: Mapping[str, Any], policy: Policy, resize: Resize | None) ->
     return resize(policy.visual_tokens)
 
 
-def without_answers(sample: Mapping[str, Any]) -> dict[str, Any]:
-    """The model's inputs alone."""
-    return {name: value for name, value in sample.items() if name != ANSWERS}
+def model_inputs(sample: Mapping[str, Any]) -> dict[str, Any]:
+    """A sample without answers and task.
+
+    Raises:
+        ValueError: it is not of one row.
+    """
+    inputs = {name: value for name, value in sample.items() if name not in (ANSWERS, TASK)}
+    if "input_ids" not in inputs or inputs["input_ids"].shape[0] != 1:
+        raise ValueError("expected what the model's forward takes for one prompt: input_ids (1, tokens)")
+    return inputs
 
 
 class SampleMeter:
@@ -84,14 +93,12 @@ class SampleMeter:
         self._metric = METRICS[metric]
         self._compiled = compiled
         self._answers = sample.get(ANSWERS)
-        self._inputs = without_answers(sample)
+        self._inputs = model_inputs(sample)
         self._decode = decode
         if isinstance(self._answers, str):
             raise TypeError(f"answers: expected a list of strings, got {self._answers!r}")
         if self._metric.compare is None and (not self._answers or decode is None):
             raise ValueError("accuracy_drop: expected samples with answers, and decode (token ids to text)")
-        if "input_ids" not in self._inputs or self._inputs["input_ids"].shape[0] != 1:
-            raise ValueError("expected what the model's forward takes for one prompt: input_ids (1, tokens)")
         self._forced: Tensor | None = None
         if self._metric.forced and tokens > 1:
             self._forced = _greedy(compiled, self._inputs, tokens - 1)
@@ -113,7 +120,7 @@ class SampleMeter:
         if policy.reducer != ResizeReducer.name or count is None or count >= self.counts[1]:
             return self._inputs, self.replay
         if self._resized is None or self._resized[0] != count:
-            inputs = without_answers(resized(self._inputs, policy, self._resize))
+            inputs = model_inputs(resized(self._inputs, policy, self._resize))
             self._resized = count, inputs, self._prepare(inputs)
         return self._resized[1:]
 

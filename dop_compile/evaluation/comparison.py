@@ -17,27 +17,12 @@ from dop_compile.evaluation.methods import Method
 from dop_compile.evaluation.result import Run
 from dop_compile.executed import Prompt, layer_costs
 from dop_compile.policy import Policy
-from dop_compile.search.meter import ANSWERS, sample_digest
+from dop_compile.search.meter import ANSWERS, model_inputs, sample_digest
 from dop_compile.search.metrics import is_right
 
-__all__ = ["TASK", "Comparison", "model_inputs"]
-
-TASK = "task"
-"""Where a sample may keep the name of its task, beside the model's inputs and its answers."""
+__all__ = ["Comparison"]
 
 Sample = Mapping[str, Any]
-
-
-def model_inputs(sample: Sample) -> dict[str, Any]:
-    """A sample without answers and task.
-
-    Raises:
-        ValueError: it is not of one row.
-    """
-    inputs = {name: value for name, value in sample.items() if name not in (ANSWERS, TASK)}
-    if "input_ids" not in inputs or inputs["input_ids"].shape[0] != 1:
-        raise ValueError("expected what the model's forward takes for one prompt: input_ids (1, tokens)")
-    return inputs
 
 
 class Comparison:

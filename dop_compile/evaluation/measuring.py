@@ -20,14 +20,14 @@ from torch import Tensor
 
 from dop_compile.compiler import dop_compile
 from dop_compile.evaluation.answers import prompt_counts
-from dop_compile.evaluation.comparison import TASK, Comparison, model_inputs
+from dop_compile.evaluation.comparison import Comparison
 from dop_compile.evaluation.environment import device_name, environment
 from dop_compile.evaluation.loop import measured_rows
 from dop_compile.evaluation.methods import ORIGINAL, Method
 from dop_compile.evaluation.result import Evaluation, Measured, read_runs
 from dop_compile.fingerprint import model_fingerprint
 from dop_compile.policy import Policy
-from dop_compile.search.meter import sample_digest
+from dop_compile.search.meter import TASK, model_inputs, sample_digest
 from dop_compile.search.processes import Team, barrier
 from dop_compile.search.progress import Progress, check_header
 
