@@ -178,9 +178,8 @@ def compare(options: argparse.Namespace, budgets: Sequence[float], out: Path) ->
     counts = count_tokens(model, questions, resume=out / "tokens")
     planner = Planner.of(model, counts)
     methods = [method for name, budget in alone for method in made(planner.named, name, budget)]
-    profiled = [{name: value for name, value in sample.items() if name != "task"} for sample in training]
     for reducer in on:
-        divergences = measure_divergences(model, profiled, reducer=reducer, resume=out / f"divergences-{reducer}.json")
+        divergences = measure_divergences(model, training, reducer=reducer, resume=out / f"divergences-{reducer}.json")
         own = Planner.of(model, counts, divergences=divergences)
         for space in ("dop", "split"):
             methods += [method for budget in budgets for method in made(own.searched, space, budget, reducer)]

@@ -656,7 +656,7 @@ def test_counts_need_samples_of_equal_visual_tokens() -> None:
         ({"metric": "topk"}, "metric: .*'topk'; did you mean 'top_k_kl'"),
         ({"metric": "forced_kl", "tokens": 0}, "tokens: .*got 0"),
         ({"metric": "accuracy_drop"}, "accuracy_drop: expected samples with answers, and decode"),
-        ({"reducer": "nearest"}, "reducer 'nearest' is unknown"),
+        ({"reducer": "nearest"}, "unknown reducer 'nearest'"),
         ({"positions": "compat"}, "positions: .*'compact'"),
     ],
 )
