@@ -15,15 +15,20 @@ from dop_compile.slots import Call
 __all__ = ["merge_images"]
 
 
-def _by_features(
+def _chameleon(
     decoder: Any, input_ids: Tensor | None, embeds: Tensor, images: dict[str, Any]
-) -> tuple[Tensor, Tensor]:
-    features = decoder.get_image_features(**images, return_dict=True).pooler_output
+) -> tuple[Tensor, Tensor | None]:
+    """Features that `generate` has computed before, or those of the pixels, take the places of the placeholders."""
+    output = (images.get("mm_encoder_outputs") or {}).get("image")
+    if output is None and "pixel_values" not in images:
+        return embeds, None
+    output = decoder.get_image_features(images["pixel_values"], return_dict=True) if output is None else output
+    features = output.pooler_output
     mask = decoder.get_placeholder_mask(input_ids, inputs_embeds=embeds, image_features=features)
     return embeds.masked_scatter(mask, features), mask
 
 
-MERGERS = {"ChameleonModel": (_by_features, ("pixel_values",))}
+MERGERS = {"ChameleonModel": (_chameleon, ("pixel_values", "mm_encoder_outputs"))}
 """How each class merges, and the arguments that it takes for it."""
 
 
@@ -37,4 +42,5 @@ def merge_images(decoder: Any, call: Call, arguments: dict[str, Any]) -> None:
     if embeds is None:
         embeds = decoder.get_input_embeddings()(input_ids)
     arguments["inputs_embeds"], mask = merge(decoder, input_ids, embeds, images)
-    call.visual.append(mask)
+    if mask is not None:
+        call.visual.append(mask)

@@ -190,6 +190,11 @@ def trace_decoder(decoder: nn.Module, inputs: DecoderInputs | None = None) -> Tr
             graph, output_class = tracer.trace_decoder()
     except Exception as error:  # whatever a forward does with a proxy that it cannot do
         where = f", in {tracer.failed_in}" if tracer.failed_in else ""
+        if not names_in(type(decoder).forward) & {builder.__name__ for builder in MASK_BUILDERS}:
+            raise UnsupportedModelError(
+                f"{type(decoder).__name__} cannot be traced: it builds its attention mask itself, and not by functions "
+                f"of transformers.masking_utils, whose masks can be built anew for fewer tokens ({error})"
+            ) from error
         raise UnsupportedModelError(f"{type(decoder).__name__} cannot be traced{where}: {error}") from error
     for node in graph.nodes:
         if node.op == "call_method" and node.target == "update":

@@ -64,6 +64,7 @@ class Family:
     has_batch_positions: bool = False  # images are numbered through the batch: rows alone need `position_ids`
     is_parallel: bool = False  # attention and MLP read the same normalised state
     num_layers: int = LAYERS
+    seed: int = 0  # of the weights: another one where the model answers with a placeholder
     needs_image: bool = False  # every row has one
     eager_only: bool = False  # a part of the model has no other attention
 
@@ -84,10 +85,10 @@ class Family:
         """Attention implementations that the class has, of those that are supported."""
         return ("sdpa", "eager") if self.model_class._supports_sdpa and not self.eager_only else ("eager",)
 
-    def build(self, seed: int = 0, dtype: torch.dtype = torch.float32, attn: str | None = None) -> nn.Module:
+    def build(self, seed: int | None = None, dtype: torch.dtype = torch.float32, attn: str | None = None) -> nn.Module:
         """The model in eval mode, the same for the same seed. It has no end-of-sequence token."""
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.manual_seed(self.seed if seed is None else seed)
             model = self.model_class._from_config(self.config(), attn_implementation=attn or self.attentions[0])
             _initialise(model)
         model.generation_config = hf.GenerationConfig(pad_token_id=PAD, bos_token_id=BOS)
@@ -200,6 +201,11 @@ def _pad(ids: list[list[int]], padding: str) -> dict[str, Tensor]:
 
 def _join(visuals: list[Visual]) -> dict[str, Tensor]:
     """Concatenate along the first dimension, the other dimensions zero-padded to the largest."""
+    before = 0
+    for visual in visuals:  # Molmo 2 numbers the patches of all images
+        if "image_token_pooling" in visual.tensors:
+            visual.tensors["image_token_pooling"] = visual.tensors["image_token_pooling"] + before
+            before += visual.tensors["pixel_values"].shape[:2].numel()
     names = {name: None for visual in visuals for name in visual.tensors}
     return {n: _cat_padded([v.tensors[n] for v in visuals if n in v.tensors]) for n in names}
 

@@ -250,6 +250,8 @@ def _sequence(
     blocks = torch.full((prompt,), -1, device=device)
     if model.config.model_type == "paligemma":  # the whole prompt, but for a suffix to learn from
         blocks = row.inputs["token_type_ids"][0].ne(0).long().neg()
+    elif model.config.model_type == "molmo2":  # all images are one block
+        blocks = row.inputs["mm_token_type_ids"][0].eq(1).long() - 1
     elif "token_type_ids" in row.inputs:  # Gemma 3: every run of image tokens is one block
         image = row.inputs["token_type_ids"][0] == 1
         starts = image & ~nn.functional.pad(image, (1, 0))[:-1]

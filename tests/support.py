@@ -36,7 +36,7 @@ def mixed_rows(family: Family) -> list[list[Segment]]:
 
 
 @functools.lru_cache(32)
-def shared_model(family: str | Family, attn: str | None = None, seed: int = 0) -> nn.Module:
+def shared_model(family: str | Family, attn: str | None = None, seed: int | None = None) -> nn.Module:
     """One model for many tests; none of them changes it."""
     return (FAMILIES[family] if isinstance(family, str) else family).build(seed=seed, attn=attn)
 

@@ -41,6 +41,24 @@ def _asked(variant: int, generator: torch.Generator) -> dict[str, Tensor]:
     return pixels(24)(variant, generator) | tensors
 
 
+_MOLMO2_TOWER = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+}
+
+
+def _pooled(variant: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Molmo 2: one crop of 9 patches, each token pools three of them."""
+    return {
+        "pixel_values": torch.randn(1, 9, 48, generator=generator),
+        "image_token_pooling": torch.arange(9).view(3, 3),
+        "image_grids": torch.tensor([[0, 0, 1, 3]]),
+    }
+
+
 def _tile(variant: int, generator: torch.Generator) -> dict[str, Tensor]:
     return pixels(24)(variant, generator) | {"pixel_attention_mask": torch.ones(1, dtype=torch.bool)}
 
@@ -87,6 +105,17 @@ _ALL = (
             projector_output_dim=48,
         ),
         fitted(pixels(24)),
+    ),
+    vlm(
+        "molmo2",
+        "Molmo2ForConditionalGeneration",
+        functools.partial(tiny, models.molmo2.configuration_molmo2.Molmo2TextConfig, additional_vocab_size=8),
+        lambda: _MOLMO2_TOWER | {"image_size": [12, 12], "patch_size": 4, "num_hidden_layers": 2},
+        fitted(_pooled),
+        {"type_ids": "mm_token_type_ids", "has_bidirectional_images": True},
+        adapter_config=_MOLMO2_TOWER
+        | {"vision_feature_layer": [-1, 0], "text_hidden_size": HIDDEN, "intermediate_size": 96},
+        image_patch_id=IMAGE,
     ),
     vlm(
         "perception_lm",
@@ -235,7 +264,7 @@ _ALL = (
             "position_embedding_size": 36,
         },
         fitted(placed_patches(48)),
-        _SLIDES | {"type_ids": "mm_token_type_ids"},
+        _SLIDES | {"type_ids": "mm_token_type_ids", "seed": 1},
         audio_config=None,
         boi_token_id=START,
         eoi_token_id=END,

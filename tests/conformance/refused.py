@@ -13,7 +13,7 @@ from tests.conformance.configs import tiny, tiny_tower
 from tests.conformance.images import fitted, pixels
 from tests.conformance.llava_like import vlm
 from tests.conformance.text_only import text
-from tests.families import HIDDEN, VOCAB, Family
+from tests.families import HIDDEN, IMAGE, VIDEO, VOCAB, Family
 
 __all__ = ["REFUSED", "Refusal"]
 
@@ -49,6 +49,9 @@ _MROPE = {
 _QWEN_TOWER = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 4,
                "out_hidden_size": HIDDEN, "num_position_embeddings": 36}  # fmt: skip
 _ALTERNATING: dict[str, Any] = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2}
+_MINICPM_TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2,
+                  "patch_size": 4, "image_size": 24, "insert_layer_id": 1}  # fmt: skip
+_IDS = {"image_token_id": IMAGE, "video_token_id": VIDEO}
 _LFM_TOWER = functools.partial(tiny_tower, hf.Siglip2VisionConfig, num_patches=36)
 _CONVOLUTIONS = {"layer_types": ["conv", "full_attention"] * 2}
 
@@ -65,6 +68,34 @@ _ALL = (
             _LFM_TOWER, _IMAGE, projector_hidden_size=32),
         _MIXED.format("ShortConv"),
         "a convolution over neighbouring tokens in some layers",
+    ),
+    Refusal(
+        vlm("qwen3_5_moe", "Qwen3_5MoeForConditionalGeneration",
+            functools.partial(tiny, models.qwen3_5_moe.Qwen3_5MoeTextConfig, rope_parameters=_MROPE, **_LINEAR),
+            lambda: _QWEN_TOWER, _IMAGE),
+        _MIXED.format("GatedDeltaNet"),
+        _RECURRENT,
+    ),
+    *(
+        Refusal(
+            vlm(name, model, functools.partial(tiny, models.qwen3_5.Qwen3_5TextConfig, **_LINEAR),
+                lambda: _MINICPM_TOWER, _IMAGE, insert_layer_id=1, **_IDS),
+            _MIXED.format("GatedDeltaNet"),
+            _RECURRENT,
+        )
+        for name, model in (
+            ("minicpmv4_6", "MiniCPMV4_6ForConditionalGeneration"),
+            ("minicpm_ocr", "MiniCPMOcrForConditionalGeneration"),
+        )
+    ),
+    Refusal(
+        vlm("kosmos2", "Kosmos2ForConditionalGeneration",
+            functools.partial(tiny, models.kosmos2.configuration_kosmos2.Kosmos2TextConfig, ffn_dim=96,
+                              tie_word_embeddings=True),
+            functools.partial(tiny_tower, models.kosmos2.configuration_kosmos2.Kosmos2VisionConfig, patch=8),
+            _IMAGE, latent_query_num=4),
+        "builds its attention mask itself",
+        "an attention mask that the decoder builds itself",
     ),
     Refusal(text("lfm2", "Lfm2ForCausalLM", **_CONVOLUTIONS), _MIXED.format("ShortConv"),
             "a convolution over neighbouring tokens in some layers"),
