@@ -255,7 +255,7 @@ def test_bad_policies(capsys: pytest.CaptureFixture[str], model: str, tmp_path: 
     assert "not both" in answer("--policy", policy, "--mha-depth", "2")
     assert "given twice" in answer("--policy", policy, "--policy", policy)
     assert "--tier: 'b' is not one of" in answer("--policy", policy, "--tier", "b")
-    assert "reducer 'best' is unknown" in answer("--visual-tokens", "3", "--reducer", "best")
+    assert "unknown reducer 'best'" in answer("--visual-tokens", "3", "--reducer", "best")
     assert "reach into the visual tokens" in answer("--visual-tokens", "3", "--rows", "200")
     assert "--save-policy" in answer("--save-policy", str(tmp_path / "no" / "p.json"), "--json")
     assert "no policy" in refused(capsys, "run", model, "--prompt", "x")
