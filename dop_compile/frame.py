@@ -6,15 +6,14 @@ of a conversation is kept in the cache.
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
 
 from dop_compile.cache import PrunedCache
 from dop_compile.errors import UnsupportedModelError, UnsupportedUsageError
@@ -22,6 +21,7 @@ from dop_compile.model_path import copy_path, placeholder_ids
 from dop_compile.outer_masks import builds_masks, deferring_forward
 from dop_compile.policy import Policy
 from dop_compile.runtime import run_decoder
+from dop_compile.session import CALL_ARGUMENTS, Session, presented_as
 from dop_compile.slots import Call
 from dop_compile.vision import vision_fields, watch_vision
 from dop_compile.vision_features import TokenFeatures
@@ -33,35 +33,6 @@ CONVERSATION_ATTRIBUTES = ("rope_deltas",)
 
 NEWLINE_EMBEDDINGS = ("image_newline",)
 """Embeddings that a model inserts inside image placeholders: visual, never dropped, not counted."""
-
-CALL_ARGUMENTS = ("tier", "visual_indices", "token_groups")
-
-
-@dataclass
-class Session:
-    """One `generate`, or one plain forward call: its tier and what the caller said about its tokens.
-
-    `policy` takes the place of the tier's. `prompt_columns` is where the prompt ends in a `generate`: what stands in
-    later columns was generated.
-    """
-
-    tier: str
-    visual_indices: Any = None
-    token_groups: Any = None
-    prompt_columns: int | None = None
-    policy: Policy | None = None
-
-
-def presented_as(method: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` with the name, docstring and signature of a class's method, for code that inspects them."""
-
-    @functools.wraps(method)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return function(*args, **kwargs)
-
-    signature = inspect.signature(method)
-    call.__signature__ = signature.replace(parameters=list(signature.parameters.values())[1:])  # type: ignore[attr-defined]
-    return call
 
 
 class Frame:
@@ -77,6 +48,7 @@ class Frame:
         self.chain[0].training = state.base.training
         self.root, self.decoder = self.chain[0], self.chain[-1]
         self._restored = False
+        self._running = False
         self._encoded: list[TokenFeatures] = []  # images and videos that `generate` encodes before the prompt
         for module in self.chain[:-1]:
             if module is not self.root and builds_masks(module):
@@ -86,18 +58,35 @@ class Frame:
     # --- one forward call -----------------------------------------------------------------------------------------
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        arguments = inspect.signature(self.state.model_class.forward).bind_partial(self.root, *args, **kwargs).arguments
+        return self._run(self.root, self.state.model_class.forward, args, kwargs)
+
+    def _run(self, module: Any, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """A call of `function`, the forward of the model or of a part of it that generates by itself."""
+        self._running = True
+        try:
+            return self._run_once(module, function, args, kwargs)
+        finally:
+            self._running = False
+
+    def _run_once(self, module: Any, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        arguments = inspect.signature(function).bind_partial(module, *args, **kwargs).arguments
         named = {**arguments, **arguments.get("kwargs", {})}
         cache = named.get("past_key_values")
         self.restore(cache)
         call = self._call(named)
         if call.prompt_tokens:
             self._watch_vision(call.vision)
+        if self.session.visual is not None and call.prompt_tokens:
+            call.visual.append(_per_row(self.session.visual, call.batch))
         self.decoder.forward = self._decoder_forward(call)
-        for module in self.chain[:-1]:
-            if hasattr(type(module), "get_placeholder_mask"):
-                module.get_placeholder_mask = self._note_placeholders(call, type(module), module)
-        output = self.state.model_class.forward(self.root, *args, **kwargs)
+        for part in self.chain[:-1]:
+            if hasattr(type(part), "get_placeholder_mask"):
+                part.get_placeholder_mask = self._note_placeholders(call, type(part), part)
+        output = function(module, *args, **kwargs)
+        if call.prompt_tokens and not call.visual and call.token_groups is None and _has_images(named):
+            raise UnsupportedModelError(
+                f"{type(self.root).__name__} does not say which tokens are those of the images; pass token_groups"
+            )
         if not call.done:
             raise UnsupportedModelError(
                 f"the forward of {type(self.root).__name__} does not call {self.state.decoder_path}; what it returns "
@@ -196,7 +185,7 @@ class Frame:
 
     def _placeholders_by_id(self, named: dict[str, Any]) -> list[Tensor]:
         """Placeholder positions by their ids, where images or videos are handed in."""
-        if not any("pixel_values" in name and value is not None for name, value in named.items()):
+        if not _has_images(named):
             return []
         if named.get("input_ids") is None:
             raise UnsupportedUsageError(
@@ -259,4 +248,44 @@ class Frame:
         prompt = next((value for value in (*given, *args[:1]) if isinstance(value, Tensor)), None)
         self.session.prompt_columns = 1 if prompt is None else prompt.shape[1]
         self._watch_vision(self._encoded)
+        self._follow_inner_generate(args, kwargs)
         return self.state.model_class.generate(self.root, *args, **kwargs)
+
+    def _follow_inner_generate(self, args: Any, kwargs: Any) -> None:
+        """Some models (BLIP-2) merge the images in their `generate` and hand the rest to that of a part of theirs."""
+        generate = self.state.model_class.generate
+        parts = [m for m in self.chain[1:-1] if isinstance(m, PreTrainedModel) and m.can_generate()]
+        if generate is GenerationMixin.generate or not parts:
+            return
+        for part in parts:
+            part.forward = self._inner_forward(part)
+        input_ids = inspect.signature(generate).bind_partial(self.root, *args, **kwargs).arguments.get("input_ids")
+        if input_ids is None:
+            raise UnsupportedUsageError(
+                f"{type(self.root).__name__} cannot tell which tokens are visual; pass input_ids with its placeholders"
+            )
+        self.session.prompt_columns = input_ids.shape[1]
+        placeholders = torch.tensor(placeholder_ids(self.root.config), device=input_ids.device)
+        self.session.visual = torch.isin(input_ids, placeholders)
+
+    def _inner_forward(self, module: Any) -> Callable[..., Any]:
+        function = type(module).forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if self._running:  # the model's own forward calls its part
+                return function(module, *args, **kwargs)
+            return self._run(module, function, args, kwargs)
+
+        return presented_as(function, forward)
+
+
+def _has_images(named: dict[str, Any]) -> bool:
+    """Whether a call is given images or videos: pixels, or what a vision tower made of them."""
+    encoded = named.get("mm_encoder_outputs") or {}
+    pixels = (value for name, value in named.items() if "pixel_values" in name)
+    return any(value is not None for value in (*pixels, *encoded.values()))
+
+
+def _per_row(values: Tensor, batch: int) -> Tensor:
+    """The values of each prompt for the rows that beams or returned sequences repeat it in."""
+    return values.repeat_interleave(batch // values.shape[0], dim=0)

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import models
 
 from tests.conformance.configs import tiny, tiny_tower
-from tests.conformance.images import fitted, pixels, placed_patches, sized_pixels, tiles
+from tests.conformance.images import fitted, grid_image, grid_video, pixels, placed_patches, sized_pixels, tiles
 from tests.conformance.llava_like import vlm
 from tests.families import END, HEADS, HIDDEN, IMAGE, START, VOCAB, Family
 
@@ -39,6 +39,11 @@ def _asked(variant: int, generator: torch.Generator) -> dict[str, Tensor]:
     question = torch.randint(4, 32, (1, 3), generator=generator)
     tensors = {"qformer_input_ids": question, "qformer_attention_mask": torch.ones_like(question)}
     return pixels(24)(variant, generator) | tensors
+
+
+def _two_sizes(variant: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """DeepSeek-VL hybrid: the same image twice, the larger for a tower of its own."""
+    return pixels(24)(variant, generator) | pixels(32, "high_res_pixel_values")(variant, generator)
 
 
 _MOLMO2_TOWER = {
@@ -157,6 +162,41 @@ _ALL = (
             "projection_dim": HIDDEN,
             "image_token_embed_dim": HIDDEN,
         },
+    ),
+    vlm(
+        "deepseek_vl_hybrid",
+        "DeepseekVLHybridForConditionalGeneration",
+        _LLAMA,
+        functools.partial(tiny_tower, hf.SiglipVisionConfig, patch=8),
+        fitted(_two_sizes),
+        high_res_vision_config=hf.SamVisionConfig(
+            hidden_size=32,
+            output_channels=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=32,
+            patch_size=4,
+            window_size=4,
+            global_attn_indexes=[1],
+            mlp_dim=48,
+        ),
+    ),
+    vlm(
+        "hyperclovax_vision_v2",
+        "HyperCLOVAXVisionV2ForConditionalGeneration",
+        functools.partial(tiny, hf.HyperCLOVAXConfig),
+        lambda: models.qwen2_5_vl.Qwen2_5_VLVisionConfig(
+            depth=2,
+            hidden_size=32,
+            intermediate_size=48,
+            num_heads=2,
+            patch_size=4,
+            out_hidden_size=HIDDEN,
+            window_size=16,
+            fullatt_block_indexes=[1],
+        ),
+        fitted(grid_image(96)),
+        video=fitted(grid_video(96), "video"),
     ),
     vlm(
         "blip2_opt",

@@ -154,6 +154,7 @@ _ALL = (
             "pos_emb_width": 8,
         },
         fitted(grid_image(3, 4, 4)),
+        {"seed": 1},
         projection_hidden_size=32,
     ),
     vlm(
