@@ -171,7 +171,7 @@ def run_decoder(compiled: Any, decoder: nn.Module, call: Call, **kwargs: Any) ->
     masks: dict[str, Any] | None = None
     if arguments.masks is not None:
         columns = None if slots.columns is None else slots.columns.clamp(min=0)
-        built = arguments.masks.build(embeds, mask, view, positions, columns)
+        built: Any = arguments.masks.build(embeds, mask, view, positions, columns)
         masks = built if isinstance(built, dict) else None
         mask = mask if built is None or masks is not None else built  # the decoder's own builder passes a built one on
     token_inputs = slots.token_inputs()
