@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from pathlib import Path
 from typing import Any
 
@@ -96,8 +95,9 @@ def test_another_measurement_is_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_two_processes_give_what_one_gives(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    ranks = [context.Process(target=worker.measure_joint_as_rank, args=(n, 2, 3, tmp_path)) for n in range(2)]
+    ranks = [
+        worker.processes().Process(target=worker.measure_joint_as_rank, args=(n, 2, 3, tmp_path)) for n in range(2)
+    ]
     for rank in ranks:
         rank.start()
     for rank in ranks:

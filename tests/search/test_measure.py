@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import multiprocessing
 import os
 import signal
 import time
@@ -374,14 +373,6 @@ def test_the_papers_measurement_costs_a_third_of_whole_runs(visual: int, share: 
 # --- killed and resumed
 
 
-@functools.cache
-def processes() -> Any:
-    """Processes forked off a clean one that has imported everything already."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([worker.__name__])
-    return context
-
-
 def lines_in(path: Path) -> int:
     """Whole lines of progress, the header left out."""
     return max(sum(f.read_bytes().count(b"\n") - 1 for f in path.parent.glob(f"{path.name}.progress-*")), 0)
@@ -389,7 +380,7 @@ def lines_in(path: Path) -> int:
 
 def kill_after(lines: int, path: Path) -> None:
     """Measure in a process of its own, and kill that as soon as so many samples are on disk."""
-    process = processes().Process(target=worker.measure_slowly, args=(COUNT, path))
+    process = worker.processes().Process(target=worker.measure_slowly, args=(COUNT, path))
     process.start()
     deadline = time.monotonic() + 120
     while lines_in(path) < lines:
@@ -591,7 +582,8 @@ def test_the_digest_tells_samples_apart() -> None:
 
 def run_ranks(world: int, folder: Path) -> list[Divergences]:
     ranks = [
-        processes().Process(target=worker.measure_as_rank, args=(rank, world, COUNT, folder)) for rank in range(world)
+        worker.processes().Process(target=worker.measure_as_rank, args=(rank, world, COUNT, folder))
+        for rank in range(world)
     ]
     for process in ranks:
         process.start()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,8 +17,9 @@ from tests.support import shared_model
 
 def test_a_tensor_parallel_model_is_measured_by_all_together(tmp_path: Path) -> None:
     shared_model("llava").save_pretrained(tmp_path / "model")
-    context = multiprocessing.get_context("spawn")
-    ranks = [context.Process(target=worker.measure_tensor_parallel, args=(rank, 2, tmp_path)) for rank in range(2)]
+    ranks = [
+        worker.processes().Process(target=worker.measure_tensor_parallel, args=(rank, 2, tmp_path)) for rank in range(2)
+    ]
     for rank in ranks:
         rank.start()
     for rank in ranks:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import multiprocessing
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,24 @@ SETTINGS: dict[str, Any] = {
     "points": {"mha_depth": (1,), "mlp_depth": (1,), "visual_tokens": (0.5, 0.25)},
     "seed": 7,
 }
+
+
+@functools.cache
+def processes() -> Any:
+    """Processes forked off a clean one that has imported everything already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
+
+
+def run_ranks(target: Callable[..., None], world: int, *args: Any) -> None:
+    """Run target(rank, world, *args) in a process each, and wait for all of them."""
+    ranks = [processes().Process(target=target, args=(rank, world, *args)) for rank in range(world)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(180)
+        assert process.exitcode == 0
 
 
 def prompts(count: int) -> list[dict[str, Any]]:
