@@ -581,15 +581,7 @@ def test_the_digest_tells_samples_apart() -> None:
 
 
 def run_ranks(world: int, folder: Path) -> list[Divergences]:
-    ranks = [
-        worker.processes().Process(target=worker.measure_as_rank, args=(rank, world, COUNT, folder))
-        for rank in range(world)
-    ]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(120)
-        assert process.exitcode == 0
+    worker.run_ranks(worker.measure_as_rank, world, COUNT, folder)
     return [Divergences.load(folder / f"rank-{rank}.json") for rank in range(world)]
 
 
