@@ -28,7 +28,28 @@ def _chameleon(
     return embeds.masked_scatter(mask, features), mask
 
 
-MERGERS = {"ChameleonModel": (_chameleon, ("pixel_values", "mm_encoder_outputs"))}
+def _phi4_multimodal(
+    decoder: Any, input_ids: Tensor | None, embeds: Tensor, images: dict[str, Any]
+) -> tuple[Tensor, Tensor | None]:
+    """Its embedding module puts features of images and sounds in; what it makes of ids alone is left as it is."""
+    if input_ids is None:
+        return embeds, None
+    visual = input_ids == decoder.config.vision_config.image_token_id
+    return decoder.embed_tokens_extend(input_ids, embeds, **images), visual
+
+
+_PHI4_INPUTS = (
+    "image_pixel_values",
+    "image_sizes",
+    "image_attention_mask",
+    "audio_input_features",
+    "audio_embed_sizes",
+    "audio_attention_mask",
+)
+MERGERS = {
+    "ChameleonModel": (_chameleon, ("pixel_values", "mm_encoder_outputs")),
+    "Phi4MultimodalModel": (_phi4_multimodal, _PHI4_INPUTS),
+}
 """How each class merges, and the arguments that it takes for it."""
 
 

@@ -227,7 +227,7 @@ def _sequence(
     arguments: dict[str, Any],
     placeholders: list[Tensor],
 ) -> Tokens:
-    if arguments.get("pixel_values") is not None:  # a decoder that merges images itself
+    if any("pixel_values" in name and v is not None for name, v in arguments.items()):  # it merges images itself
         embeds = _merged_embeds(decoder, original, arguments)
     elif (embeds := arguments.get("inputs_embeds")) is None:
         embeds = decoder.get_input_embeddings()(arguments["input_ids"])
@@ -236,9 +236,10 @@ def _sequence(
     for mask in placeholders:
         visual |= mask[0].reshape(prompt, -1).any(-1)
     if not placeholders and len(row.inputs) > 2 and row.groups is None:  # the class tells placeholders by their ids
-        for name in ("image_token_id", "video_token_id"):
-            if (number := getattr(model.config, name, None)) is not None:
-                visual |= row.inputs["input_ids"][0] == number
+        for config in (model.config, getattr(model.config, "vision_config", None)):
+            for name in ("image_token_id", "video_token_id"):
+                if (number := getattr(config, name, None)) is not None:
+                    visual |= row.inputs["input_ids"][0] == number
     if row.groups is not None:
         visual = row.groups.to(device) == VISUAL
     newline = torch.zeros_like(visual)

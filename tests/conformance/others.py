@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 import transformers as hf
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import models
 
 from tests.conformance.configs import tiny, tiny_tower
 from tests.conformance.images import fitted, grid_image, grid_video, pixels, placed_patches, sized_pixels, tiles
 from tests.conformance.llava_like import vlm
-from tests.families import END, HEADS, HIDDEN, IMAGE, START, VOCAB, Family
+from tests.families import END, HEADS, HIDDEN, IMAGE, START, VOCAB, Family, Visual
 
 __all__ = ["OTHERS"]
 
@@ -88,7 +88,27 @@ def _emu3() -> Any:
     return hf.Emu3Config(text_config=tiny(hf.Emu3TextConfig), vq_config=vq, vocabulary_map=_EMU3_MAP)
 
 
+def _phi4_multimodal() -> Any:
+    vision = tiny_tower(hf.Phi4MultimodalVisionConfig, side=16, crop_size=16, image_token_id=IMAGE)
+    audio = hf.Phi4MultimodalAudioConfig(
+        hidden_size=16, intermediate_size=16, num_blocks=1, num_attention_heads=2, ext_pw_out_channel=16,
+        depthwise_separable_out_channel=16, nemo_conv_channels=16, input_size=16,
+    )  # fmt: skip
+    return tiny(hf.Phi4MultimodalConfig, vision_config=vision, audio_config=audio)
+
+
+def _phi4_image(model: nn.Module, variant: int, generator: torch.Generator) -> Visual:
+    """The whole image and one crop of 4 x 4 patches, pooled to 2 x 2 with a separator per row, one between them."""
+    tensors = {
+        "image_pixel_values": torch.randn(1, 2, 3, 16, 16, generator=generator),
+        "image_sizes": torch.tensor([[16, 16]]),
+        "image_attention_mask": torch.ones(1, 2, 4, 4, dtype=torch.bool),
+    }
+    return Visual([START, *[IMAGE] * (6 + 1 + 6), END], tensors)
+
+
 _ALL = (
+    Family("phi4_multimodal", hf.Phi4MultimodalForCausalLM, _phi4_multimodal, _phi4_image),
     Family("chameleon", hf.ChameleonForConditionalGeneration, _chameleon, fitted(pixels(8))),
     Family("emu3", hf.Emu3ForConditionalGeneration, _emu3, fitted(sized_pixels((8, 8)))),
     vlm(
