@@ -163,8 +163,16 @@ class OnnxPipeline:
             for name in self.tiers
         }
 
-    def choose_tier(self, inputs: Mapping[str, Any], tier: str | None = None, max_ms: float | None = None) -> str:
-        """The tier that `generate` uses.
+    def choose_tier(
+        self,
+        inputs: Mapping[str, Any],
+        *,
+        tier: str | None = None,
+        max_ms: float | None = None,
+        visual_indices: Sequence[Any] | None = None,
+    ) -> str:
+        """The tier that `generate` uses. `max_ms` chooses among tiers whose reducer is "given" where visual tokens are
+        named, and among the others where not.
 
         Raises:
             ValueError: an unknown tier, both arguments, or no tier is predicted to fit.
@@ -172,7 +180,12 @@ class OnnxPipeline:
         if tier is not None and max_ms is not None:
             raise ValueError("give a tier or max_ms, not both")
         if max_ms is not None:
-            return largest_fitting(self.manifest.tiers, self.predict_ms(inputs), max_ms)
+            tiers = {
+                name: self.manifest.tiers[name]
+                for name in self.tiers
+                if (self.manifest.tiers[name].policy.reducer == "given") == (visual_indices is not None)
+            }
+            return largest_fitting(tiers, self.predict_ms(inputs), max_ms)
         if tier is not None and tier not in self.tiers:
             raise ValueError(f"tier {tier!r}: not loaded; expected one of {', '.join(self.tiers)}")
         return self.tiers[0] if tier is None else tier
@@ -210,7 +223,7 @@ class OnnxPipeline:
         if limit < 1:
             raise ValueError(f"max_new_tokens: expected a number >= 1, got {limit}")
         batch = as_batch(inputs)
-        name = self.choose_tier(batch, tier, max_ms)
+        name = self.choose_tier(batch, tier=tier, max_ms=max_ms, visual_indices=visual_indices)
         logits, decoder = self._prefill(name, batch, visual_indices, limit)
         model, ids = self.manifest.model, batch["input_ids"].numpy()
         sampler = Sampler(self._sampling(sampling), ids, batch["attention_mask"].bool().numpy(), model.vocabulary)

@@ -93,12 +93,16 @@ class Decoder:
         held = self._binding.inputs
         for name, value in self._token(ids).items():
             held[name].copy_(value)
-        self._binding.run()
+        self.run()
         for number, layers in enumerate(self._classes):
             self._store(number, layers)
         self._slot += 1
         self._position += 1
         return self._binding.outputs["logits"]
+
+    def run(self) -> None:
+        """Run the graph as it is bound, and store nothing."""
+        self._binding.run()
 
     def _store(self, number: int, layers: tuple[int, ...]) -> None:
         """The step's entries, in the next place of each layer's buffers."""

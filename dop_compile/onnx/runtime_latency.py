@@ -18,7 +18,6 @@ from dop_compile.onnx.runtime_sessions import Stages
 __all__ = ["TierLatency", "largest_fitting", "measure_tier", "measure_vision", "tier_tokens"]
 
 RUNS = 3
-DECODED = 4
 
 
 @dataclass(frozen=True)
@@ -40,10 +39,10 @@ class TierLatency:
         return ms + slope * max(tokens - first, 0)
 
 
-def _median_ms(call: Callable[[], object], runs: int = RUNS) -> float:
+def _median_ms(call: Callable[[], object]) -> float:
     call()  # the first run allocates
     times = []
-    for _ in range(runs):
+    for _ in range(RUNS):
         start = time.perf_counter()
         call()
         times.append((time.perf_counter() - start) * 1e3)
@@ -73,10 +72,9 @@ def measure_tier(stages: Stages, name: str) -> TierLatency:
                 name,
                 prepared,
                 session.run_in_place(prepared.inputs),
-                DECODED + 1,
+                steps=1,
             )
-            ids = torch.zeros(text.opt[0], dtype=torch.long)
-            decode_ms = _median_ms(lambda decoder=decoder, ids=ids: decoder.step(ids), DECODED)  # type: ignore[misc]
+            decode_ms = _median_ms(decoder.run)
         tokens = sum(slots.numel() for slots in made().section_slots.values())
         points[tokens] = _median_ms(lambda made=made: session.run_in_place(made().inputs))  # type: ignore[misc]
     return TierLatency(tuple(sorted(points.items())), decode_ms)
@@ -124,16 +122,18 @@ def tier_tokens(tier: Tier, mask: Tensor, visual: Tensor) -> int:
 
 
 def largest_fitting(tiers: Mapping[str, Tier], predicted: Mapping[str, float], max_ms: float) -> str:
-    """The tier of the most operations whose predicted milliseconds are within `max_ms`.
+    """The tier of the most operations whose predicted milliseconds are within `max_ms`; of equals, the first.
 
     Raises:
         ValueError: none is.
     """
-    fitting = [name for name, ms in predicted.items() if ms <= max_ms]
+    if not tiers:
+        raise ValueError("max_ms: no tier takes this call's visual_indices; name a tier")
+    fitting = [name for name in tiers if predicted[name] <= max_ms]
     if not fitting:
-        fastest = min(predicted, key=lambda name: predicted[name])
+        fastest = min(tiers, key=lambda name: predicted[name])
         raise ValueError(
             f"max_ms: no tier is predicted to fit {max_ms:g} ms; the fastest, {fastest!r}, takes about "
             f"{predicted[fastest]:.3g} ms for this prompt; allow more, or name a tier"
         )
-    return max(fitting, key=lambda name: (tiers[name].executed_flops or tiers[name].eq11_flops or 0, predicted[name]))
+    return max(fitting, key=lambda name: tiers[name].eq11_flops or tiers[name].executed_flops or 0)

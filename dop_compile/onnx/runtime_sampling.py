@@ -54,7 +54,7 @@ def probabilities(logits: Logits, sampling: Sampling) -> NDArray[np.float64]:
     if sampling.top_k is not None and sampling.top_k < len(scaled):
         smallest = np.partition(scaled, -sampling.top_k)[-sampling.top_k]
         scaled = np.where(scaled >= smallest, scaled, -np.inf)
-    found = np.exp(scaled - scaled.max())
+    found: NDArray[np.float64] = np.exp(scaled - scaled.max())
     found /= found.sum()
     if sampling.top_p is not None and sampling.top_p < 1:
         order = np.argsort(-found, kind="stable")
@@ -86,7 +86,7 @@ class Sampler:
             penalised = np.where(logits < 0, logits * penalty, logits / penalty)
             logits = np.where(self._held, penalised, logits)
         if self._sampling.temperature == 0:
-            chosen = logits.argmax(-1).astype(np.int64)
+            chosen: NDArray[np.int64] = logits.argmax(-1).astype(np.int64)
         else:
             rows = [probabilities(row, self._sampling) for row in logits]
             chosen = np.array([_draw(p, rng) for p, rng in zip(rows, self._draws, strict=True)], dtype=np.int64)
@@ -97,4 +97,5 @@ class Sampler:
 def _draw(p: NDArray[np.float64], rng: np.random.Generator) -> int:
     """One draw takes one number, whatever is drawn: rows go on alike."""
     likely = np.flatnonzero(p)
-    return int(likely[min(np.searchsorted(np.cumsum(p[likely]), rng.random(), side="right"), len(likely) - 1)])
+    number = int(np.searchsorted(np.cumsum(p[likely]), rng.random(), side="right"))
+    return int(likely[min(number, len(likely) - 1)])

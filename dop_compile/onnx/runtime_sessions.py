@@ -89,7 +89,8 @@ class BoundSession(GraphSession):
         super().__init__(path, provider, optimized=True, shared=shared)
         self.device = buffer_device(provider)
         self.graph = graph
-        self._dtypes = {spec.name: getattr(torch, spec.dtype) for spec in (*graph.inputs, *graph.outputs)}
+        dtypes = {spec.name: spec.dtype for spec in graph.inputs} | {spec.name: spec.dtype for spec in graph.outputs}
+        self._dtypes = {name: getattr(torch, dtype) for name, dtype in dtypes.items()}
 
     def bind(self, inputs: Mapping[str, Tensor]) -> Binding:
         """Inputs and fresh outputs, bound. Floating point inputs are converted to what the graph takes."""
