@@ -5,6 +5,7 @@ inputs_embeds --groups--> codes --reduce--> slots --program--> rows of requested
 
 from __future__ import annotations
 
+import functools
 import inspect
 from typing import Any
 
@@ -16,6 +17,7 @@ from dop_compile.errors import UnsupportedUsageError
 from dop_compile.layout import TokenLayout
 from dop_compile.masks import MaskSelector
 from dop_compile.merging import merge_images
+from dop_compile.module_tracer import names_in
 from dop_compile.outer_masks import deferred
 from dop_compile.program import Program
 from dop_compile.side_inputs import add_side_inputs
@@ -27,8 +29,6 @@ __all__ = ["run_decoder"]
 
 UNUSED_ARGUMENTS = ("num_items_in_batch", "cache_position", "mm_token_type_ids")
 """What outer models pass on to decoders that take any keyword but do nothing with these."""
-POSITIONS_FROM_MASK = ("OPTDecoder",)
-"""Decoders that number tokens without padding where the caller does not; others count every column."""
 REFUSED_OUTPUTS = ("output_attentions", "output_hidden_states", "output_router_logits")
 
 
@@ -64,7 +64,7 @@ def _check_arguments(decoder: Any, call: Call, kwargs: dict[str, Any]) -> Argume
             "cannot follow token reduction"
         )
     positions = kwargs.pop("position_ids", None)
-    if positions is None and mask is not None and type(decoder).__name__ in POSITIONS_FROM_MASK:
+    if positions is None and mask is not None and _numbers_from_mask(decoder):
         positions = (mask.cumsum(1) * mask - 1)[:, -embeds.shape[1] :]
     _check_lengths(cache, embeds, mask, positions)
     packed_name, packed, packed_mask = _packed(kwargs)
@@ -88,6 +88,16 @@ def _check_arguments(decoder: Any, call: Call, kwargs: dict[str, Any]) -> Argume
     return Arguments(
         embeds, mask, masks, positions, cache, features, packed_mask, constants, packed_name, keys, token_inputs
     )
+
+
+def _numbers_from_mask(decoder: nn.Module) -> bool:
+    """Whether the decoder (OPT, BioGPT) numbers tokens without padding if the caller does not; others count all."""
+    return any(_sums_up(type(module)) for module in (decoder, *decoder.children()))
+
+
+@functools.cache
+def _sums_up(kind: type[nn.Module]) -> bool:
+    return "cumsum" in names_in(kind.forward)
 
 
 def _packed(kwargs: dict[str, Any]) -> tuple[str, Any, Tensor | None]:
