@@ -77,7 +77,7 @@ def test_policy_for_another_model() -> None:
         dop_compile(model, {"a": {"num_layers": 4}})  # type: ignore[dict-item]
     with pytest.raises(ValueError, match="at least one tier"):
         dop_compile(model, {})
-    with pytest.raises(ValueError, match=r"tier 'default': unknown reducer 'cdpruned'; did you mean 'cdpruner'.*divprune"):
+    with pytest.raises(ValueError, match=r"tier 'default': unknown reducer 'cdpruned'; did you mean 'cdpruner'.*trim"):
         dop_compile(model, FULL.replace(reducer="cdpruned"))
 
 
