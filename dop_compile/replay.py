@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from dop_compile.costs import DecoderDims, prefill_flops
-from dop_compile.dropin import CALL_ARGUMENTS, Frame, Session
 from dop_compile.executed import Prompt, resumed_flops
+from dop_compile.frame import CALL_ARGUMENTS, Frame, Session
 from dop_compile.outer_masks import deferred
 from dop_compile.policy import Policy
 from dop_compile.runtime import run_decoder

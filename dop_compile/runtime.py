@@ -92,11 +92,12 @@ def _check_arguments(decoder: Any, call: Call, kwargs: dict[str, Any]) -> Argume
 
 def _numbers_from_mask(decoder: nn.Module) -> bool:
     """Whether the decoder (OPT, BioGPT) numbers tokens without padding if the caller does not; others count all."""
-    return any(_sums_up(type(module)) for module in (decoder, *decoder.children()))
+    modules: list[Any] = [decoder, *decoder.children()]
+    return any(_sums_up(type(module)) for module in modules)
 
 
 @functools.cache
-def _sums_up(kind: type[nn.Module]) -> bool:
+def _sums_up(kind: Any) -> bool:
     return "cumsum" in names_in(kind.forward)
 
 

@@ -136,7 +136,7 @@ def _checks(
 def _greedy(settings: Any, new_tokens: int) -> GenerationConfig:
     """Settings without what forbids or penalises tokens: the model's own numbers are compared."""
     pad = settings.pad_token_id
-    return GenerationConfig(
+    return GenerationConfig(  # type: ignore[no-untyped-call]
         max_new_tokens=new_tokens,
         do_sample=False,
         eos_token_id=settings.eos_token_id,

@@ -24,7 +24,8 @@ def wide(device: torch.device) -> torch.dtype:
 def _unit(features: Tensor) -> Tensor:
     features = features.to(wide(features.device))
     norm = torch.linalg.vector_norm(features, dim=-1, keepdim=True)
-    return features / norm.clamp(min=torch.finfo(torch.float32).tiny)
+    unit: Tensor = features / norm.clamp(min=torch.finfo(torch.float32).tiny)
+    return unit
 
 
 def cosine(a: Tensor, b: Tensor | None = None) -> Tensor:
