@@ -92,8 +92,8 @@ def _check_arguments(decoder: Any, call: Call, kwargs: dict[str, Any]) -> Argume
 
 def _numbers_from_mask(decoder: nn.Module) -> bool:
     """Whether the decoder (OPT, BioGPT) numbers tokens without padding if the caller does not; others count all."""
-    modules: list[Any] = [decoder, *decoder.children()]
-    return any(_sums_up(type(module)) for module in modules)
+    kinds: list[Any] = [type(module) for module in (decoder, *decoder.children())]
+    return any(map(_sums_up, kinds))
 
 
 @functools.cache
