@@ -258,6 +258,7 @@ def test_options_reach_the_reducer() -> None:
 
 
 @pytest.mark.parametrize("method", ["vispruner", "cdpruner", "visionzip"])
+@torch.no_grad()
 def test_replay_and_search(method: str) -> None:
     """A replayed policy gives what a compiled one gives, and the search measures it."""
     batch = make_batch("llava", [[("text", 3), ("image",), ("text", 4)]])

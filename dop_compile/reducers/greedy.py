@@ -63,8 +63,9 @@ def _step(
     at = token[:, None]
     left = variance.gather(1, at)
     tokens = quality.shape[1]
-    row = similarity.gather(1, at[..., None].expand(-1, 1, tokens))[:, 0] * quality * quality.gather(1, at)
-    coefficients = factor.gather(2, at[:, None].expand(-1, factor.shape[1], 1))
+    image = torch.arange(len(token), device=token.device)
+    row = similarity.view(-1, tokens)[image * tokens + token] * quality * quality.gather(1, at)
+    coefficients = factor[image, :, token][..., None]
     row = row - (coefficients.transpose(1, 2) @ factor)[:, 0]
     explains = left > EXPLAINED * own.gather(1, at)
     update = torch.where(explains, row / left.clamp(min=torch.finfo(torch.float32).tiny).sqrt(), 0.0)
@@ -93,9 +94,10 @@ def farthest_points(distance: Tensor, count: int) -> Tensor:
     itself = torch.eye(tokens, dtype=torch.bool, device=distance.device)
     nearest = distance.masked_fill(itself, torch.inf).amin(dim=-1) if tokens else distance.new_empty(images, 0)
     open_ = torch.full_like(nearest, torch.inf)
+    image = torch.arange(images, device=distance.device)
     for number in range(count):
         token = nearest.argmax(dim=1, keepdim=True)
-        row = distance.gather(1, token[..., None].expand(-1, 1, tokens))[:, 0]
+        row = distance.view(-1, tokens)[image * tokens + token[:, 0]]
         open_ = torch.minimum(open_, row).scatter(1, token, -torch.inf)
         nearest = open_
         chosen[:, number] = token[:, 0]

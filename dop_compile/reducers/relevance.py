@@ -94,9 +94,7 @@ class ClipRelevance:
         parts = ("vision_model", "visual_projection", "text_model", "text_projection")
         missing = [part for part in parts if not hasattr(self.model, part)]
         if missing:
-            raise TypeError(
-                f"a CLIP model with {', '.join(missing)} is needed, such as CLIPModel; got {type(self.model)}"
-            )
+            raise TypeError(f"a CLIPModel is needed; {type(self.model).__name__} lacks {', '.join(missing)}")
 
     @torch.no_grad()
     def __call__(self, contexts: Sequence[VisualContext]) -> list[Tensor]:

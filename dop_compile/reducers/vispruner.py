@@ -67,12 +67,15 @@ def _diverse(similarity: Tensor, numbers: Tensor, order: Tensor, keep: int) -> T
     """(units, keep) of the tokens in `order` (units, rest); `numbers` are the units' places in `similarity`."""
     if keep == 0:
         return order[:, :0]
-    unit = numbers[:, None, None]
+    tokens = similarity.shape[-1]
     while (surplus := order.shape[1] - keep) > 0:
         even, odd = order[:, 0::2], order[:, 1::2]
-        scores = similarity[unit, even[:, :, None], odd[:, None, :]].amax(dim=-1)
-        by_index = even.argsort(dim=1)
-        by_score = ranked(scores.gather(1, by_index))
-        even = even.gather(1, by_index).gather(1, by_score)
+        if odd.shape[1]:
+            # Highest similarity of every token to one of an odd place; whole rows are read, which is faster than parts
+            to_odd = similarity.view(-1, tokens).index_select(0, (odd + numbers[:, None] * tokens).flatten())
+            scores = to_odd.view(*odd.shape, tokens).amax(dim=1).gather(1, even)
+            by_index = even.argsort(dim=1)
+            by_score = ranked(scores.gather(1, by_index))
+            even = even.gather(1, by_index).gather(1, by_score)
         order = torch.cat([even[:, min(REMOVED_AT_ONCE, surplus, even.shape[1]) :], odd], dim=1)
     return order

@@ -30,7 +30,7 @@ from dop_compile.reducers import (
 
 BUILT_IN = (
     *("cdpruner", "divprune", "given", "prumerge", "prumerge_plus"),
-    *("random", "trim", "uniform", "vispruner", "visionzip"),
+    *("random", "resize", "trim", "uniform", "vispruner", "visionzip"),
 )
 LISTED = ", ".join(sorted(BUILT_IN))
 
@@ -194,7 +194,7 @@ def test_fitting_reducers_require_no_more_than_there_is():
         *("cdpruner", "divprune", "random", "uniform", "vispruner")
     }
     register("mine", Mine)  # cannot be made without options
-    assert fitting(OPTIONAL_FIELDS) == tuple(sorted(set(BUILT_IN) - {"given"}))
+    assert fitting(OPTIONAL_FIELDS) == tuple(sorted(set(BUILT_IN) - {"given", "resize"}))
 
 
 def test_a_factory_that_makes_no_reducer_is_named():
