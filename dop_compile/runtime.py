@@ -64,7 +64,7 @@ def _check_arguments(decoder: Any, call: Call, kwargs: dict[str, Any]) -> Argume
             "cannot follow token reduction"
         )
     positions = kwargs.pop("position_ids", None)
-    if positions is None and mask is not None and _numbers_from_mask(decoder):
+    if positions is None and mask is not None and _numbers_from_mask(type(decoder)):
         positions = (mask.cumsum(1) * mask - 1)[:, -embeds.shape[1] :]
     _check_lengths(cache, embeds, mask, positions)
     packed_name, packed, packed_mask = _packed(kwargs)
@@ -90,14 +90,9 @@ def _check_arguments(decoder: Any, call: Call, kwargs: dict[str, Any]) -> Argume
     )
 
 
-def _numbers_from_mask(decoder: nn.Module) -> bool:
-    """Whether the decoder (OPT, BioGPT) numbers tokens without padding if the caller does not; others count all."""
-    kinds: list[Any] = [type(module) for module in (decoder, *decoder.children())]
-    return any(map(_sums_up, kinds))
-
-
 @functools.cache
-def _sums_up(kind: Any) -> bool:
+def _numbers_from_mask(kind: type[nn.Module]) -> bool:
+    """Whether a decoder (OPT) numbers tokens without padding if the caller does not; others count every column."""
     return "cumsum" in names_in(kind.forward)
 
 

@@ -102,7 +102,7 @@ _ALL = (
     text("afmoe", "AfmoeForCausalLM"),
     text("laguna", "LagunaForCausalLM"),
     text("mellum", "MellumForCausalLM"),
-    text("biogpt", "BioGptForCausalLM"),
+    text("biogpt", "BioGptForCausalLM", _ABSOLUTE),
     text("opt", "OPTForCausalLM", ffn_dim=96, word_embed_proj_dim=64, tie_word_embeddings=True),
     text("gpt2", "GPT2LMHeadModel", _ABSOLUTE, tie_word_embeddings=True),
     text("gpt_bigcode", "GPTBigCodeForCausalLM", _ABSOLUTE, tie_word_embeddings=True),
