@@ -18,8 +18,10 @@ from digits_vlm import data, models
 from dop_compile import demo, explain
 from dop_compile.cli import _parser, main
 from dop_compile.explain_table import show_bytes, show_percent
+from dop_compile.onnx.runtime import OnnxPipeline
 from dop_compile.reducers import registry
 from tests.local_llava import local_llava, local_processor, picture
+from tests.reducers.tiny_clip import clip, tokenizer
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -50,6 +52,9 @@ def test_the_python_blocks_run(
     monkeypatch.setattr(registry, "_factories", dict(registry._factories))
     config = hf.LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=LAYERS, num_attention_heads=2)
     names: dict[str, Any] = {"text_model": hf.LlamaForCausalLM(config).eval(), "groups": torch.tensor([[2, 1, 1, 0]])}
+    names |= {"clip_model": clip(), "clip_tokenizer": tokenizer()}
+    # An export of its own would take a minute; the runtime's tests have theirs
+    monkeypatch.setattr(OnnxPipeline, "load", lambda directory, *, memory: lambda *prompt, **settings: prompt[1])
     sources = blocks("python")
     assert len(sources) >= 6
     for source in sources:
