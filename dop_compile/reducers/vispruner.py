@@ -77,5 +77,5 @@ def _diverse(similarity: Tensor, numbers: Tensor, order: Tensor, keep: int) -> T
             by_index = even.argsort(dim=1)
             by_score = ranked(scores.gather(1, by_index))
             even = even.gather(1, by_index).gather(1, by_score)
-        order = torch.cat([even[:, min(REMOVED_AT_ONCE, surplus, even.shape[1]) :], odd], dim=1)
+        order = torch.cat([even[:, min(REMOVED_AT_ONCE, surplus) :], odd], dim=1)
     return order
