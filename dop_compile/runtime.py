@@ -5,7 +5,6 @@ inputs_embeds --groups--> codes --reduce--> slots --program--> rows of requested
 
 from __future__ import annotations
 
-import functools
 import inspect
 from typing import Any
 
@@ -64,7 +63,7 @@ def _check_arguments(decoder: Any, call: Call, kwargs: dict[str, Any]) -> Argume
             "cannot follow token reduction"
         )
     positions = kwargs.pop("position_ids", None)
-    if positions is None and mask is not None and _numbers_from_mask(type(decoder)):
+    if positions is None and mask is not None and _numbers_from_mask(decoder):
         positions = (mask.cumsum(1) * mask - 1)[:, -embeds.shape[1] :]
     _check_lengths(cache, embeds, mask, positions)
     packed_name, packed, packed_mask = _packed(kwargs)
@@ -90,10 +89,9 @@ def _check_arguments(decoder: Any, call: Call, kwargs: dict[str, Any]) -> Argume
     )
 
 
-@functools.cache
-def _numbers_from_mask(kind: type[nn.Module]) -> bool:
+def _numbers_from_mask(decoder: nn.Module) -> bool:
     """Whether a decoder (OPT) numbers tokens without padding if the caller does not; others count every column."""
-    return "cumsum" in names_in(kind.forward)
+    return "cumsum" in names_in(type(decoder).forward)
 
 
 def _packed(kwargs: dict[str, Any]) -> tuple[str, Any, Tensor | None]:
