@@ -83,14 +83,14 @@ class Frame:
             if hasattr(type(part), "get_placeholder_mask"):
                 part.get_placeholder_mask = self._note_placeholders(call, type(part), part)
         output = function(module, *args, **kwargs)
-        if call.prompt_tokens and not call.visual and call.token_groups is None and _has_images(named):
-            raise UnsupportedModelError(
-                f"{type(self.root).__name__} does not say which tokens are those of the images; pass token_groups"
-            )
         if not call.done:
             raise UnsupportedModelError(
                 f"the forward of {type(self.root).__name__} does not call {self.state.decoder_path}; what it returns "
                 "was not pruned"
+            )
+        if call.prompt_tokens and not call.visual and call.token_groups is None and _has_images(named):
+            raise UnsupportedModelError(
+                f"{type(self.root).__name__} does not say which tokens are those of the images; pass token_groups"
             )
         for value in output if isinstance(output, tuple) else (cache, getattr(output, "past_key_values", None)):
             if isinstance(value, PrunedCache):

@@ -92,7 +92,7 @@ def joined(first: Batch, second: Batch) -> Batch:
             inputs[name] = torch.cat([value, more], 1)
         elif name in second.inputs:
             inputs[name] = torch.cat([value, second.inputs[name]], 0)
-    return replace(first, inputs=inputs)
+    return replace(first, inputs=inputs, towers=None)
 
 
 @pytest.mark.parametrize("own_cache", [False, True])

@@ -191,8 +191,9 @@ def test_every_family_is_explained(family: str) -> None:
 
 def test_sizes_that_cannot_be_read_leave_the_tokens_and_say_why() -> None:
     model = FAMILIES["llama"].build()
-    model.config.num_kv_shared_layers = 2
-    result = explain(dop_compile(model, Policy.depthwise(LAYERS, **SPLIT), backend="eager"), system=3, visual=9, text=4)
+    compiled = dop_compile(model, Policy.depthwise(LAYERS, **SPLIT), backend="eager")
+    compiled.config.num_kv_shared_layers = 2
+    result = explain(compiled, system=3, visual=9, text=4)
     assert [c.key_value for c in result.layers] == [16, 16, 16, 7]
     assert result.layers[0].flops is None
     assert result.summary.executed_ratio is None
