@@ -192,13 +192,13 @@ def test_every_family_is_explained(family: str) -> None:
 def test_sizes_that_cannot_be_read_leave_the_tokens_and_say_why() -> None:
     model = FAMILIES["llama"].build()
     compiled = dop_compile(model, Policy.depthwise(LAYERS, **SPLIT), backend="eager")
-    compiled.config.num_kv_shared_layers = 2
+    compiled.config.kv_lora_rank = 2
     result = explain(compiled, system=3, visual=9, text=4)
     assert [c.key_value for c in result.layers] == [16, 16, 16, 7]
     assert result.layers[0].flops is None
     assert result.summary.executed_ratio is None
-    assert "num_kv_shared_layers" in result.missing
-    assert "num_kv_shared_layers" in str(result)
+    assert "kv_lora_rank" in result.missing
+    assert "kv_lora_rank" in str(result)
 
 
 # --- tiers, output, errors
