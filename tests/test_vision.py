@@ -256,11 +256,15 @@ def test_hidden_states_are_recorded_once_where_a_compiled_model_comes_first() ->
 def test_generated_tokens_are_no_text() -> None:
     """Without a cache, a prompt is computed again with its answer; what is kept must not change with it."""
     batch = make_batch("llava", padding="left")
-    policy = Policy.depthwise(4, visual_tokens=4, reducer="cdpruner")
-    compiled = compile_eagerly(batch.model, policy)
-    settings = {"max_new_tokens": 4, "do_sample": False}
-    with_cache = compiled.generate(**batch.inputs, **settings)
-    assert torch.equal(compiled.generate(**batch.inputs, **settings, use_cache=False), with_cache)
+    spy = Spy(frozenset({"text_ids"}))
+    registry._factories["spy"] = lambda: spy
+    compiled = compile_eagerly(batch.model, Policy.depthwise(4, visual_tokens=2, reducer="spy"))
+    compiled.generate(**batch.inputs, max_new_tokens=3, do_sample=False, use_cache=False)
+    rows = len(spy.seen) // 3
+    for number, context in enumerate(spy.seen):
+        first = spy.seen[number % rows]
+        assert torch.equal(context.text_ids, first.text_ids)
+        assert torch.equal(context.text, first.text)
 
 
 # What cannot be told is refused.
@@ -308,6 +312,25 @@ def test_a_projector_that_mixes_tokens(name: str, reducer: str, message: str) ->
     batch = make_batch(name)
     compiled = compile_eagerly(batch.model, Policy.depthwise(batch.family.num_layers, visual_tokens=3, reducer=reducer))
     with pytest.raises(UnsupportedUsageError, match=message):
+        compiled(**batch.inputs)
+
+
+def test_square_blocks_are_tried_before_they_are_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A projector that makes 9 tokens of 36 patches, but not of blocks: the last token sees all patches."""
+    batch = make_batch("gemma3")
+    kind = type(batch.model.model.multi_modal_projector)
+    plain = kind.forward
+
+    def forward(self: Any, vision_outputs: Tensor) -> Tensor:
+        rows = plain(self, vision_outputs).clone()
+        rows[:, -1] += vision_outputs.mean()
+        return rows
+
+    policy = Policy.depthwise(batch.family.num_layers, visual_tokens=3, reducer="vispruner")
+    compiled = compile_eagerly(batch.model, policy)
+    compiled(**batch.inputs)
+    monkeypatch.setattr(kind, "forward", forward)
+    with pytest.raises(UnsupportedUsageError, match="in a way that is not known"):
         compiled(**batch.inputs)
 
 

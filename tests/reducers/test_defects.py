@@ -55,6 +55,15 @@ def test_outliers_are_counted_per_image():
     assert 5 in chosen.indices
 
 
+@pytest.mark.parametrize(("value", "outliers"), [(3.45, 0), (3.5, 0), (3.55, 1)])
+def test_an_outlier_lies_one_and_a_half_ranges_above_the_third_quartile(value, outliers):
+    """Quartiles 1 and 2: the limit is 2 + 1.5."""
+    attention = torch.tensor([0.0, 1.0, 1.0, 1.5, 1.5, 1.5, 2.0, 2.0, value])
+    sample = context(9)
+    sample = VisualContext(**{**vars(sample), "cls_attention": attention})
+    assert len(select_tokens(create("prumerge", {"adaptive": True}), sample, 9).indices) == outliers + 1
+
+
 @pytest.mark.parametrize("name", ["vispruner", "visionzip", "prumerge", "prumerge_plus"])
 def test_the_highest_attention_is_kept(name):
     sample = context()
