@@ -13,10 +13,11 @@ from dop_compile.costs import DecoderDims, LayerTokens, group_counts, layer_flop
 from dop_compile.keep import ANY_GROUP, KeepTable
 from dop_compile.passes.graph import MHA, Block
 from dop_compile.policy import Policy
+from dop_compile.rankings import criterion
 from dop_compile.side_inputs import default_inputs
 from dop_compile.tokens import Atom, TokenSet, Universe
 
-__all__ = ["LayerCost", "Prompt", "layer_costs", "resumed_flops"]
+__all__ = ["LayerCost", "Prompt", "group_tokens", "layer_costs", "resumed_flops"]
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,8 @@ class _Counter:
         self.universe = Universe(self.keep.groups)
         wanted: dict[str, int] = {}
         if 0 < prompt.rows < prompt.total:
-            reordered = policy.salient_fraction is not None or present.get("visual", 0) != prompt.visual
+            ranked = policy.salient_fraction is not None or policy.ranking is not None
+            reordered = ranked or present.get("visual", 0) != prompt.visual
             if prompt.visual and prompt.rows > prompt.text and reordered:
                 raise ValueError(
                     f"rows: the last {prompt.rows} rows reach into the visual tokens, of which the reducer decides "
@@ -73,17 +75,26 @@ class _Counter:
             for group in reversed(present):
                 wanted[group] = min(left, present[group])
                 left -= wanted[group]
-        if self.keep.is_dense:
-            present, wanted = {ANY_GROUP: self.length}, {ANY_GROUP: sum(wanted.values())} if wanted else {}
+        dense = self.keep.is_dense
         if wanted:
-            self.universe = Universe(self.keep.groups, frozenset(group for group, count in wanted.items() if count))
-            self._atoms = {Atom(group, True): wanted[group] for group in present}
-            self._atoms |= {Atom(group, False): present[group] - wanted[group] for group in present}
-        else:
-            self._atoms = {Atom(group, True): count for group, count in present.items()}
+            asked = frozenset(group for group, count in wanted.items() if count)
+            self.universe = Universe(self.keep.groups, frozenset({ANY_GROUP}) if dense else asked)
+        # Of each atom, the groups that it holds: all of them where the program tells none apart
+        self._atoms: dict[Atom, dict[str, int]] = {}
+        for group, count in present.items():
+            requested = wanted[group] if wanted else count
+            for flag, part in ((True, requested), (False, count - requested)):
+                self._atoms.setdefault(Atom(ANY_GROUP if dense else group, flag), {})[group] = part
 
     def tokens(self, tokens: TokenSet) -> int:
-        return sum(self._atoms[atom] for atom in tokens.atoms)
+        return sum(sum(self._atoms[atom].values()) for atom in tokens.atoms)
+
+    def by_group(self, tokens: TokenSet) -> dict[str, int]:
+        found: dict[str, int] = {}
+        for atom in tokens.atoms:
+            for group, count in self._atoms[atom].items():
+                found[group] = found.get(group, 0) + count
+        return found
 
     def width(self, tokens: TokenSet) -> int:
         """What a matrix product runs over: an empty set is laid out as one position of padding."""
@@ -103,19 +114,27 @@ class _Run:
         """Of all layers."""
         return sum(self.layer(number).flops or 0 for number in sorted({block.layer for block in self.blocks}))
 
-    def layer(self, layer: int) -> LayerCost:
+    def _split(self, layer: int) -> tuple[Block, list[Block]]:
         blocks = [block for block in self.blocks if block.layer == layer]
-        mha = next(block for block in blocks if block.kind == MHA)
-        mlps = [block for block in blocks if block.kind != MHA]
+        return next(block for block in blocks if block.kind == MHA), [block for block in blocks if block.kind != MHA]
+
+    def parts(self, layer: int) -> tuple[TokenSet, TokenSet, TokenSet]:
+        """The tokens of a layer that are queries, keys and values, and in the MLP."""
+        mha, mlps = self._split(layer)
         none = self.counter.universe.none
-        mlp = next((block.tokens for block in mlps), none)
-        count = self.counter.tokens
         # Without queries, keys and values are computed only to be cached
         keys = mha.keys if mha.tokens or mha.update is not None else none
+        return mha.tokens, keys, next((block.tokens for block in mlps), none)
+
+    def layer(self, layer: int) -> LayerCost:
+        mha, mlps = self._split(layer)
+        _, keys, mlp = self.parts(layer)
+        count = self.counter.tokens
         flops = kv_bytes = None
         if self.dims is not None:
             flops = self._mha_flops(self.dims, layer, mha)
             flops += sum(self._mlp_flops(self.dims, layer, block) for block in mlps if block.tokens)
+            flops += self._ranking_flops(self.dims, layer, mha)
             stored = self.counter.width(mha.keys) if mha.update is not None else 0
             kv_bytes = 2 * stored * self.dims.num_key_value_heads * self.dims.head_dim * self.dtype_bytes
         note = "; ".join(_notes(self.counter.universe, mha, keys, mlp))
@@ -132,6 +151,17 @@ class _Run:
         d, d_kv = dims.num_heads * dims.head_dim, dims.num_key_value_heads * dims.head_dim
         projections = 2 * dims.hidden_size * (self.counter.width(block.reads) * (d + 2 * d_kv) + queries * d)
         return projections + 4 * queries * keys * d
+
+    def _ranking_flops(self, dims: DecoderDims, layer: int, block: Block) -> int:
+        """Attention rows that a ranking computes again: of the last token, of the text, or of the picture as well."""
+        ranking = self.counter.keep.ranking
+        if ranking is None or layer not in (stage.layer for stage in ranking.stages) or ranking.criterion == "pivots":
+            return 0
+        raters = criterion(ranking.criterion, dict(ranking.options)).raters
+        groups = {g for g in self.counter.universe.groups for rater in raters if g.startswith(rater)}
+        rows = self.counter.tokens(self.counter.universe.groups_set(groups) & block.tokens)
+        rows = 1 if ranking.criterion == "last_token" else rows
+        return 4 * rows * self.counter.width(block.keys) * dims.num_heads * dims.head_dim
 
     def _mlp_flops(self, dims: DecoderDims, layer: int, block: Block) -> int:
         return layer_flops(dims, LayerTokens(0, 0, self.counter.width(block.tokens)), layer)
@@ -164,17 +194,29 @@ def layer_costs(state: CompiledState, tier: str, prompt: Prompt, dims: DecoderDi
         ValueError: no token enters the decoder, or `rows` reach into visual tokens that the reducer picks.
     """
     policy = state.tiers[tier]
-    counter = _Counter(policy, prompt)
-    program = state.program(counter.keep, counter.universe, default_inputs(state.decoder, cached=prompt.use_cache))
-    dtype: Any = state.decoder.dtype
-    run = _Run(counter, program.blocks, dims, dtype.itemsize)
+    run = _run(state, policy, prompt, dims)
     return tuple(run.layer(number) for number in range(policy.num_layers))
+
+
+def group_tokens(state: CompiledState, tier: str, prompt: Prompt) -> tuple[tuple[dict[str, int], ...], ...]:
+    """Per layer and module (queries, keys and values, MLP), the tokens that a tier runs, by group.
+
+    Raises:
+        ValueError: as `layer_costs`.
+    """
+    policy = state.tiers[tier]
+    run = _run(state, policy, prompt, None)
+    return tuple(tuple(map(run.counter.by_group, run.parts(number))) for number in range(policy.num_layers))
 
 
 def resumed_flops(state: CompiledState, policy: Policy, prompt: Prompt, dims: DecoderDims, first_layer: int = 0) -> int:
     """FLOPs that a run of `policy` computes for one sample from `first_layer` on."""
+    return _run(state, policy, prompt, dims, first_layer).flops()
+
+
+def _run(state: CompiledState, policy: Policy, prompt: Prompt, dims: DecoderDims | None, first_layer: int = 0) -> _Run:
     counter = _Counter(policy, prompt)
     inputs = default_inputs(state.decoder, cached=prompt.use_cache, first_layer=first_layer)
     program = state.program(counter.keep, counter.universe, inputs)
     dtype: Any = state.decoder.dtype
-    return _Run(counter, program.blocks, dims, dtype.itemsize).flops()
+    return _Run(counter, program.blocks, dims, dtype.itemsize)
