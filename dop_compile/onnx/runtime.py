@@ -21,11 +21,12 @@ from torch import Tensor
 from dop_compile.onnx.manifest import Manifest
 from dop_compile.onnx.plain import vision_items
 from dop_compile.onnx.prepare import placeholders, prepare, prompt_positions
+from dop_compile.onnx.providers import choose_provider
 from dop_compile.onnx.runtime_decode import Decoder
 from dop_compile.onnx.runtime_inputs import Reader, as_batch, as_images, generation_settings, skeleton
 from dop_compile.onnx.runtime_latency import TierLatency, largest_fitting, measure_tier, measure_vision, tier_tokens
 from dop_compile.onnx.runtime_sampling import Sampler, Sampling
-from dop_compile.onnx.runtime_sessions import Stages, choose_provider
+from dop_compile.onnx.runtime_sessions import Stages
 from dop_compile.onnx.runtime_stream import Token, TokenStream
 
 __all__ = ["Generation", "OnnxPipeline", "Sampling", "Token"]

@@ -13,18 +13,11 @@ from torch import Tensor
 
 from dop_compile.onnx.manifest import Manifest
 
-__all__ = ["GraphSession", "UnrunnableError", "check_provider", "open_graph"]
+__all__ = ["GraphSession", "UnrunnableError", "open_graph"]
 
 
 class UnrunnableError(RuntimeError):
     """The provider does not run a graph; the message says why."""
-
-
-def check_provider(provider: str) -> None:
-    """ValueError where ONNX Runtime, as installed, does not have a provider."""
-    available = ort.get_available_providers()
-    if provider not in available:
-        raise ValueError(f"provider {provider!r} is not available here; expected one of {', '.join(available)}")
 
 
 class GraphSession:
@@ -35,7 +28,7 @@ class GraphSession:
         shared: leave weights in the mapped file, which all sessions share, instead of packing them for the processor.
 
     Raises:
-        UnrunnableError: the provider has no kernel for the graph's dtype or operators.
+        UnrunnableError: the provider has no kernel for the graph's dtype or operators, or does not start.
     """
 
     def __init__(self, path: Path, provider: str, optimized: bool, shared: bool = False):
@@ -50,6 +43,8 @@ class GraphSession:
             self._session = ort.InferenceSession(str(path), options, providers=[provider])
         except Exception as error:  # ONNX Runtime's own exceptions have no common class
             raise UnrunnableError(f"{path.name}: {' '.join(str(error).split())[:300]}") from error
+        if provider not in (started := self._session.get_providers()):  # ONNX Runtime goes on without it
+            raise UnrunnableError(f"{path.name}: {provider} did not start, only {', '.join(started)}")
         self._types = {i.name: i.type for i in self._session.get_inputs()}
         self.outputs = [o.name for o in self._session.get_outputs()]
 

@@ -27,7 +27,8 @@ from dop_compile.fingerprint import model_fingerprint
 from dop_compile.onnx.manifest import Manifest
 from dop_compile.onnx.parts import TierCheck, Verification
 from dop_compile.onnx.plain import PlainPipeline
-from dop_compile.onnx.sessions import UnrunnableError, check_provider
+from dop_compile.onnx.providers import choose_provider
+from dop_compile.onnx.sessions import UnrunnableError
 from dop_compile.search.metrics import full_kl
 
 __all__ = ["TOLERANCES", "verify"]
@@ -59,11 +60,12 @@ def verify(
         samples_sha256: recorded; of the samples' file.
 
     Raises:
-        FileNotFoundError, ValueError: the directory is damaged, was exported from another model, or no samples.
+        FileNotFoundError, ValueError: the directory is damaged, was exported from another model, no samples, or a
+            provider that does not run here.
     """
     folder = Path(directory)
     manifest = Manifest.load(folder, hashes=True)
-    check_provider(provider)
+    choose_provider(folder / manifest.graphs[manifest.embed].data.file, [provider])
     if not len(samples):
         raise ValueError("samples: expected at least one, got none")
     found = str(model.dtype).removeprefix("torch.")

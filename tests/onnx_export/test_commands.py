@@ -62,7 +62,7 @@ def test_existing_directory(capsys: pytest.CaptureFixture[str], folder: Path, ou
 
 def test_wrong_provider_and_damage(capsys: pytest.CaptureFixture[str], folder: Path, out: Path, tmp_path: Path) -> None:
     argv = ["verify", str(out), "--samples", str(folder / "samples.jsonl")]
-    assert "is not available here" in refused(capsys, *argv, "--provider", "NoProvider")
+    assert "is no provider" in refused(capsys, *argv, "--provider", "NoProvider")
     assert "no manifest.json" in refused(capsys, "verify", str(tmp_path), "--samples", str(folder / "samples.jsonl"))
 
 

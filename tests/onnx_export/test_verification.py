@@ -11,11 +11,15 @@ import pytest
 import torch
 
 from dop_compile import Policy
+from dop_compile.onnx import providers
 from dop_compile.onnx.manifest import MANIFEST, WEIGHTS, Manifest
 from dop_compile.onnx.parts import file_sha256
+from dop_compile.onnx.sessions import GraphSession, UnrunnableError
 from dop_compile.onnx.verification import verify
 from tests.onnx_export.exported import example_rows, exported
 from tests.onnx_export.harness import LAYERS, small_family, small_model
+
+CUDA = "CUDAExecutionProvider"
 
 
 def samples(dtype: torch.dtype = torch.float32) -> list[dict[str, torch.Tensor]]:
@@ -77,9 +81,25 @@ def test_bfloat16_is_not_runnable_here(tmp_path: Path) -> None:
     assert Manifest.load(folder).verification == result
 
 
+def test_a_provider_that_is_installed_but_does_not_start(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As CUDA without a device: ONNX Runtime goes on with the processor, which must not be recorded as CUDA."""
+    monkeypatch.setattr(providers.ort, "get_available_providers", lambda: [CUDA, "CPUExecutionProvider"])
+    monkeypatch.setattr(providers, "_starts", lambda path, name: name != CUDA)
+    before = (folder / MANIFEST).read_text()
+    with pytest.raises(ValueError, match="CUDAExecutionProvider does not start here"):
+        verify(folder, small_model("llava"), samples(), provider=CUDA)
+    assert (folder / MANIFEST).read_text() == before
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there CUDA starts")
+def test_a_session_does_not_run_elsewhere_than_asked(folder: Path) -> None:
+    with pytest.raises(UnrunnableError, match=r"embed\.onnx: .*CUDA"):
+        GraphSession(folder / "embed.onnx", CUDA, optimized=True)
+
+
 def test_refused(folder: Path) -> None:
     model = small_model("llava")
-    with pytest.raises(ValueError, match="provider 'NoProvider' is not available here; expected one of"):
+    with pytest.raises(ValueError, match="'NoProvider' is no provider; available here are .*CPUExecutionProvider"):
         verify(folder, model, samples(), provider="NoProvider")
     with pytest.raises(ValueError, match="at least one"):
         verify(folder, model, [])

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from dop_compile.onnx import runtime_sessions
+from dop_compile.onnx import providers
 from dop_compile.onnx.export import export_onnx
 from dop_compile.onnx.manifest import MANIFEST, WEIGHTS
 from dop_compile.onnx.runtime import OnnxPipeline
@@ -96,22 +96,22 @@ def test_falls_back_with_one_line(
     installed: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Plain onnxruntime, and onnxruntime-gpu without a device."""
-    monkeypatch.setattr(runtime_sessions.ort, "get_available_providers", lambda: installed)
-    monkeypatch.setattr(runtime_sessions, "_starts", lambda path, name: name == CPU)
+    monkeypatch.setattr(providers.ort, "get_available_providers", lambda: installed)
+    monkeypatch.setattr(providers, "_starts", lambda path, name: name == CPU)
     path = served() / "embed.onnx"
-    assert runtime_sessions.choose_provider(path, [CUDA, CPU]) == CPU
+    assert providers.choose_provider(path, [CUDA, CPU]) == CPU
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith(CUDA)
     assert line.endswith(f"using {CPU}")
     with pytest.raises(ValueError, match=f"providers: {CUDA} .*; available here are .*{CPU}"):
-        runtime_sessions.choose_provider(path, [CUDA])
+        providers.choose_provider(path, [CUDA])
 
 
 def test_no_line_where_nothing_else_was_asked_for(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(runtime_sessions.ort, "get_available_providers", lambda: [CPU])
-    assert runtime_sessions.choose_provider(served() / "embed.onnx", None) == CPU
+    monkeypatch.setattr(providers.ort, "get_available_providers", lambda: [CPU])
+    assert providers.choose_provider(served() / "embed.onnx", None) == CPU
     assert capfd.readouterr().err == ""
 
 
@@ -122,7 +122,7 @@ def test_the_installed_package_prints_no_page(capfd: pytest.CaptureFixture[str])
     written = capfd.readouterr()
     assert len([line for line in written.err.splitlines() if "Provider" in line or "onnxruntime" in line]) <= 1
     assert written.out == ""
-    started = runtime_sessions.ort.InferenceSession(str(served() / "embed.onnx"), providers=[found.provider])
+    started = providers.ort.InferenceSession(str(served() / "embed.onnx"), providers=[found.provider])
     assert found.provider in started.get_providers()
 
 
