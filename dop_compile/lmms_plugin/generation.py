@@ -1,0 +1,80 @@
+"""Generation arguments of lmms-eval's tasks as those of `generate`, and answers cut at stop strings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor
+
+__all__ = ["Forced", "cut", "likelihoods", "settings_of", "stops_of"]
+
+KNOWN = frozenset(GenerationConfig().to_dict())
+SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p")
+UNTIL = "until"
+
+
+def stops_of(given: Mapping[str, Any]) -> tuple[str, ...]:
+    """The strings at which an answer ends; TypeError for anything but strings."""
+    until = given.get(UNTIL) or ()
+    stops = (until,) if isinstance(until, str) else tuple(until)
+    if not all(isinstance(stop, str) for stop in stops):
+        raise TypeError(f"generation_kwargs: until: expected strings, got {until!r}")
+    return tuple(stop for stop in stops if stop)
+
+
+def settings_of(given: Mapping[str, Any], max_new_tokens: int) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Arguments of `generate`, and the names among `given` that it does not know.
+
+    Greedy unless `do_sample` or a temperature above zero asks for sampling; one beam unless told. `max_new_tokens` is
+    that of tasks that say nothing.
+    """
+    own = {name: value for name, value in given.items() if name != UNTIL and value is not None}
+    unknown = tuple(sorted(name for name in own if name not in KNOWN))
+    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "num_beams": 1}
+    settings |= {name: value for name, value in own.items() if name in KNOWN}
+    warm = float(settings.get("temperature") or 0.0) > 0
+    settings["do_sample"] = warm and bool(settings.get("do_sample", True))
+    if not settings["do_sample"]:
+        settings |= dict.fromkeys(SAMPLING)  # None also over the checkpoint's own
+    return settings, unknown
+
+
+def cut(text: str, stops: Sequence[str]) -> str:
+    """The text up to the first of the stop strings."""
+    ends = [place for stop in stops if (place := text.find(stop)) >= 0]
+    return text[: min(ends, default=len(text))]
+
+
+class Forced(LogitsProcessor):  # type: ignore[misc]
+    """Makes `generate` say given tokens.
+
+    Args:
+        tokens: (rows, steps) what each row says; -1 behind its end, where any token will do.
+        columns: of the prompt.
+    """
+
+    def __init__(self, tokens: Tensor, columns: int):
+        self._tokens, self._columns = tokens.clamp(min=0), columns
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """(rows, vocabulary) scores that leave the next token alone."""
+        wanted = self._tokens[:, input_ids.shape[1] - self._columns].to(scores.device)
+        return torch.full_like(scores, -torch.inf).scatter_(1, wanted[:, None], 0.0)
+
+
+def likelihoods(tokens: Tensor, logits: Sequence[Tensor]) -> list[tuple[float, bool]]:
+    """Per row the summed log-probability of its tokens, and whether each was the likeliest.
+
+    Args:
+        tokens: (rows, steps) ids, -1 behind a row's end.
+        logits: per step (rows, vocabulary), what the model thought before that token.
+    """
+    found = []
+    for row, ids in enumerate(tokens.tolist()):
+        said = [(logits[step][row].double(), number) for step, number in enumerate(ids) if number >= 0]
+        total = sum(float(scores.log_softmax(dim=-1)[number]) for scores, number in said)
+        found.append((float(total), all(int(scores.argmax()) == number for scores, number in said)))
+    return found
