@@ -17,6 +17,8 @@ for each --budget, a fraction of the original's FLOPs (eq. 11) on these samples,
   original          the untouched model; always there
   full              the compiled model with nothing pruned
   REDUCER           that reducer alone: as many visual tokens as the budget allows (uniform, random, ...)
+  fastv, pyramiddrop, sparsevlm, dart, fitprune
+                    visual tokens leave inside the decoder; fitprune is fitted to the first 25 samples
   dop, split        the best policy of that space by --divergences
   dop+REDUCER       its depths and number of tokens, with another reducer
 

@@ -149,16 +149,17 @@ def group_counts(policy: Policy, system: int, visual: int, text: int) -> dict[st
         # Half up, as round() would make the count depend on whether its neighbour is even.
         salient = min(entering, math.floor(policy.salient_fraction * entering + 0.5))
         parts = {"visual_salient": salient, "visual_rest": entering - salient}
+    if policy.ranking is not None:
+        parts = policy.ranking.counts(entering)
     return {"system": system, **parts, "text": text} if given else {"system": 0, **parts, "text": system + text}
 
 
 def policy_tokens(policy: Policy, system: int, visual: int, text: int) -> tuple[LayerTokens, ...]:
     """Per layer, the tokens of one sample that take part; counts given before reduction, as in `group_counts`."""
     counts = group_counts(policy, system, visual, text)
-    dropped = {(op.layer, op.module, op.group) for op in policy.pruned}
 
     def taking_part(layer: int, module: str) -> int:
-        return sum(count for group, count in counts.items() if (layer, module, group) not in dropped)
+        return sum(count for group, count in counts.items() if policy.keeps(group, layer, module))
 
     return tuple(
         LayerTokens(taking_part(n, "mha_query"), taking_part(n, "mha_key_value"), taking_part(n, "mlp"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dop_compile.policy import Policy
+from dop_compile.ranking import Ranking
 
 __all__ = ["ANY_GROUP", "KeepTable", "LayerKeep"]
 
@@ -23,10 +24,11 @@ class LayerKeep:
 
 @dataclass(frozen=True)
 class KeepTable:
-    """Groups of a program in sequence order, and per layer who takes part in which module."""
+    """Groups of a program in sequence order, per layer who takes part in which module, and what is ranked where."""
 
     groups: tuple[str, ...]
     layers: tuple[LayerKeep, ...]
+    ranking: Ranking | None = None
 
     @classmethod
     def dense(cls, num_layers: int) -> KeepTable:
@@ -47,7 +49,8 @@ class KeepTable:
         full = frozenset(groups)
         if all(row == LayerKeep(full, full, full) for row in layers):
             return cls.dense(policy.num_layers)
-        return cls(groups, layers)
+        ranked = policy.ranking is not None and {"visual", *policy.ranking.groups} & full
+        return cls(groups, layers, policy.ranking if ranked else None)
 
     @property
     def is_dense(self) -> bool:

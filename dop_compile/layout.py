@@ -92,7 +92,15 @@ class TokenLayout:
         counts: list[int] = members.sum(dim=1).tolist()
         return counts
 
-    def _positions(self, tokens: TokenSet) -> Tensor:
+    def assign(self, slots: Tensor, group: str) -> None:
+        """Move slots, (batch, length) bool on the CPU, to another group.
+
+        Only sets that hold both groups or neither may have been laid out before.
+        """
+        self.codes = torch.where(slots, self.universe.groups.index(group), self.codes)
+        self.__dict__.pop("_atom_codes", None)
+
+    def positions(self, tokens: TokenSet) -> Tensor:
         """(batch, length) position of each slot inside the set's grid; 0 where it is not a member."""
 
         def make() -> Tensor:
@@ -106,12 +114,18 @@ class TokenLayout:
         result: Tensor = self._once(("positions", tokens), make)
         return result
 
+    def index(self, kind: str, tokens: TokenSet, others: tuple[TokenSet, ...]) -> Tensor:
+        """The index tensor of a graph's `IndexSpec`."""
+        if kind == "merge":
+            return self.merge_index(tokens, others)
+        return (self.gather_index if kind == "gather" else self.scatter_index)(tokens, others[0])
+
     def gather_index(self, tokens: TokenSet, source: TokenSet) -> Tensor:
         """(batch, count) position in `source`'s grid of each token of the set (any position where there is none)."""
 
         def make() -> Tensor:
             slots, valid = self.slots(tokens)
-            index = self._positions(source).gather(1, slots)
+            index = self.positions(source).gather(1, slots)
             return torch.where(valid, index, 0).to(self.device)
 
         result: Tensor = self._once(("gather", tokens, source), make)
@@ -126,7 +140,7 @@ class TokenLayout:
             index = torch.zeros(self.batch, self.count(target), dtype=torch.long, device="cpu")
             rows = torch.arange(self.batch, device="cpu")[:, None].expand_as(slots)
             flat = 1 + rows * count + torch.arange(count, device="cpu")
-            position = self._positions(target).gather(1, slots)
+            position = self.positions(target).gather(1, slots)
             index[rows[valid], position[valid]] = flat[valid]
             return index.to(self.device)
 
@@ -142,7 +156,7 @@ class TokenLayout:
             offset = 0
             for source in sources:
                 inside = self.members(source).gather(1, slots) & valid
-                index = torch.where(inside, offset + self._positions(source).gather(1, slots), index)
+                index = torch.where(inside, offset + self.positions(source).gather(1, slots), index)
                 offset += self.count(source)
             return index.to(self.device)
 

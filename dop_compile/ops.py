@@ -15,6 +15,8 @@ from torch import Tensor
 
 __all__ = [
     "masked_assign",
+    "rank_tokens",
+    "ranked_index",
     "select_attention_mask",
     "token_add",
     "token_merge",
@@ -69,6 +71,19 @@ def zero_keyless(attention: Tensor, visible: Tensor | None) -> Tensor:
 def update_cache(cache: Any, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
     """Store new keys and values of a layer; returns all that the layer holds."""
     result: tuple[Tensor, Tensor] = cache.store(keys, values, layer)
+    return result
+
+
+def rank_tokens(
+    rankings: Any, stage: int, module: Any, tensors: Any, mask: Any, sets: Any, settings: Any, stream: Any, held: Any
+) -> Any:
+    """Decide which visual tokens leave behind a layer; returns the layout that says so. See `dop_compile.rankings`."""
+    return rankings.rank(stage, module, tensors, mask, sets, settings, stream, held)
+
+
+def ranked_index(layout: Any, kind: str, tokens: Any, others: Any) -> Tensor:
+    """An index tensor between token sets that a ranking tells apart."""
+    result: Tensor = layout.index(kind, tokens, others)
     return result
 
 

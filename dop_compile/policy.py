@@ -19,6 +19,7 @@ from typing import Any, Literal, NamedTuple, cast, get_args
 
 from dop_compile import policy_json
 from dop_compile.policy_json import Provenance, choice, finite, integer, pairs, store
+from dop_compile.ranking import Ranking
 
 __all__ = [
     "MODULES",
@@ -54,7 +55,8 @@ class Policy:
     """Pruned operations and visual token reduction for a decoder of `num_layers` layers.
 
     `visual_tokens`: visual tokens per sample that enter the decoder (None: all, 0: none). `salient_fraction`
-    f, 0 < f < 1, splits the visual group into the f most salient tokens and the rest. Hashable, equal by
+    f, 0 < f < 1, splits the visual group into the f most salient tokens and the rest. `ranking`: visual tokens that
+    leave inside the decoder, ranked there; what is pruned of `visual` is pruned of all of them. Hashable, equal by
     value. Raises TypeError or ValueError naming the field for anything that is not a policy.
     """
 
@@ -66,6 +68,7 @@ class Policy:
     positions: Positions = "original"
     salient_fraction: float | None = None
     provenance: Provenance | None = None
+    ranking: Ranking | None = None
 
     def __post_init__(self) -> None:
         store(self, "num_layers", integer("num_layers", self.num_layers, low=1))
@@ -89,6 +92,10 @@ class Policy:
         if self.provenance is not None and not isinstance(self.provenance, Provenance):
             raise TypeError(f"provenance: expected a Provenance or None, got {type(self.provenance).__name__}")
         store(self, "pruned", frozenset(self._canonical(self.pruned)))
+        if self.ranking is not None:
+            if not isinstance(self.ranking, Ranking):
+                raise TypeError(f"ranking: expected a Ranking or None, got {type(self.ranking).__name__}")
+            self.ranking.check(self)
 
     @classmethod
     def full(cls, num_layers: int) -> Policy:
@@ -168,7 +175,14 @@ class Policy:
 
     @property
     def groups(self) -> tuple[str, ...]:
-        """The prompt groups of this policy: system, visual (or its two parts), text."""
+        """The prompt groups of this policy: system, visual (or its parts), text."""
+        if self.ranking is not None:
+            return ("system", "visual", *self.ranking.groups, "text")
+        return self.prunable_groups
+
+    @property
+    def prunable_groups(self) -> tuple[str, ...]:
+        """The groups whose operations a policy names; tokens that a ranking drops are `visual` until they leave."""
         return PROMPT_GROUPS if self.salient_fraction is None else ("system", *SPLIT_VISUAL_GROUPS, "text")
 
     @property
@@ -179,11 +193,15 @@ class Policy:
     @property
     def is_full(self) -> bool:
         """True when no operation is pruned and every visual token is kept."""
-        return not self.pruned and self.visual_tokens is None
+        return not self.pruned and self.visual_tokens is None and self.ranking is None
 
     def keeps(self, group: str, layer: int, module: str) -> bool:
         """Whether tokens of `group` take part in `module` of `layer`; always true for "output"."""
         layer = integer("layer", layer, low=0, high=self.num_layers - 1)
+        if self.ranking is not None and (last := self.ranking.last_layer(group)) is not None:
+            if layer > last:
+                return False
+            group = "visual"
         self._check(group, module)
         return Operation(group, layer, module) not in self.pruned
 
@@ -226,9 +244,10 @@ class Policy:
         shown: dict[str, object] = {"reducer": self.reducer, "reducer_options": self.options or None}
         shown |= {"positions": self.positions, "salient_fraction": self.salient_fraction}
         shown["budget"] = self.provenance and self.provenance.budget
+        shown["ranking"] = self.ranking and str(self.ranking)
         tail = [f"visual_tokens={'all' if self.visual_tokens is None else self.visual_tokens}"]
         tail += [f"{name}={value!r}" for name, value in shown.items() if value is not None]
-        kept = [text for group in self.groups if (text := self._describe(group))] or ["nothing pruned"]
+        kept = [text for group in self.prunable_groups if (text := self._describe(group))] or ["nothing pruned"]
         return f"Policy({self.num_layers} layers, {'; '.join(kept)}; {', '.join(tail)})"
 
     def _describe(self, group: str) -> str:
@@ -252,16 +271,16 @@ class Policy:
         if group == "output":
             raise ValueError(
                 "group: 'output' cannot be pruned, generated tokens are always processed in full; "
-                f"expected one of {', '.join(self.groups)}"
+                f"expected one of {', '.join(self.prunable_groups)}"
             )
         if group in SPLIT_VISUAL_GROUPS and self.salient_fraction is None:
             raise ValueError(f"group: {group!r} exists only with salient_fraction; set it or use 'visual'")
-        if group == "visual" and "visual" not in (*self.groups, *also):
+        if group == "visual" and "visual" not in (*self.prunable_groups, *also):
             raise ValueError(
                 f"group: 'visual' is split by salient_fraction={self.salient_fraction}; "
                 f"ask for {' or '.join(SPLIT_VISUAL_GROUPS)}"
             )
-        return choice("group", group, (*self.groups, *also))
+        return choice("group", group, (*self.prunable_groups, *also))
 
     def _canonical(self, operations: object) -> Iterator[Operation]:
         if isinstance(operations, str) or not isinstance(operations, Iterable):

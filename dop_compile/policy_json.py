@@ -39,7 +39,9 @@ __all__ = [
 ]
 
 FORMAT = "dop_compile.policy"
-VERSION = 1
+VERSION = 2
+READABLE = (1, 2)
+"""Version 1 had no rankings."""
 _FIELDS = (
     "format",
     "version",
@@ -49,6 +51,7 @@ _FIELDS = (
     "reducer_options",
     "positions",
     "salient_fraction",
+    "ranking",
     "pruned",
     "provenance",
 )
@@ -166,8 +169,10 @@ def encode(policy: Policy) -> str:
         "reducer_options": policy.options,
         "positions": policy.positions,
         "salient_fraction": policy.salient_fraction,
+        "ranking": policy.ranking and policy.ranking.to_document(),
         "pruned": {
-            group: {module: list(policy.pruned_layers(group, module)) for module in MODULES} for group in policy.groups
+            group: {module: list(policy.pruned_layers(group, module)) for module in MODULES}
+            for group in policy.prunable_groups
         },
         "provenance": source
         and {name: getattr(source, name) for name in _PROVENANCE_FIELDS} | {"versions": dict(source.versions)},
@@ -179,6 +184,7 @@ def encode(policy: Policy) -> str:
 def decode(text: str, where: str) -> Policy:
     """The policy of `encode`d text; ValueError starting with `where` for anything else."""
     from dop_compile.policy import MODULES, Operation, Policy
+    from dop_compile.ranking import Ranking
 
     if not isinstance(text, str):
         raise TypeError(f"{where}: expected JSON text, got {type(text).__name__}")
@@ -187,24 +193,28 @@ def decode(text: str, where: str) -> Policy:
         if document.get("format") != FORMAT:
             raise ValueError(f"format: expected {FORMAT!r}, got {document.get('format')!r}; this is not a policy file")
         version = document.get("version")
-        if version != VERSION or type(version) is not int:
-            raise ValueError(f"version: this release reads version {VERSION}, got {version!r}; save the policy again")
+        if version not in READABLE or type(version) is not int:
+            known = " and ".join(map(str, READABLE))
+            raise ValueError(f"version: this release reads versions {known}, got {version!r}; save the policy again")
+        if version == 1:
+            document = {**document, "ranking": None} if "ranking" not in document else document
         _object("document", document, _FIELDS)
         source = document["provenance"]
         if source is not None:
             versions = _object("provenance", source, _PROVENANCE_FIELDS)["versions"]
             source = Provenance(**source | {"versions": pairs("versions", _object("versions", versions, None))})
         options = _object("reducer_options", document["reducer_options"], None)
-        fields = {name: document[name] for name in _FIELDS[2:-2] if name != "reducer_options"}
+        fields = {name: document[name] for name in _FIELDS[2:-3] if name != "reducer_options"}
         policy = Policy(**fields, reducer_options=pairs("reducer_options", options), provenance=source)
-        groups = _object("pruned", document["pruned"], policy.groups)
+        groups = _object("pruned", document["pruned"], policy.prunable_groups)
         pruned = [
             Operation(group, layer, module)
-            for group in policy.groups
+            for group in policy.prunable_groups
             for module, layers in _object(f"pruned.{group}", groups[group], MODULES).items()
             for layer in _layers(f"pruned.{group}.{module}", layers, policy.num_layers)
         ]
-        return policy.replace(pruned=pruned)
+        ranking = document["ranking"]
+        return policy.replace(pruned=pruned, ranking=ranking and Ranking.from_document(ranking))
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{where}: {error}") from error
 

@@ -24,7 +24,13 @@ from dop_compile.trace import MASK_BUILDERS, is_length, is_packed
 
 __all__ = ["Program"]
 
-_RUNTIME_TARGETS = {ops.update_cache, ops.select_attention_mask, ops.zero_keyless}
+_RUNTIME_TARGETS = {
+    ops.update_cache,
+    ops.select_attention_mask,
+    ops.zero_keyless,
+    ops.rank_tokens,
+    ops.ranked_index,
+}
 
 
 @dataclass

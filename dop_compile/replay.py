@@ -92,7 +92,7 @@ class Replay:
 
     def first_layer(self, policy: Policy) -> int:
         """The layer at which a run of `policy` begins."""
-        if policy.visual_tokens is not None or policy.salient_fraction is not None:
+        if policy.visual_tokens is not None or policy.salient_fraction is not None or policy.ranking is not None:
             return 0
         limit = min((operation.layer for operation in policy.pruned), default=policy.num_layers - 1)
         return max((depth for depth in self._streams if depth <= limit), default=0)

@@ -19,6 +19,7 @@ from dop_compile.merging import merge_images
 from dop_compile.module_tracer import names_in
 from dop_compile.outer_masks import deferred
 from dop_compile.program import Program
+from dop_compile.rankings.call import CallRankings
 from dop_compile.side_inputs import add_side_inputs
 from dop_compile.slots import Arguments, Call, Slots
 from dop_compile.tokens import TokenSet
@@ -207,12 +208,9 @@ def run_decoder(compiled: Any, decoder: nn.Module, call: Call, **kwargs: Any) ->
     values |= token_inputs
     values |= {f"attention_mask_{key}": value for key, value in (masks or {}).items()}
     values |= {f"packed_{index}": feature for index, feature in enumerate(packed[1])}
-    index = {
-        "gather": lambda spec: layout.gather_index(spec.tokens, spec.others[0]),
-        "scatter": lambda spec: layout.scatter_index(spec.tokens, spec.others[0]),
-        "merge": lambda spec: layout.merge_index(spec.tokens, spec.others),
-    }
-    hidden = program(values, lambda spec: index[spec.kind](spec))
+    if slots.keep.ranking is not None:
+        values["rankings"] = CallRankings(slots.keep.ranking, layout, selector, embeds, past, slots.newlines())
+    hidden = program(values, lambda spec: layout.index(spec.kind, spec.tokens, spec.others))
     slots.commit(program, selector)
     hidden = _caller_rows(compiled, arguments, slots, layout, program.output_tokens, hidden)
     output_class = program.output_class

@@ -154,12 +154,16 @@ class Slots:
         self.batch, self.tokens = arguments.embeds.shape[:2]
         prompt = _prompt(call, arguments)
         self.reduction: Reduction | None = None
+        self._newline = None if prompt is None else prompt.newline
         if prompt is not None:
             reducer = make_reducer(call.policy, call.given, self.batch) if bool(prompt.visual.any()) else None
             with span(SELECTION) if reducer is not None else nullcontext():
                 self.reduction = reduce_prompt(prompt, call.policy, reducer)
             codes = self.reduction.codes
-            groups = tuple(g for i, g in enumerate(call_groups(call.policy)) if bool((codes == i).any()))
+            ranked = call.policy.ranking.groups if call.policy.ranking is not None else ()
+            found = {g for i, g in enumerate(call_groups(call.policy)) if bool((codes == i).any())}
+            found |= set(ranked) if "visual" in found else set()
+            groups = tuple(g for g in call_groups(call.policy) if g in found)
         else:
             groups = ("output",) if call.prompt_tokens == 0 else ("text",)
         self.keep = KeepTable.from_policy(call.policy, groups)
@@ -180,6 +184,8 @@ class Slots:
             requested = torch.ones_like(codes, dtype=torch.bool)
         else:
             wanted = frozenset(g for i, g in enumerate(groups) if bool(((codes == i) & requested).any()))
+            if "visual" in wanted and self.keep.ranking is not None:
+                wanted |= set(self.keep.ranking.groups)
             universe = Universe(groups, wanted)
         return TokenLayout(universe, codes, requested, self.device)
 
@@ -269,6 +275,15 @@ class Slots:
         kept = flat.gather(1, columns) & (self.columns >= 0)
         rows = number.gather(1, columns)[kept]
         return kept.view(*kept.shape, *mask.shape[2:]), [feature[rows] for feature in features]
+
+    def newlines(self) -> Tensor:
+        """(batch, slots) bool, on the CPU: newline embeddings inside images, which nothing drops."""
+        if self._newline is None:
+            return torch.zeros(self.batch, self.count, dtype=torch.bool, device="cpu")
+        if self.reduction is None or self.reduction.columns is None:
+            return self._newline
+        columns = self.reduction.columns
+        return self._newline.gather(1, columns.clamp(min=0)) & (columns >= 0)
 
     def token_inputs(self) -> dict[str, Tensor]:
         """The other values per token, of the slots' tokens."""

@@ -19,6 +19,7 @@ from torch import Tensor, fx
 from dop_compile import ops
 from dop_compile.errors import PassError
 from dop_compile.keep import KeepTable
+from dop_compile.passes.stages import Stages
 from dop_compile.proxies import BATCH, TOKENS
 from dop_compile.tokens import TokenSet, Universe
 from dop_compile.trace import TracedDecoder
@@ -131,9 +132,12 @@ class DecoderGraph:
     diffs: dict[str, str] = field(default_factory=dict)
     reports: list[PassReport] = field(default_factory=list)
     output_tokens: TokenSet = field(init=False)
+    stages: Stages = field(init=False)
+    rank_nodes: dict[int, fx.Node] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.output_tokens = self.universe.all
+        self.stages = Stages(self)
 
     @property
     def graph(self) -> fx.Graph:
@@ -153,11 +157,26 @@ class DecoderGraph:
     @property
     def masks(self) -> fx.Node:
         """The graph input that selects rows and columns of attention masks; made on first use."""
-        found: list[fx.Node] = self.graph.find_nodes(op="placeholder", target="masks")
+        return self._input("masks")
+
+    @property
+    def rankings(self) -> fx.Node:
+        """The graph input that ranking nodes act on; made on first use."""
+        return self._input("rankings")
+
+    def _input(self, name: str) -> fx.Node:
+        found: list[fx.Node] = self.graph.find_nodes(op="placeholder", target=name)
         if not found:
             with self._after_inputs():
-                found = [self.graph.placeholder("masks")]
+                found = [self.graph.placeholder(name)]
         return found[0]
+
+    def _after(self, node: fx.Node, index: fx.Node) -> Any:
+        """Insert where a node and an index tensor for it are both known."""
+        if index.op != "placeholder":
+            first = next(n for n in self.graph.nodes if n is node or n is index)
+            return self.graph.inserting_after(index if first is node else node)
+        return self._after_inputs() if node.op == "placeholder" else self.graph.inserting_after(node)
 
     def _after_inputs(self) -> Any:
         """Insert where the graph's inputs end."""
@@ -165,11 +184,17 @@ class DecoderGraph:
         return self.graph.inserting_before(first) if first is not None else contextlib.nullcontext()
 
     def index(self, kind: str, tokens: TokenSet, *others: TokenSet) -> fx.Node:
-        """The graph input that holds an index tensor; made on first use."""
+        """The node that holds an index tensor, made on first use: an input, or what a ranking has to come before."""
         spec = IndexSpec(kind, tokens, tuple(others))
         if spec not in self.indices:
-            with self._after_inputs():
-                node: fx.Node = self.graph.placeholder(spec.name)
+            stage = self.stages.needed_for(spec)
+            if stage is None:
+                with self._after_inputs():
+                    node: fx.Node = self.graph.placeholder(spec.name)
+            else:
+                with self.graph.inserting_after(self.rank_nodes[stage]):
+                    arguments = (self.rank_nodes[stage], kind, tokens, tuple(others))
+                    node = self.call(ops.ranked_index, arguments, name=spec.name)
             node.meta["index"] = spec
             self.indices[spec] = node
         return self.indices[spec]
@@ -196,7 +221,7 @@ class DecoderGraph:
         for user in node.users:
             if user.target is ops.token_slice and user.args[:2] == (node, index):
                 return user
-        with self._after_inputs() if node.op == "placeholder" else self.graph.inserting_after(node):
+        with self._after(node, index):
             extra = () if (batch_dim, token_dim) == (0, 1) else (batch_dim, token_dim)
             arguments = (node, index, *extra)
             name = name or f"{node.name}_{tokens}"

@@ -58,6 +58,11 @@ class _Schedule:
                     self.reads[atom].append(number)
         for atom in graph.universe.requested.atoms:
             self.reads[atom].append(self.count)
+        self.stages = graph.stages
+        if self.stages.reads_stream:
+            for stage, number in enumerate(self.stages.junctions):
+                for atom in self.stages.read_from_stream(stage).atoms:
+                    self.reads[atom].append(number + 1)
 
     def _later_reads(self, atom: Atom, number: int) -> int:
         return sum(read >= number for read in self.reads[atom])
@@ -71,11 +76,12 @@ class _Schedule:
         return self._later_reads(atom, number) > 0 and self._later_reads(atom, frozen_from) < 2
 
     def active(self, number: int) -> TokenSet:
-        return TokenSet(frozenset(a for a in self.universe.atoms if self.is_active(a, number)), self.universe)
+        atoms = frozenset(a for a in self.universe.atoms if self.is_active(a, number))
+        return self.stages.close(TokenSet(atoms, self.universe), number, behind=True)
 
     def needed(self, number: int) -> TokenSet:
         atoms = (a for a in self.universe.atoms if self._later_reads(a, number) or self.last_write[a] >= number)
-        return TokenSet(frozenset(atoms), self.universe)
+        return self.stages.close(TokenSet(frozenset(atoms), self.universe), number, behind=True)
 
 
 class _Narrowing:
@@ -113,6 +119,8 @@ class _Narrowing:
                 self.new[node] = self._read(self.streams[node.args[0]], node.meta["tokens"])
             else:
                 self.new[node] = graph.graph.node_copy(node, functools.partial(self._argument, user=node, last=last))
+            if node.target is ops.rank_tokens:
+                graph.rank_nodes[node.args[1]] = self.new[node]  # type: ignore[index]
             if node is entry:
                 self.streams[entry] = self._split(_Streams([(self.everything, self.new[entry])]), 0)
             elif node in self.steps and node not in self.streams:

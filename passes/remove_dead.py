@@ -6,7 +6,8 @@ Numerics: exact on every requested number up to rounding (a matrix product over 
 
 Cases: 1. visual updates after the last layer that reads visual keys; 2. everything but the requested rows in the last
 layer; 3. keys and values that, without a cache, no live query reads; 4. rows before a stream transform that works
-token by token (DeepStack) stay as they are.  Kept: 5. rows before any other transform, which may mix tokens.
+token by token (DeepStack) stay as they are.  Kept: 5. rows before any other transform, which may mix tokens; 6. rows
+that a ranking inside the decoder reads, and those that it has not told apart yet.
 """
 
 from __future__ import annotations
@@ -22,14 +23,20 @@ def find_live(graph: DecoderGraph, sets: dict[str, tuple[TokenSet, TokenSet]]) -
     """What is live of each block's (tokens, keys), by block name."""
     needed = graph.universe.requested
     live: dict[str, tuple[TokenSet, TokenSet]] = {}
-    for junction in reversed(graph.junctions):
+    stages = graph.stages
+    for number, junction in reversed(list(enumerate(graph.junctions))):
+        stage = stages.at(number)
+        if stages.reads_stream and stage is not None:
+            needed = needed | stages.read_from_stream(stage)
+        needed = stages.close(needed, number)
         if not junction.blocks:
             needed = needed if junction.token_wise else graph.universe.all
             continue
         after = needed
         for block in junction.blocks:
             tokens, keys = sets[block.name]
-            tokens = tokens & after
+            rated = stages.rated(stage) if block.kind == MHA and stage is not None else graph.universe.none
+            tokens = tokens & (after | rated)
             if block.kind == MHA and not graph.cached and not tokens:
                 keys = graph.universe.none
             live[block.name] = tokens, keys

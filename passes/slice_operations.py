@@ -28,6 +28,7 @@ from dop_compile.errors import PassError
 from dop_compile.passes.cleanup import eliminate_dead_nodes
 from dop_compile.passes.graph import MHA, Block, DecoderGraph, Junction, has_tokens
 from dop_compile.passes.infra import Pass, PassReport
+from dop_compile.passes.rank_tokens import rank_in_layer
 from dop_compile.tokens import TokenSet
 
 __all__ = ["SLICE_OPERATIONS"]
@@ -192,10 +193,11 @@ def _slice_operations(graph: DecoderGraph, report: PassReport) -> None:
     for block in list(graph.blocks):
         if block.kind == MHA and graph.cached and block.is_whole:
             _follow_cache(graph, block)
-    for junction in graph.junctions:
+    for number, junction in enumerate(graph.junctions):
         partial = [block for block in junction.blocks if not block.is_whole]
         if partial:
             _rewrite(graph, junction)
+        rank_in_layer(graph, number, junction)
         report.rewritten += len(partial)
         report.kept += [f"{block.name}: every token takes part" for block in junction.blocks if block.is_whole]
     eliminate_dead_nodes(graph.graph)

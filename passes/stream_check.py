@@ -85,7 +85,7 @@ class _StreamCheck:
             if node in seen:
                 continue
             seen.add(node)
-            if node.op == "call_method" and node.target == "size":
+            if (node.op == "call_method" and node.target == "size") or node.target is ops.ranked_index:
                 continue
             if node in self.writes and node not in roots:
                 found.append(node)

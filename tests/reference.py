@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +46,7 @@ TOWER_INPUTS = {
 }
 Ordinals = Sequence[Sequence[int]] | None
 Towers = Sequence[dict[str, Tensor]] | None
+Leaving = Sequence[Mapping[str, Sequence[int]]] | None
 
 
 def reference_logits(
@@ -56,6 +57,7 @@ def reference_logits(
     token_groups: Tensor | None = None,
     salient: Ordinals = None,
     towers: Towers = None,
+    leaving: Leaving = None,
 ) -> list[Tensor]:
     """The logits of each row, (tokens of the row, vocab) in float32, in the caller's positions, no padding.
 
@@ -63,9 +65,11 @@ def reference_logits(
     visual tokens (newline embeddings are not counted). `salient` lists those of them that form
     `visual_salient`, in the same numbering; newlines are `visual_rest`. `token_groups` (batch, tokens) gives
     the groups of a text-only model: 0 text, 1 visual, 2 system. `towers` are the rows' images and videos, which
-    are otherwise found in `inputs`.
+    are otherwise found in `inputs`. `leaving` gives per row the ordinals of the groups `visual_until_L`.
     """
-    return [_run(model, row, policy)[0] for row in split_rows(model, inputs, kept, token_groups, salient, towers)]
+    rows = split_rows(model, inputs, kept, token_groups, salient, towers)
+    rows = rows if leaving is None else [replace(row, leaving=own) for row, own in zip(rows, leaving, strict=True)]
+    return [_run(model, row, policy)[0] for row in rows]
 
 
 def reference_generate(
@@ -77,6 +81,7 @@ def reference_generate(
     token_groups: Tensor | None = None,
     salient: Ordinals = None,
     towers: Towers = None,
+    leaving: Leaving = None,
 ) -> list[list[int]]:
     """The greedily chosen new ids of each row. There is no cache: every step runs prompt and output anew.
 
@@ -85,7 +90,9 @@ def reference_generate(
     eos = getattr(model.generation_config, "eos_token_id", None)
     stop = set(eos if isinstance(eos, list) else [eos])
     generated = []
-    for row in split_rows(model, inputs, kept, token_groups, salient, towers):
+    rows = split_rows(model, inputs, kept, token_groups, salient, towers)
+    for number, row in enumerate(rows):
+        row = row if leaving is None else replace(row, leaving=leaving[number])
         while len(row.output) < max_new_tokens and not stop.intersection(row.output[-1:]):
             _, last = _run(model, row, policy)
             row = replace(row, output=[*row.output, int(last.argmax())])
@@ -101,6 +108,7 @@ class Row:
     kept: Sequence[int] | None = None
     groups: Tensor | None = None
     salient: Sequence[int] | None = None
+    leaving: Mapping[str, Sequence[int]] = field(default_factory=dict)
     output: list[int] = field(default_factory=list)
 
 
@@ -281,6 +289,7 @@ def _group_names(policy: Policy, row: Row, sequence: Tokens) -> list[str]:
         raise ValueError("salient must be a subset of kept.")
     entering = {counted[ordinal] for ordinal in kept}
     salient = {counted[ordinal] for ordinal in row.salient or ()}
+    leaving = {counted[ordinal]: group for group, ordinals in row.leaving.items() for ordinal in ordinals}
     first = int(sequence.visual.nonzero()[0]) if sequence.visual.any() else 0
     names = []
     for index in range(sequence.embeds.shape[1]):
@@ -288,7 +297,8 @@ def _group_names(policy: Policy, row: Row, sequence: Tokens) -> list[str]:
             names.append("output")
         elif sequence.visual[index]:
             present = bool(sequence.newline[index]) or index in entering
-            names.append(("visual_salient" if index in salient else "visual_rest") if split else "visual")
+            whole = leaving.get(index, "visual")
+            names.append(("visual_salient" if index in salient else "visual_rest") if split else whole)
             names[-1] = names[-1] if present else ""
         elif row.groups is not None:
             names.append("system" if row.groups[index] == SYSTEM and sequence.visual.any() else "text")

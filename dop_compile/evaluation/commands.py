@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -10,16 +11,19 @@ from typing import Any, TypeVar
 
 from dop_compile.cli_inputs import UsageError, check_backend, one_line, write_file
 from dop_compile.evaluation.measuring import check_tasks, count_tokens, evaluate
-from dop_compile.evaluation.methods import FULL, ORIGINAL, Method, Planner
+from dop_compile.evaluation.methods import FITPRUNE, FULL, ORIGINAL, Method, Planner
 from dop_compile.evaluation.report import markdown, tradeoff_figure
 from dop_compile.policy import Policy
 from dop_compile.search.commands import decoder_of, model_and_samples, processes, usage_errors
 from dop_compile.search.divergences import Divergences
+from dop_compile.search.fit_prune import measure_attention
 from dop_compile.search.order import OperationOrder
 
 __all__ = ["eval_command"]
 
 RESULT, TOKENS = "evaluation.json", "tokens"
+FIT_SAMPLES = 25
+"""So many of the samples is FitPrune fitted to."""
 Read = TypeVar("Read")
 
 
@@ -41,7 +45,11 @@ def eval_command(arguments: Namespace) -> None:
                 if not row.answers:
                     raise ValueError(f"{row.name}: it has no answers to compare with")
             counts = count_tokens(model, samples, resume=out / TOKENS)
-            planner = Planner.of(model, counts, divergences=divergences, positions=arguments.positions)
+            shares = None
+            if FITPRUNE in arguments.method:  # needs no answers
+                few = itertools.islice(samples, FIT_SAMPLES)
+                shares = measure_attention(model, few, total=min(FIT_SAMPLES, len(counts)))
+            planner = Planner.of(model, counts, divergences=divergences, shares=shares, positions=arguments.positions)
             found = evaluate(
                 model,
                 samples,

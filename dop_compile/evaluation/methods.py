@@ -1,8 +1,9 @@
 """What is compared: methods by name, each brought to a budget by computing its FLOPs, not by a number of tokens.
 
 `original` is the untouched model, and `full` the compiled one with nothing pruned. A reducer's name is that reducer
-alone, `dop` and `split` are policies found in measured divergences, `dop+REDUCER` the same depths and number of tokens
-with another reducer; policies and GSOP orders come by their own names.
+alone, `fastv` and its like rank tokens inside the decoder, `dop` and `split` are policies found in measured
+divergences, `dop+REDUCER` the same depths and number of tokens with another reducer; policies and GSOP orders come by
+their own names.
 
 A budget is a fraction of the original's eq. 11 FLOPs on the samples that are evaluated. One policy is made for all of
 them, so that single samples may cost more than the budget, and their sum does not.
@@ -10,17 +11,20 @@ them, so that single samples may cost more than the budget, and their sum does n
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from dop_compile import baselines
 from dop_compile.costs import DecoderDims, prefill_flops
 from dop_compile.fingerprint import model_fingerprint
 from dop_compile.policy import JsonScalar, Policy
 from dop_compile.policy_json import choice, finite
 from dop_compile.reducers import create, known
 from dop_compile.search.divergences import Divergences
+from dop_compile.search.fit_prune import AttentionShares, fit_prune
 from dop_compile.search.optimize import SPACES, InfeasibleBudgetError, optimize
 from dop_compile.search.order import OperationOrder
 from dop_compile.search.transfer import transfer
@@ -28,6 +32,17 @@ from dop_compile.search.transfer import transfer
 __all__ = ["FULL", "ORIGINAL", "Method", "Planner", "method_names"]
 
 ORIGINAL, FULL = "original", "full"
+FITPRUNE = "fitprune"
+_STEPS = 1000
+_RANKED: dict[str, Callable[[int, float], Policy]] = {
+    "fastv": baselines.fastv,
+    "pyramiddrop": baselines.pyramiddrop,
+    "sparsevlm": lambda layers, scale: baselines.sparsevlm(layers, [scale**n for n in _SPARSEVLM_POWERS]),
+    "dart": baselines.dart,
+}
+"""Policies with one number from 0 to 1, which the budget decides: the fraction of tokens that a first stage keeps."""
+_SPARSEVLM_POWERS = [math.log(f, baselines.SPARSEVLM_FRACTIONS[0]) for f in baselines.SPARSEVLM_FRACTIONS]
+IN_DECODER = (*_RANKED, FITPRUNE)
 TOLERANCE = 1 + 1e-12
 Counts = Sequence[tuple[int, int, int]]
 Sample = Mapping[str, Any]
@@ -59,7 +74,7 @@ class Method:
 
 def method_names() -> tuple[str, ...]:
     """What `Planner.named` takes, but for `dop+REDUCER` and `split+REDUCER`."""
-    return (ORIGINAL, FULL, *SPACES, *(name for name in known() if name != "given"))
+    return (ORIGINAL, FULL, *SPACES, *IN_DECODER, *(name for name in known() if name != "given"))
 
 
 class Planner:
@@ -70,6 +85,7 @@ class Planner:
         counts: system, visual and text tokens of every sample, before reduction (`count_tokens`).
         model_type, fingerprint: of the model (`model.config.model_type`, `model_fingerprint`).
         divergences: for `dop` and `split`.
+        shares: for `fitprune` (`measure_attention`).
         positions: of the tokens that reducers keep, as in `Policy`.
 
     Raises:
@@ -84,6 +100,7 @@ class Planner:
         model_type: str,
         fingerprint: str,
         divergences: Divergences | None = None,
+        shares: AttentionShares | None = None,
         positions: str = "original",
     ):
         if not counts:
@@ -92,6 +109,7 @@ class Planner:
         if not self.largest:
             raise ValueError("counts: no sample has visual tokens, and there is nothing to reduce")
         self.dims, self.counts = dims, tuple(counts)
+        self._shares = shares
         self._model_type, self._fingerprint, self._positions = model_type, fingerprint, positions
         self._alike = Counter(self.counts)
         self._whole = self._total(Policy.full(dims.num_layers), self._alike)
@@ -107,7 +125,7 @@ class Planner:
 
     @classmethod
     def of(cls, model: Any, counts: Counts, **settings: Any) -> Planner:
-        """For a model; `settings` are `divergences` and `positions`."""
+        """For a model; `settings` are `divergences`, `shares` and `positions`."""
         return cls(
             DecoderDims.from_config(model.config),
             counts,
@@ -138,7 +156,9 @@ class Planner:
             choice("method", name, (*method_names(), *(f"{n}+REDUCER" for n in SPACES)))
         if budget is None:
             raise TypeError(f"method {name!r}: it is made for a budget, a fraction of FLOPs kept; give one")
-        return self.searched(space, budget, reducer or None) if space in SPACES else self.reduced(name, budget)
+        if space in SPACES:
+            return self.searched(space, budget, reducer or None)
+        return self.ranked(name, budget) if name in IN_DECODER else self.reduced(name, budget)
 
     def reduced(self, reducer: str, budget: float, options: Mapping[str, JsonScalar] | None = None) -> Method:
         """A reducer alone: as many visual tokens as the budget allows, and nothing pruned.
@@ -158,6 +178,30 @@ class Planner:
                 f"tokens alone cost {least:.4g})"
             )
         return Method(reducer, budget, base.replace(visual_tokens=None if count == self.largest else count))
+
+    def ranked(self, name: str, budget: float) -> Method:
+        """A method that ranks visual tokens inside the decoder, with as many of them as the budget allows.
+
+        The published depths (scaled to the decoder's) and shapes stay; one number, the fraction that the first stage
+        keeps, is made to fit. `fitprune` fits its own to measured attention.
+
+        Raises:
+            TypeError: `fitprune` without attention shares.
+            ValueError: what comes before the first stage costs more than the budget.
+        """
+        layers = self.dims.num_layers
+        if name == FITPRUNE:
+            if self._shares is None:
+                raise TypeError("method 'fitprune': it is fitted to measured attention; give shares")
+            return Method(name, budget, fit_prune(self._shares, self.dims, self.counts, budget))
+        make = _RANKED[name]
+        step = _largest(_STEPS, lambda n: self._fits(make(layers, n / _STEPS), budget))
+        if step is None:
+            raise InfeasibleBudgetError(
+                f"{name}: no number of visual tokens meets the budget (budget: {budget:.4g} asked for, "
+                f"{self.flops(make(layers, 0.0)):.4g} is the least: the first layers have every token)"
+            )
+        return Method(name, budget, make(layers, step / _STEPS))
 
     def searched(
         self, space: str, budget: float, reducer: str | None = None, *, alpha: float | str | None = "auto"

@@ -65,6 +65,11 @@ def reducer_info(policy: Policy) -> ReducerInfo | None:
     Raises:
         UnsupportedModelError: it needs what the vision graphs do not return.
     """
+    if policy.ranking is not None:
+        raise UnsupportedModelError(
+            "a policy that ranks visual tokens inside the decoder cannot be exported: which tokens a layer keeps is "
+            "known only at run time"
+        )
     if policy.reducer == "given":
         return ReducerInfo("given", None, None, "the caller names the tokens")
     if policy.visual_tokens is None and policy.salient_fraction is None:
