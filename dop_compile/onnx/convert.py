@@ -88,7 +88,7 @@ def write_graph(
     model = _translate(module, example, shapes, signature, opset, what)
     optimize(model)
     name_sizes(model, shapes, what)
-    views = store_transposed(model)
+    views = store_transposed(model, store.holds)
     strip(model)
     externalize(model, views, store)
     proto = ir.serde.serialize_model(model)

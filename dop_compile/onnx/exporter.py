@@ -182,10 +182,10 @@ class Exporter:
 
     def run(self, compiled: Any, examples: Sequence[Mapping[str, Any]], processor: Any) -> Manifest:
         with self._bar, torch.no_grad(), WeightStore(self.folder / WEIGHTS) as self.store:
+            embed = self._embed()  # first: where its table is the head's, too, the others read it as it is stored here
             prefills = {tier: self._prefill(tier) for tier in self.policies}
             kv_heads, head_dims = cache_sizes(self.model)
             self._decode(kv_heads, head_dims)
-            embed = self._embed()
             vision = self._vision()
             self._reduce(vision)
             weights = self.store.finish()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -74,8 +74,12 @@ def name_sizes(model: ir.Model, shapes: Sequence[tuple[int | str, ...]], what: s
         value.shape = ir.Shape([named(size) for size in value.shape])
 
 
-def store_transposed(model: ir.Model) -> dict[str, Tensor]:
-    """Replace Transpose nodes of weights by weights that are stored so; returns those, as views of the model's."""
+def store_transposed(model: ir.Model, stored: Callable[[Tensor], bool]) -> dict[str, Tensor]:
+    """Replace Transpose nodes of weights by weights that are stored so; returns those, as views of the model's.
+
+    A weight that another graph has `stored` as it is (an embedding table that is the head, too) is not stored twice:
+    `MatMul(x, Transpose(w))` becomes `Gemm(x, w, transB=1)` on x as a matrix.
+    """
     views: dict[str, Tensor] = {}
     for node in list(model.graph):
         source = node.inputs[0] if node.op_type == "Transpose" and node.domain == "" else None
@@ -84,6 +88,11 @@ def store_transposed(model: ir.Model) -> dict[str, Tensor]:
             continue
         assert source is not None
         order = node.attributes["perm"].as_ints() if "perm" in node.attributes else range(raw.dim())[::-1]
+        if raw.dim() == 2 and list(order) == [1, 0] and stored(raw) and _multiplies(node.outputs[0]):
+            for matmul, _ in list(node.outputs[0].uses()):
+                _use_gemm(model.graph, matmul, source)
+            model.graph.remove(node, safe=True)
+            continue
         view = raw.permute(*order)
         name = f"{source.name}.{''.join(map(str, order))}"
         if name not in model.graph.initializers:
@@ -98,6 +107,33 @@ def store_transposed(model: ir.Model) -> dict[str, Tensor]:
         model.graph.remove(node, safe=True)
     common.RemoveUnusedNodesPass()(model)
     return views
+
+
+def _multiplies(value: ir.Value) -> bool:
+    """Whether it is the right factor of matrix products, and nothing else."""
+    return all(user.op_type == "MatMul" and user.domain == "" and index == 1 for user, index in value.uses())
+
+
+def _use_gemm(graph: ir.Graph, matmul: ir.Node, weight: ir.Value) -> None:
+    """`matmul` (..., k) x (k, n) with the weight (n, k) as it is stored: (..., k) -> (rows, k) -> (rows, n) -> (..., n)."""
+    x = matmul.inputs[0]
+    assert x is not None
+    assert weight.shape is not None
+    columns, depth = map(int, weight.shape)
+    builder = ir.tape.Tape()
+    rows = builder.op("Reshape", [x, _constant(builder, [-1, depth])])
+    product = builder.op("Gemm", [rows, weight], {"transB": 1})
+    leading = builder.op("Shape", [x], {"end": -1})
+    shape = builder.op("Concat", [leading, _constant(builder, [columns])], {"axis": 0})
+    result = builder.op("Reshape", [product, shape])
+    result.shape, result.type = matmul.outputs[0].shape, matmul.outputs[0].type
+    graph.insert_before(matmul, builder.nodes)
+    matmul.outputs[0].replace_all_uses_with(result, replace_graph_outputs=True)
+    graph.remove(matmul, safe=True)
+
+
+def _constant(builder: ir.tape.Tape, numbers: list[int]) -> ir.Value:
+    return builder.op("Constant", [], {"value": ir.tensor(numbers, dtype=ir.DataType.INT64)})
 
 
 def _never() -> Any:

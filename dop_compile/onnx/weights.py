@@ -57,7 +57,7 @@ class WeightStore:
         Args:
             lasting: the tensor is a weight of the model, which is not changed or freed meanwhile.
         """
-        key = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride(), str(tensor.device))
+        key = _where(tensor)
         if lasting and key in self._places:
             return self._places[key]
         place = self._write(tensor)
@@ -65,6 +65,10 @@ class WeightStore:
             self._places[key] = place
             self._held.append(tensor)  # or its memory could become another tensor's
         return place
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether a weight of the model was written, in this very order of its elements."""
+        return _where(tensor) in self._places
 
     def _write(self, tensor: Tensor) -> tuple[int, int]:
         length = tensor.numel() * tensor.element_size()
@@ -90,6 +94,11 @@ class WeightStore:
         """Close the file; its size and hash."""
         self._file.close()
         return DataFile(self.path.name, self.path.stat().st_size, file_sha256(self.path))
+
+
+def _where(tensor: Tensor) -> tuple[Any, ...]:
+    """Equal for tensors that are the same memory seen in the same way."""
+    return tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride(), str(tensor.device)
 
 
 def _pieces(tensor: Tensor) -> Iterator[Tensor]:
