@@ -51,6 +51,8 @@ summary against the original. Only the model's configuration is read: no weights
 
   eq. 11     the policy as written
   executed   what is left when work that reaches no requested output is removed
+
+--plot draws the same as a picture: which tokens each operation of each layer processes, in every tier.
 """
 RUN = """\
 Answer a prompt about an image with a pruned model. The chat template of the model's processor is used
@@ -120,6 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--dtype", choices=dtypes, default="auto", help="for the size of the KV cache")
     one.add_argument("--json", action="store_true", help="print JSON instead of a table")
     one.add_argument("--save-policy", metavar="FILE", help="write the policy as JSON")
+    one.add_argument("--plot", metavar="FILE", help="draw what every tier computes: FILE.svg, .png or .pdf")
 
     two = command("run", "answer a prompt about an image with a pruned model", RUN, policy)
     two.add_argument("model", metavar="MODEL", help="model directory or hub id")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 import time
 from argparse import Namespace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +30,20 @@ from dop_compile.cli_inputs import (
 from dop_compile.demo import compose, demo_policies, open_checkpoint, require_packages, run_demo
 from dop_compile.demo_picture import draw
 from dop_compile.explain import explain
+from dop_compile.explain_picture import explain_figure
 from dop_compile.policy import Policy
 from dop_compile.processing import prompt_inputs
 from dop_compile.reducers import ResizeReducer, resize_processor
 
 __all__ = ["UsageError", "demo_command", "explain_command", "run_command"]
 
+PICTURES = (".svg", ".png", ".pdf")
+PLOT_DPI = 120
+
 
 def explain_command(arguments: Namespace) -> None:
     """Print what policies cost on a model, of which only the configuration is read."""
+    plot = _picture(arguments.plot)
     model = load_model_on_meta(arguments.model, arguments.dtype)
     layers = model.config.get_text_config(decoder=True).num_hidden_layers
     tiers = read_policies(arguments, layers) or {"full": Policy.full(layers)}
@@ -45,8 +52,13 @@ def explain_command(arguments: Namespace) -> None:
     counts = {"system": arguments.system, "visual": arguments.visual, "text": arguments.text, "rows": arguments.rows}
     try:
         result = explain(compiled, arguments.tier, **counts)
+        figure = explain_figure(compiled, **counts) if arguments.plot else None
     except ValueError as error:
         raise UsageError(one_line(error)) from error
+    if figure is not None:
+        save = functools.partial(figure.savefig, format=plot.suffix[1:], dpi=PLOT_DPI)
+        write_file(plot, save, "--plot")
+        print(f"saved picture {plot}", file=sys.stderr)
     if arguments.save_policy:
         try:
             tiers[result.tier].save(arguments.save_policy)
@@ -54,6 +66,16 @@ def explain_command(arguments: Namespace) -> None:
             raise UsageError(f"--save-policy {arguments.save_policy!r}: {error.strerror}") from error
         print(f"saved policy {result.tier!r} to {arguments.save_policy}", file=sys.stderr)
     print(json.dumps(result.to_dict(), indent=1) if arguments.json else result)
+
+
+def _picture(name: str | None) -> Path:
+    """The path of a picture that can be drawn here."""
+    path = Path(name or "").expanduser()
+    if name and path.suffix not in PICTURES:
+        raise UsageError(f"--plot {name!r}: expected a name that ends in {', '.join(PICTURES)}")
+    if name and find_spec("matplotlib") is None:
+        raise UsageError("--plot: matplotlib is not installed; pip install 'dop_compile[search]'")
+    return path
 
 
 class _TokenBar:

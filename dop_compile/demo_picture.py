@@ -6,53 +6,18 @@ changed.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from dop_compile.costs import policy_tokens
 from dop_compile.demo_result import DemoResult, TierResult, shorten
 from dop_compile.explain_table import show_percent
-from dop_compile.policy import MODULES, Policy
+from dop_compile.operation_map import OperationMap
+from dop_compile.operation_picture import draw_map, new_figure
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-__all__ = ["draw", "draw_operation_map", "operation_map"]
+__all__ = ["draw"]
 
 RIGHT, WRONG, UNKNOWN = "#1b7837", "#b2182b", "#222222"
-COLOURS = "viridis"
-
-
-def operation_map(policy: Policy, visual_tokens: int) -> NDArray[np.int64]:
-    """Visual tokens of one sample that each operation processes, as the policy is written.
-
-    Args:
-        policy: which operations are kept; tokens that its reducer leaves out are in no layer.
-        visual_tokens: visual tokens of the sample, before reduction.
-
-    Returns:
-        (layers, 3): per layer the tokens in `mha_query`, `mha_key_value` and `mlp`.
-
-    Raises:
-        TypeError, ValueError: `visual_tokens` is not a whole number >= 0.
-    """
-    tokens = policy_tokens(policy, system=0, visual=visual_tokens, text=0)
-    return np.array([[layer.query, layer.key_value, layer.mlp] for layer in tokens], dtype=np.int64)
-
-
-def draw_operation_map(axes: Any, policy: Policy, visual_tokens: int) -> Any:
-    """Draw `operation_map` into matplotlib axes, layer 0 at the top, and return the image (for a colour bar)."""
-    counts = operation_map(policy, visual_tokens)
-    shown = axes.imshow(counts, cmap=COLOURS, vmin=0, vmax=max(visual_tokens, 1), aspect="auto")
-    for (layer, module), count in np.ndenumerate(counts):
-        # Viridis ends in yellow: black is read better on its upper half
-        colour = "black" if 2 * count > visual_tokens else "white"
-        axes.text(module, layer, str(count), ha="center", va="center", fontsize=8, color=colour)
-    axes.set_xticks(range(len(MODULES)), MODULES, fontsize=8)
-    axes.set_yticks(range(policy.num_layers))
-    axes.set_ylabel("layer")
-    return shown
 
 
 def draw(result: DemoResult) -> Any:
@@ -61,11 +26,7 @@ def draw(result: DemoResult) -> Any:
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure: Any = Figure(figsize=(12, 8), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(12, 8)
     upper, lower = figure.subfigures(2, 1, height_ratios=(5, 6))
     left, right = upper.subplots(1, 2, width_ratios=(1, 3))
     left.imshow(np.asarray(result.image))
@@ -74,9 +35,8 @@ def draw(result: DemoResult) -> Any:
     _draw_answers(right, result)
     maps = lower.subplots(1, len(result.tiers), squeeze=False)[0]
     for axes, tier in zip(maps, result.tiers, strict=True):
-        shown = draw_operation_map(axes, tier.policy, result.visual)
-        axes.set_title(_caption(tier, result), fontsize=9)
-    lower.colorbar(shown, ax=list(maps), label="visual tokens processed")
+        draw_map(axes, OperationMap.of_policy(tier.policy, visual=result.visual))
+        axes.set_title(_caption(tier, result), fontsize=9, pad=46)
     return figure
 
 

@@ -57,6 +57,7 @@ class _Counter:
     def __init__(self, policy: Policy, prompt: Prompt):
         entering = group_counts(policy, prompt.system, prompt.visual, prompt.text)
         present = {group: count for group, count in entering.items() if count}
+        self.present = present
         if not present:
             raise ValueError("system, visual, text: expected at least one token that enters the decoder, got none")
         self.keep = KeepTable.from_policy(policy, tuple(present))
@@ -137,7 +138,11 @@ class _Run:
             flops += self._ranking_flops(self.dims, layer, mha)
             stored = self.counter.width(mha.keys) if mha.update is not None else 0
             kv_bytes = 2 * stored * self.dims.num_key_value_heads * self.dims.head_dim * self.dtype_bytes
-        note = "; ".join(_notes(self.counter.universe, mha, keys, mlp))
+        notes = _notes(self.counter.universe, mha, keys, mlp)
+        if (stage := self._stage(layer)) is not None:
+            left = sum(self.counter.present[g] for g in ("visual", *self._later(stage)) if g in self.counter.present)
+            notes.insert(0, f"{left} of the visual tokens stay, ranked here")
+        note = "; ".join(notes)
         return LayerCost(layer, count(mha.tokens), count(keys), count(mlp), flops, kv_bytes, note)
 
     def _mha_flops(self, dims: DecoderDims, layer: int, block: Block) -> int:
@@ -152,10 +157,21 @@ class _Run:
         projections = 2 * dims.hidden_size * (self.counter.width(block.reads) * (d + 2 * d_kv) + queries * d)
         return projections + 4 * queries * keys * d
 
+    def _stage(self, layer: int) -> int | None:
+        """The number of the ranking stage at a layer."""
+        ranking = self.counter.keep.ranking
+        layers = [] if ranking is None else [stage.layer for stage in ranking.stages]
+        return layers.index(layer) if layer in layers else None
+
+    def _later(self, stage: int) -> tuple[str, ...]:
+        """The groups that leave at later stages."""
+        ranking = self.counter.keep.ranking
+        return () if ranking is None else ranking.groups[stage + 1 :]
+
     def _ranking_flops(self, dims: DecoderDims, layer: int, block: Block) -> int:
         """Attention rows that a ranking computes again: of the last token, of the text, or of the picture as well."""
         ranking = self.counter.keep.ranking
-        if ranking is None or layer not in (stage.layer for stage in ranking.stages) or ranking.criterion == "pivots":
+        if ranking is None or self._stage(layer) is None or ranking.criterion == "pivots":
             return 0
         raters = criterion(ranking.criterion, dict(ranking.options)).raters
         groups = {g for g in self.counter.universe.groups for rater in raters if g.startswith(rater)}
@@ -174,7 +190,8 @@ def _notes(universe: Universe, mha: Block, keys: TokenSet, mlp: TokenSet) -> lis
         own = universe.groups_set([group])
         if not universe.all_requested:
             own = (own - universe.requested) or own
-        if group in ("text", ANY_GROUP) or own & (mha.tokens | mlp):
+        ranked = group.startswith("visual_until_")  # they leave where they are ranked
+        if ranked or group in ("text", ANY_GROUP) or own & (mha.tokens | mlp):
             continue
         if not own & keys:
             notes.append(f"{group} absent")

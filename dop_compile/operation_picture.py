@@ -5,7 +5,8 @@
     ## #### ##     ## #### ##       ## #### ##     ==========|   layer 0
     ##      ##     ## #### ##       ##      ##     =====     |   layer 1, visual frozen
 
-Every cell is filled by the share of the group's tokens that it processes; equal neighbouring layers are numbered once.
+Every cell is filled by the share of the group's tokens that it processes. Of equal neighbouring layers the first has the
+numbers.
 Drawn on matplotlib's Agg canvas: no display is needed, and no global state of matplotlib is changed.
 """
 
@@ -33,12 +34,13 @@ COLOURS = {
 HEADS = ("queries", "keys/values", "MLP")
 SHORT = {"visual_salient": "salient", "visual_rest": "rest"}
 FLOPS, TRACK, INK = "#5A5A5A", "#EDEDED", "#222222"
-WIDE, NARROW, GAP, MARKS = 0.78, 0.48, 0.2, 0.85
-"""Inches: columns of visual tokens and of others, between modules, and for the marks of states."""
+WIDE, NARROW, GAP, MARKS, LANE = 0.78, 0.48, 0.2, 0.72, 0.1
+"""Inches: columns of visual tokens and of others, between modules, for the names of states and for their lines."""
 BARS, ROW, CELL, SPACE = 1.5, 0.2, 0.86, 0.04
 """Inches: FLOPs bars, a layer; the part of a layer's height that is filled, and inches between columns."""
 ABREAST = 3
 HATCH = "///////"
+STYLES = {FROZEN: ":", ABSENT: "-"}
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,13 @@ def _columns(operations: OperationMap) -> list[list[tuple[float, float]]]:
 
 def _map_width(operations: OperationMap) -> float:
     left, width = _columns(operations)[-1][-1]
-    return left + width + MARKS
+    return left + width + (MARKS + LANE * len(_marked(operations)) if _marked(operations) else 0.0)
+
+
+def _marked(operations: OperationMap) -> list[str]:
+    """Groups that are frozen or absent in some layer."""
+    layers = range(len(operations))
+    return [group for group in operations.groups if any(operations.state(layer, group) for layer in layers)]
 
 
 def draw_map(axes: Any, operations: OperationMap, *, labelled: bool = True) -> None:
@@ -84,7 +92,9 @@ def draw_map(axes: Any, operations: OperationMap, *, labelled: bool = True) -> N
             drawn = width - SPACE
             axes.barh(layers, drawn, CELL, left, color=TRACK)
             unread = (kept - ran).clip(min=0) * drawn
-            axes.barh(layers, unread, CELL, left + ran * drawn, color="none", edgecolor=colour, hatch=HATCH, linewidth=0)
+            axes.barh(
+                layers, unread, CELL, left + ran * drawn, color="none", edgecolor=colour, hatch=HATCH, linewidth=0
+            )
             axes.barh(layers, ran * drawn, CELL, left, color=colour)
             counts = operations.processed[:, module, number]
             for run in operations.runs():
@@ -105,31 +115,30 @@ def _head(axes: Any, x: float, text: str, points: float, size: float, weight: st
 
 
 def _number(axes: Any, run: range, count: int, left: float, filled: float, colour: str) -> None:
-    """The count of a run of layers, inside its bar or, where that is too short, after it."""
-    text, middle = str(count), (run[0] + run[-1]) / 2
+    """The count of a run of layers, inside its first bar or, where that is too short, after it."""
+    text = str(count)
     inside = filled > 0.075 * len(text) + 0.05
     x = left + (filled / 2 if inside else filled + 0.03)
     ink = ("white" if colour == COLOURS["visual"] else "black") if inside else INK
     box = None if inside else {"facecolor": TRACK, "edgecolor": "none", "pad": 0.6}
-    axes.text(x, middle, text, fontsize=7.5, color=ink, ha="center" if inside else "left", va="center", bbox=box)
+    axes.text(x, run[0], text, fontsize=7.5, color=ink, ha="center" if inside else "left", va="center", bbox=box)
 
 
 def _mark_states(axes: Any, operations: OperationMap, left: float) -> None:
     """A line beside the layers in which a group is frozen or absent, a lane per group."""
-    lanes = [group for group in operations.groups if any(operations.state(n, group) for n in range(len(operations)))]
+    lanes = _marked(operations)
     for lane, group in enumerate(lanes):
-        x = left + 0.07 + 0.12 * lane
+        x = left + 0.04 + LANE * lane
         states = [operations.state(layer, group) for layer in range(len(operations))]
         for state, run in itertools.groupby(range(len(states)), states.__getitem__):
             if not state:
                 continue
             first, *others = run
             last = others[-1] if others else first
-            style = {FROZEN: ":", ABSENT: "-"}[state]
-            axes.plot([x, x], [first - CELL / 2, last + CELL / 2], style, color=COLOURS[group], linewidth=1.8)
+            ends = [first - CELL / 2, last + CELL / 2]
+            axes.plot([x, x], ends, STYLES[state], color=COLOURS[group], linewidth=1.8)
             words = f"{SHORT.get(group, group)} {state}"
-            side = left + 0.12 + 0.12 * len(lanes)
-            axes.text(side, (first + last) / 2, words, fontsize=7, color=INK, va="center")
+            axes.text(left + 0.04 + LANE * len(lanes), first, words, fontsize=7, color=INK, va="center")
 
 
 def _layer_axis(axes: Any, operations: OperationMap, labelled: bool) -> None:
@@ -150,10 +159,10 @@ def _draw_flops(axes: Any, tier: TierPicture) -> None:
     axes.barh(layers, tier.original_flops, CELL, color=TRACK)
     axes.barh(layers, tier.flops, CELL, color=FLOPS)
     for run in tier.operations.runs(tier.flops):
-        flops, middle = tier.flops[run[0]], (run[0] + run[-1]) / 2
+        flops = tier.flops[run[0]]
         inside = flops > 0.6 * whole
         axes.text(
-            flops + (-0.02 if inside else 0.02) * whole, middle, show_flops(flops),
+            flops + (-0.03 if inside else 0.03) * whole, run[0], show_flops(flops),
             fontsize=7.5, color="white" if inside else INK, ha="right" if inside else "left", va="center",
         )  # fmt: skip
     axes.set_xlim(0, whole)
@@ -170,14 +179,16 @@ def tiers_figure(tiers: Sequence[TierPicture], title: str = "") -> Any:
     """
     abreast = min(ABREAST, len(tiers))
     rows = -(-len(tiers) // abreast)
-    first = tiers[0].operations
-    map_width, bars = _map_width(first), BARS * bool(tiers[0].flops)
-    height = max(ROW * len(first), 1.0)
-    figure = new_figure(abreast * (map_width + bars + 0.5), rows * (height + 1.1) + (0.75 if title else 0.45))
-    grid = figure.subfigures(rows, abreast, squeeze=False)
-    for panel, tier in zip(grid.flat, tiers, strict=False):
-        panel.suptitle(tier.title, fontsize=9)
-        ratios = [map_width, bars] if bars else [map_width]
+    widths = [_map_width(tier.operations) for tier in tiers]
+    bars = BARS * bool(tiers[0].flops)
+    height = max(ROW * len(tiers[0].operations), 1.0)
+    # Tiers below one another share a column, which is as wide as the widest of them
+    across = [max(widths[column::abreast]) + bars + 0.5 for column in range(abreast)]
+    figure = new_figure(sum(across), rows * (height + 1.1) + (0.75 if title else 0.45))
+    grid = figure.subfigures(rows, abreast, squeeze=False, width_ratios=across)
+    for panel, tier, width in zip(grid.flat, tiers, widths, strict=False):
+        panel.suptitle(tier.title, fontsize=9.5)
+        ratios = [width, bars] if bars else [width]
         axes = panel.subplots(1, len(ratios), squeeze=False, width_ratios=ratios)[0]
         draw_map(axes[0], tier.operations)
         if bars:
@@ -189,14 +200,22 @@ def tiers_figure(tiers: Sequence[TierPicture], title: str = "") -> Any:
 
 
 def _legend(figure: Any, tiers: Sequence[TierPicture]) -> None:
+    from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
     visual = next((COLOURS[g] for g in tiers[0].operations.groups if g.startswith("visual")), COLOURS["text"])
     entries = [
-        Patch(color=visual, label="tokens that the operation processes"),
-        Patch(facecolor="none", edgecolor=visual, hatch=HATCH, linewidth=0, label="kept by the policy, read by no output"),
-        Patch(color=TRACK, label="pruned"),
+        Patch(color=visual, label="processed"),
+        Patch(
+            facecolor="none", edgecolor=visual, hatch=HATCH, linewidth=0, label="kept, but no output needs it: not run"
+        ),
+        Patch(color=TRACK, label="not processed"),
     ]
     if all(tier.operations.computed is None for tier in tiers):
         del entries[1]
+    if any(_marked(tier.operations) for tier in tiers):
+        entries.append(
+            Line2D([], [], color=INK, linestyle=STYLES[FROZEN], label="frozen: only keys and values are left")
+        )
+        entries.append(Line2D([], [], color=INK, linestyle=STYLES[ABSENT], label="absent: nothing is left"))
     figure.legend(handles=entries, loc="outside lower center", ncols=len(entries), fontsize=7.5, frameon=False)

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from dop_compile.costs import kv_cache_bytes, policy_tokens, prefill_flops
-from dop_compile.demo_picture import draw_operation_map
 from dop_compile.explain_table import columns, show_bytes, show_percent
+from dop_compile.operation_map import OperationMap
+from dop_compile.operation_picture import TierPicture, new_figure, tiers_figure
 from dop_compile.policy import Policy
 from dop_compile.search.axes import VISUAL_TOKENS
 from dop_compile.search.divergences import Divergences
@@ -120,16 +121,6 @@ def describe(divergences: Divergences) -> str:
     return "\n".join(lines + columns(table))
 
 
-def new_figure(width: float, height: float) -> Any:
-    """An empty picture of so many inches."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure: Any = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
 def bootstrap_band(values: np.ndarray[Any, Any], seed: int = 0) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """95 % confidence band of the mean over samples, of (points, samples); by the percentile bootstrap."""
     rng = np.random.default_rng(seed)
@@ -186,11 +177,13 @@ def pareto_figure(rows: Sequence[PolicyRow], metric: str) -> Any:
 
 
 def tier_maps_figure(rows: Sequence[PolicyRow], visual_tokens: int) -> Any:
-    """Which operations each policy keeps: layers by modules, coloured by the visual tokens processed."""
-    figure = new_figure(2.6 * len(rows) + 1, 0.28 * rows[0].policy.num_layers + 1.8)
-    panels = figure.subplots(1, len(rows), squeeze=False)[0]
-    for panel, row in zip(panels, rows, strict=True):
-        shown = draw_operation_map(panel, row.policy, visual_tokens)
-        panel.set_title(f"{row.name}\nFLOPs {show_percent(row.flops)}", fontsize=9)
-    figure.colorbar(shown, ax=list(panels), label="visual tokens processed")
-    return figure
+    """Which operations each policy keeps for the visual tokens: layers by modules."""
+    return tiers_figure(
+        [
+            TierPicture(
+                f"{row.name}\nFLOPs {show_percent(row.flops)}",
+                OperationMap.of_policy(row.policy, visual=visual_tokens),
+            )
+            for row in rows
+        ]
+    )

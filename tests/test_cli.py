@@ -121,6 +121,27 @@ def test_explain_of_several_tiers_and_another_precision(
     assert json.loads(out)["tiers"][0]["kv_bytes"] == 2 * half["tiers"][0]["kv_bytes"]
 
 
+@pytest.mark.parametrize(("suffix", "start"), [("svg", b"<?xml"), ("png", b"\x89PNG"), ("pdf", b"%PDF")])
+def test_explain_draws(
+    capsys: pytest.CaptureFixture[str], model: str, tmp_path: Path, policy: str, suffix: str, start: bytes
+) -> None:
+    path = tmp_path / "new" / f"map.{suffix}"
+    code, out, err = run(capsys, "explain", model, "--policy", policy, "--plot", str(path))
+    assert code == 0
+    assert out == run(capsys, "explain", model, "--policy", policy)[1]
+    assert f"saved picture {path}" in err
+    assert path.read_bytes().startswith(start)
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_explain_refuses_pictures_of_other_kinds(
+    capsys: pytest.CaptureFixture[str], model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "ends in .svg, .png, .pdf" in refused(capsys, "explain", model, "--plot", str(tmp_path / "map.jpeg"))
+    monkeypatch.setattr(commands, "find_spec", lambda name: None)
+    assert "pip install 'dop_compile[search]'" in refused(capsys, "explain", model, "--plot", "map.svg")
+
+
 def test_explain_ignores_whose_weights_a_policy_was_made_for(
     capsys: pytest.CaptureFixture[str], model: str, tmp_path: Path
 ) -> None:

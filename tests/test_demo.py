@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from matplotlib.table import Table
@@ -22,7 +21,7 @@ from PIL import Image, ImageOps
 from digits_vlm import data, models
 from digits_vlm.evaluate import answers
 from dop_compile import Policy, demo, dop_compile, prefill_flops
-from dop_compile.demo_picture import draw, draw_operation_map, operation_map
+from dop_compile.demo_picture import draw
 from dop_compile.demo_result import Answered, DemoResult, Question
 from tests.command_line import refused, run
 from tests.local_llava import picture
@@ -198,34 +197,14 @@ def test_the_picture_marks_them_too(result: DemoResult) -> None:
     assert {colour for line in drawn(unknown(judged(result))) for _, colour in line} == {"#222222"}
 
 
-def test_the_operation_map_is_that_counted_by_hand() -> None:
-    policies = demo.demo_policies()
-    assert operation_map(policies["100%"], 144).tolist() == [[144, 144, 144]] * 8
-    joint = [[91, 91, 91]] * 2 + [[91, 91, 0]] * 4 + [[0, 0, 0]] * 2
-    assert operation_map(policies["34%"], 144).tolist() == joint
-    split = [[144, 144, 144], [144, 144, 0]] + [[0, 144, 0]] * 5 + [[0, 0, 0]]
-    assert operation_map(policies["34% split"], 144).tolist() == split
-    # Fewer tokens than the policy lets in
-    assert operation_map(policies["34%"], 60).max() == 60
-    assert operation_map(policies["100%"], 0).tolist() == [[0, 0, 0]] * 8
-    # Tokens of other groups do not count, and parts of the visual group add up
-    pruned = [("system", 0, "mlp"), ("visual_salient", 0, "mha_query"), ("visual_rest", 1, "mha")]
-    parts = Policy.from_operations(2, pruned, visual_tokens=40, salient_fraction=0.25)
-    assert operation_map(parts, 144).tolist() == [[30, 40, 40], [10, 10, 40]]
-    with pytest.raises(ValueError, match="visual"):
-        operation_map(parts, -1)
-
-
-def test_the_operation_map_is_drawn() -> None:
-    policy = demo.demo_policies()["34%"]
-    axes = Figure().subplots()
-    shown = draw_operation_map(axes, policy, 144)
-    assert np.array_equal(shown.get_array(), operation_map(policy, 144))
-    assert shown.get_clim() == (0, 144)
-    assert {text.get_position(): text.get_text() for text in axes.texts} == {
-        (module, layer): str(count) for (layer, module), count in np.ndenumerate(operation_map(policy, 144))
-    }
-    assert [label.get_text() for label in axes.get_xticklabels()] == ["mha_query", "mha_key_value", "mlp"]
+def test_every_tiers_operations_are_drawn(result: DemoResult) -> None:
+    figure = draw(result)
+    maps = [axes for panel in figure.subfigs for axes in panel.axes if axes.texts]
+    assert len(maps) == len(result.tiers)
+    split = next(axes for axes in maps if axes.get_title().startswith("34% split"))
+    numbers = [text.get_text() for text in split.texts if text.get_text().isdigit()]
+    # Of visual tokens: all in layer 0, attention in layer 1, keys and values from layer 2 on
+    assert numbers == ["144"] * (2 + 3 + 1)
 
 
 # --- the command
