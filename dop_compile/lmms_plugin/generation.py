@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor
+from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
-__all__ = ["Forced", "cut", "likelihoods", "settings_of", "stops_of"]
+__all__ = ["AtStops", "Forced", "cut", "likelihoods", "settings_of", "stops_of"]
 
 KNOWN = frozenset(GenerationConfig().to_dict())
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p")
@@ -46,6 +46,25 @@ def cut(text: str, stops: Sequence[str]) -> str:
     """The text up to the first of the stop strings."""
     ends = [place for stop in stops if (place := text.find(stop)) >= 0]
     return text[: min(ends, default=len(text))]
+
+
+class AtStops(StoppingCriteria):  # type: ignore[misc]
+    """Ends a row once its answer holds one of the stop strings.
+
+    transformers' own `stop_strings` looks at tokens, and fails for tokenizers that change letters.
+
+    Args:
+        decode: rows of token ids to texts.
+        columns: of the prompt.
+    """
+
+    def __init__(self, stops: Sequence[str], decode: Callable[[Tensor], list[str]], columns: int):
+        self._stops, self._decode, self._columns = tuple(stops), decode, columns
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        """(rows,) bool."""
+        texts = self._decode(input_ids[:, self._columns :])
+        return torch.tensor([cut(text, self._stops) != text for text in texts], device=input_ids.device)
 
 
 class Forced(LogitsProcessor):  # type: ignore[misc]

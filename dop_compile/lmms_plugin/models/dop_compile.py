@@ -22,7 +22,7 @@ from lmms_eval.api.model import lmms
 from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from loguru import logger
 from tqdm import tqdm
-from transformers import AutoConfig, LogitsProcessorList
+from transformers import AutoConfig, LogitsProcessorList, StoppingCriteriaList
 
 from dop_compile.lmms_plugin.arguments import (
     batch_size_of,
@@ -32,7 +32,7 @@ from dop_compile.lmms_plugin.arguments import (
     load_compiled,
     policy_of,
 )
-from dop_compile.lmms_plugin.generation import Forced, cut, likelihoods, settings_of, stops_of
+from dop_compile.lmms_plugin.generation import AtStops, Forced, cut, likelihoods, settings_of, stops_of
 from dop_compile.lmms_plugin.media import Conversation, read_messages, user_message
 from dop_compile.lmms_plugin.reading import Reader, load_processor
 
@@ -172,18 +172,22 @@ class _Base(lmms):  # type: ignore[misc]
             self._warned.update(ignored)
             logger.warning(f"generation_kwargs: {', '.join(ignored)}: not of generate, and ignored")
         stops = stops_of(given)
-        if stops:
-            settings |= {"stop_strings": list(stops), "tokenizer": self.tokenizer}
         found: dict[int, GenerationResult] = {}
         for numbers in self.reader.batches(conversations):
             inputs = self._inputs([conversations[number] for number in numbers])
+            columns = inputs["input_ids"].shape[1]
+            if stops:
+                settings["stopping_criteria"] = StoppingCriteriaList([AtStops(stops, self._texts, columns)])
             output = self._model.generate(**inputs, **settings, pad_token_id=self.tokenizer.pad_token_id)
-            new = output[:, inputs["input_ids"].shape[1] :].tolist()
-            texts = self.tokenizer.batch_decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-            for number, text, ids in zip(numbers, texts, new, strict=True):
-                said = sum(token != self.tokenizer.pad_token_id for token in ids)
+            new = output[:, columns:]
+            for number, text, ids in zip(numbers, self._texts(new), new, strict=True):
+                said = int((ids != self.tokenizer.pad_token_id).sum())
                 found[number] = GenerationResult(cut(text, stops), TokenCounts(output_tokens=said))
         return [found[number] for number in range(len(conversations))]
+
+    def _texts(self, ids: torch.Tensor) -> list[str]:
+        texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return list(texts)
 
     def _inputs(self, conversations: Sequence[Conversation]) -> Any:
         return self.reader(conversations).to(self._device, self._model.dtype)
