@@ -1,48 +1,30 @@
-"""What every benchmark needs: interleaved timing, and a description of the machine."""
+"""What the benchmarks share: interleaved timing, and a description of the machine."""
 
 from __future__ import annotations
 
+import functools
 import platform
-import random
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from tqdm import tqdm
 
 import dop_compile as package
+from dop_compile.benchmark import rounds as interleaved
+from dop_compile.benchmark.rounds import synchronise
 
 __all__ = ["environment", "interleave", "synchronise"]
 
 
-def synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
 def interleave(contenders: dict[str, Callable[[], Any]], rounds: int, device: torch.device) -> dict[str, list[float]]:
     """Milliseconds of each contender in each round."""
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    order = list(contenders)
-    shuffle = random.Random(0)
+    timed = {name: functools.partial(interleaved.milliseconds, call, device) for name, call in contenders.items()}
     with torch.inference_mode():
-        for name in tqdm(order, desc="warm up", leave=False):
-            for _ in range(2):
-                contenders[name]()
-        for _ in tqdm(range(rounds), desc="rounds", leave=False):
-            shuffle.shuffle(order)
-            for name in order:
-                synchronise(device)
-                started = time.perf_counter()
-                contenders[name]()
-                synchronise(device)
-                times[name].append(1000 * (time.perf_counter() - started))
-    return times
+        return interleaved.interleave(timed, rounds)
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from common import environment, interleave
 from transformers import CLIPVisionConfig, CLIPVisionModel, DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from dop_compile import Policy, dop_compile, explain, prefill_flops
+from dop_compile.benchmark.rounds import ratio
 from dop_compile.prompt import Prompt, make_reducer, reduce_prompt
 from dop_compile.runtime import run_decoder
 from dop_compile.slots import Call
@@ -139,14 +140,13 @@ def measure(bench: Bench, backend: str, rounds: int) -> list[dict[str, Any]]:
     full = prefill_flops(bench.model.config, tiers["100%"], **counts)
     rows = []
     for name, values in times.items():
-        ratios = [value / base for value, base in zip(values, times["original"], strict=True)]
+        share = ratio(values, times["original"])
         row = {
             "backend": backend,
             "policy": name,
             "ms": statistics.median(values),
-            "ratio": statistics.median(ratios),
-            "spread": (min(ratios), max(ratios)),
-            "quartiles": tuple(statistics.quantiles(ratios, n=4)[::2]),
+            "ratio": share.median,
+            "quartiles": (share.low, share.high),
         }
         if name in tiers:
             explained = explain(compiled, tier=name, **counts).summary

@@ -1,4 +1,4 @@
-"""The command line: ``dop-compile explain|run|demo|profile|search|greedy|report|eval|export|verify``.
+"""The command line: ``dop-compile explain|run|bench|demo|profile|search|greedy|report|eval|export|verify``.
 
 Exit codes: 0 done; 2 wrong usage or bad input, with one line on stderr that says what; 1 any other failure. `verify`
 adds 1 for a tier that differs, and 3 for graphs that cannot run here.
@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
+from dop_compile.cli_bench import add_bench_command
 from dop_compile.cli_eval import add_eval_command
 from dop_compile.cli_onnx import add_onnx_commands
 from dop_compile.cli_search import add_search_commands, count, positive
@@ -38,6 +39,7 @@ examples:
   dop-compile explain llava-hf/llava-1.5-7b-hf --mha-depth 26 --mlp-depth 19 --visual-tokens 97
   dop-compile explain ./my-model --mha-query-depth 8 --mha-key-value-depth 28 --save-policy policy.json
   dop-compile run ./my-model --image photo.jpg --prompt "What is this?" --policy policy.json --compare
+  dop-compile bench ./my-model --policy 28%=policy.json --batch 1 --batch 4 --out bench
   dop-compile profile ./my-model --samples samples.jsonl --out divergences.json
   dop-compile search divergences.json --budget 0.37 --budget 0.28 --out policies
   dop-compile report divergences.json --policy policies/37.json --policy policies/28.json --out report
@@ -142,6 +144,7 @@ def _parser() -> argparse.ArgumentParser:
     three.add_argument("--seed", type=count, default=0, metavar="N", help="another series of canvases (0)")
     three.add_argument("--backend", default="eager", metavar="NAME", help=backend)
     three.add_argument("--repeats", type=positive, default=10, metavar="N", help="timed rounds (10)")
+    add_bench_command(command, policy)
     add_search_commands(command)
     add_eval_command(command)
     add_onnx_commands(command, policy)
@@ -158,6 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from transformers.utils import logging
 
     from dop_compile import commands
+    from dop_compile.benchmark import commands as benchmark
     from dop_compile.evaluation import commands as evaluation
     from dop_compile.onnx import commands as onnx
     from dop_compile.search import commands as search
@@ -167,6 +171,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     run: dict[str, Callable[[argparse.Namespace], int | None]] = {
         "explain": commands.explain_command,
         "run": commands.run_command,
+        "bench": benchmark.bench_command,
         "demo": commands.demo_command,
         "profile": search.profile_command,
         "search": search.search_command,

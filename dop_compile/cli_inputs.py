@@ -14,6 +14,7 @@ from PIL import Image, UnidentifiedImageError
 
 from dop_compile.compiler import dop_compile
 from dop_compile.policy import Policy
+from dop_compile.reducers import ResizeReducer, resize_processor
 
 # Typed loosely: transformers annotates only a part of what is used here
 hf: Any = transformers
@@ -29,6 +30,7 @@ __all__ = [
     "one_line",
     "read_images",
     "read_policies",
+    "resized_processor",
     "write_file",
 ]
 
@@ -174,6 +176,16 @@ def load_vision_model(model: str, device: str, dtype: str, *, tensor_parallel: b
         plan = hf.distributed.DistributedConfig(tp_plan="auto", tp_size=torch.distributed.get_world_size())
         return load(hf.AutoModelForImageTextToText, located(model), dtype=kind, distributed_config=plan).eval()
     return load(hf.AutoModelForImageTextToText, located(model), dtype=kind).to(where).eval()
+
+
+def resized_processor(processor: Any, policy: Policy, images: int) -> Any:
+    """The processor, with smaller pictures if the policy's reducer is `resize`."""
+    if policy.reducer != ResizeReducer.name or policy.visual_tokens is None or not images:
+        return processor
+    try:
+        return resize_processor(processor, policy.visual_tokens // images)
+    except (TypeError, ValueError) as error:
+        raise UsageError(one_line(error)) from error
 
 
 def write_file(path: Path, content: str | Callable[[BinaryIO], object], option: str = "--out") -> None:

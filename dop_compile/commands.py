@@ -25,6 +25,7 @@ from dop_compile.cli_inputs import (
     one_line,
     read_images,
     read_policies,
+    resized_processor,
     write_file,
 )
 from dop_compile.demo import compose, demo_policies, open_checkpoint, require_packages, run_demo
@@ -33,7 +34,6 @@ from dop_compile.explain import explain
 from dop_compile.explain_picture import explain_figure
 from dop_compile.policy import Policy
 from dop_compile.processing import prompt_inputs
-from dop_compile.reducers import ResizeReducer, resize_processor
 
 __all__ = ["UsageError", "demo_command", "explain_command", "run_command"]
 
@@ -111,16 +111,6 @@ def _seconds(model: Any, inputs: Any, **settings: Any) -> float:
     return seconds
 
 
-def _resized(processor: Any, policy: Policy, images: int) -> Any:
-    """The processor, with smaller pictures if the policy's reducer is `resize`."""
-    if policy.reducer != ResizeReducer.name or policy.visual_tokens is None or not images:
-        return processor
-    try:
-        return resize_processor(processor, policy.visual_tokens // images)
-    except (TypeError, ValueError) as error:
-        raise UsageError(one_line(error)) from error
-
-
 @torch.no_grad()
 def run_command(arguments: Namespace) -> None:
     """Answer a prompt about images with a pruned model."""
@@ -140,7 +130,7 @@ def run_command(arguments: Namespace) -> None:
         except ValueError as error:
             raise UsageError(f"--prompt: {one_line(error)}") from error
 
-    inputs, small = read(processor), _resized(processor, tiers[tier], len(images))
+    inputs, small = read(processor), resized_processor(processor, tiers[tier], len(images))
     reduced = inputs if small is processor else read(small)
     print(_answer(compiled, processor, reduced, tier, arguments.max_new_tokens, tier=tier))
     if arguments.compare:
