@@ -196,9 +196,7 @@ def decode(text: str, where: str) -> Policy:
         if version not in READABLE or type(version) is not int:
             known = " and ".join(map(str, READABLE))
             raise ValueError(f"version: this release reads versions {known}, got {version!r}; save the policy again")
-        if version == 1:
-            document = {**document, "ranking": None} if "ranking" not in document else document
-        _object("document", document, _FIELDS)
+        _object("document", document, tuple(name for name in _FIELDS if name != "ranking" or version > 1))
         source = document["provenance"]
         if source is not None:
             versions = _object("provenance", source, _PROVENANCE_FIELDS)["versions"]
@@ -213,7 +211,7 @@ def decode(text: str, where: str) -> Policy:
             for module, layers in _object(f"pruned.{group}", groups[group], MODULES).items()
             for layer in _layers(f"pruned.{group}.{module}", layers, policy.num_layers)
         ]
-        ranking = document["ranking"]
+        ranking = document.get("ranking")
         return policy.replace(pruned=pruned, ranking=ranking and Ranking.from_document(ranking))
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{where}: {error}") from error

@@ -120,7 +120,7 @@ class _Narrowing:
             else:
                 self.new[node] = graph.graph.node_copy(node, functools.partial(self._argument, user=node, last=last))
             if node.target is ops.rank_tokens:
-                graph.rank_nodes[node.args[1]] = self.new[node]  # type: ignore[index]
+                graph.rank_nodes[node.args[1]] = self.new[node]
             if node is entry:
                 self.streams[entry] = self._split(_Streams([(self.everything, self.new[entry])]), 0)
             elif node in self.steps and node not in self.streams:

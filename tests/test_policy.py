@@ -296,7 +296,7 @@ def test_json_round_trip(policy: Policy) -> None:
 
 def test_json_is_one_line_per_list_of_layers() -> None:
     assert '"mha_query": [26, 27, 28, 29, 30, 31],\n' in PUBLISHED.to_json()
-    assert json.loads(PUBLISHED.to_json())["version"] == 1
+    assert json.loads(PUBLISHED.to_json())["version"] == 2
 
 
 def test_json_keeps_strings_that_look_like_lists() -> None:
@@ -325,7 +325,7 @@ def mutated(path: tuple[str, ...], change: Callable[[dict[str, Any], str], None]
 
 
 def test_the_mutations_reach_every_field() -> None:
-    assert len(FIELDS) == 10 + 3 + 9 + 5
+    assert len(FIELDS) == 11 + 3 + 9 + 5
 
 
 @pytest.mark.parametrize("path", FIELDS, ids=".".join)
@@ -361,7 +361,7 @@ def test_a_field_of_another_type_is_named(path: tuple[str, ...], wrong: object) 
 @pytest.mark.parametrize("path", FIELDS, ids=".".join)
 def test_null_is_refused_where_nothing_else_means_all(path: tuple[str, ...]) -> None:
     text = mutated(path, lambda parent, name: parent.update({name: None}))
-    if path[-1] in {"visual_tokens", "salient_fraction", "provenance", "budget", "samples"} | {
+    if path[-1] in {"visual_tokens", "salient_fraction", "ranking", "provenance", "budget", "samples"} | {
         "divergence",
         "model_fingerprint",
     }:
@@ -406,18 +406,24 @@ def test_wrong_lists_of_layers_are_named(layers: list[Any], message: str) -> Non
         ),
         (PUBLISHED.to_json().replace("0.125", "9" * 5000), "policy JSON"),
         (
-            PUBLISHED.to_json().replace('"version": 1', '"version": 2'),
-            "version: this release reads version 1, got 2",
+            PUBLISHED.to_json().replace('"version": 2', '"version": 3'),
+            "version: this release reads versions 1 and 2, got 3",
         ),
-        (PUBLISHED.to_json().replace('"version": 1', '"version": 1.0'), "version: .*got 1.0"),
+        (PUBLISHED.to_json().replace('"version": 2', '"version": 2.0'), "version: .*got 2.0"),
+        (PUBLISHED.to_json().replace('"version": 2', '"version": 1'), "unknown field.*ranking"),
         (PUBLISHED.to_json().replace("policy", "polity"), "format: .*got 'dop_compile.polity'"),
-        (PUBLISHED.to_json().replace('"version": 1', '"version": 1, "version": 1'), "version: .*given twice"),
+        (PUBLISHED.to_json().replace('"version": 2', '"version": 2, "version": 2'), "version: .*given twice"),
         (PUBLISHED.to_json().replace('"tile"', '"ratio"'), "ratio: .*given twice"),
     ],
 )
 def test_other_texts_are_refused(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Policy.from_json(text)
+
+
+def test_version_1_had_no_rankings() -> None:
+    text = PUBLISHED.to_json().replace('"version": 2', '"version": 1').replace('  "ranking": null,\n', "")
+    assert Policy.from_json(text) == PUBLISHED
 
 
 @given(policies(3, split=None), st.data())

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dop_compile.cli_inputs import UsageError, check_backend, one_line, write_file
+from dop_compile.evaluation.in_decoder import FITPRUNE
 from dop_compile.evaluation.measuring import check_tasks, count_tokens, evaluate
-from dop_compile.evaluation.methods import FITPRUNE, FULL, ORIGINAL, Method, Planner
+from dop_compile.evaluation.methods import FULL, ORIGINAL, Method, Planner
 from dop_compile.evaluation.report import markdown, tradeoff_figure
 from dop_compile.policy import Policy
 from dop_compile.search.commands import decoder_of, model_and_samples, processes, usage_errors

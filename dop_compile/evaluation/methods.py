@@ -11,14 +11,13 @@ them, so that single samples may cost more than the budget, and their sum does n
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from dop_compile import baselines
 from dop_compile.costs import DecoderDims, prefill_flops
+from dop_compile.evaluation.in_decoder import FITPRUNE, IN_DECODER, RANKED
 from dop_compile.fingerprint import model_fingerprint
 from dop_compile.policy import JsonScalar, Policy
 from dop_compile.policy_json import choice, finite
@@ -32,17 +31,7 @@ from dop_compile.search.transfer import transfer
 __all__ = ["FULL", "ORIGINAL", "Method", "Planner", "method_names"]
 
 ORIGINAL, FULL = "original", "full"
-FITPRUNE = "fitprune"
 _STEPS = 1000
-_RANKED: dict[str, Callable[[int, float], Policy]] = {
-    "fastv": baselines.fastv,
-    "pyramiddrop": baselines.pyramiddrop,
-    "sparsevlm": lambda layers, scale: baselines.sparsevlm(layers, [scale**n for n in _SPARSEVLM_POWERS]),
-    "dart": baselines.dart,
-}
-"""Policies with one number from 0 to 1, which the budget decides: the fraction of tokens that a first stage keeps."""
-_SPARSEVLM_POWERS = [math.log(f, baselines.SPARSEVLM_FRACTIONS[0]) for f in baselines.SPARSEVLM_FRACTIONS]
-IN_DECODER = (*_RANKED, FITPRUNE)
 TOLERANCE = 1 + 1e-12
 Counts = Sequence[tuple[int, int, int]]
 Sample = Mapping[str, Any]
@@ -194,7 +183,7 @@ class Planner:
             if self._shares is None:
                 raise TypeError("method 'fitprune': it is fitted to measured attention; give shares")
             return Method(name, budget, fit_prune(self._shares, self.dims, self.counts, budget))
-        make = _RANKED[name]
+        make = RANKED[name]
         step = _largest(_STEPS, lambda n: self._fits(make(layers, n / _STEPS), budget))
         if step is None:
             raise InfeasibleBudgetError(

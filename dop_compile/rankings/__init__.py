@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Mapping
 from typing import Any
 
 from dop_compile.policy_json import choice
@@ -13,7 +14,7 @@ from dop_compile.rankings.view import LayerView
 
 __all__ = ["Criterion", "LayerView", "best", "criterion", "known", "register"]
 
-_factories: dict[str, Callable[..., Criterion]] = {
+_factories: dict[str, type[Criterion]] = {
     "last_token": LastToken,
     "text_raters": TextRaters,
     "product": Product,
@@ -21,7 +22,7 @@ _factories: dict[str, Callable[..., Criterion]] = {
 }
 
 
-def register(name: str, factory: Callable[..., Criterion]) -> None:
+def register(name: str, factory: type[Criterion]) -> None:
     """Make a criterion known by a name; it is called with a ranking's options as keywords.
 
     Raises:
@@ -43,7 +44,10 @@ def criterion(name: str, options: Mapping[str, Any] | None = None) -> Criterion:
         ValueError: an unknown name or option (the message lists the known).
     """
     factory = _factories[choice("ranking: criterion", name, known())]
-    try:
-        return factory(**dict(options or {}))
-    except TypeError as error:
-        raise ValueError(f"ranking: criterion {name!r}: {error}") from error
+    accepted = [] if factory.__init__ is object.__init__ else list(inspect.signature(factory).parameters)
+    for option in options or {}:
+        if option not in accepted:
+            raise ValueError(
+                f"ranking: unknown option {option!r} of criterion {name!r}; accepted: {', '.join(accepted) or 'none'}"
+            )
+    return factory(**dict(options or {}))

@@ -6,13 +6,14 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 
 from dop_compile import Policy
 from dop_compile.costs import prefill_flops
 from dop_compile.evaluation import Method, Planner, method_names
 from dop_compile.policy import Operation, Provenance
-from dop_compile.search import OperationOrder
+from dop_compile.search import AttentionShares, InfeasibleBudgetError, OperationOrder, fit_prune
 from dop_compile.search.greedy_sort import Step
 from tests.search.synthetic import dims_of, make_divergences
 
@@ -181,3 +182,32 @@ def test_what_was_made_for_another_model_is_refused() -> None:
     with pytest.raises(ValueError, match="do not say which tokens"):
         planner().given("mine", Policy.full(LAYERS).replace(reducer="given"))
     assert planner().given("mine", Policy.full(LAYERS)) == Method("mine", None, Policy.full(LAYERS))
+
+
+@pytest.mark.parametrize("name", ["fastv", "pyramiddrop", "sparsevlm", "dart"])
+def test_methods_inside_the_decoder_meet_the_budget_by_their_first_fraction(name: str) -> None:
+    for budget in (0.95, 0.7, 0.5):
+        method = planner().named(name, budget)
+        assert method.policy is not None
+        assert share(method.policy) <= budget
+        assert method.policy.ranking is not None
+        first = method.policy.ranking.stages[0].fraction
+        assert first is not None
+        if first < 1:
+            finer = [planner().named(name, b).policy for b in (budget + 0.002, budget + 0.05)]
+            assert all(share(other) >= share(method.policy) for other in finer if other is not None)
+            assert share(finer[1]) > budget - 0.05  # type: ignore[arg-type]
+
+
+def test_what_comes_before_the_first_stage_has_to_fit() -> None:
+    with pytest.raises(InfeasibleBudgetError, match=r"fastv: .* the first layers have every token"):
+        planner().named("fastv", 0.05)
+
+
+def test_fitprune_needs_measured_attention() -> None:
+    with pytest.raises(TypeError, match="give shares"):
+        planner().named("fitprune", 0.5)
+    curves = np.tile(np.linspace(0, 1, 1001) ** 2, (LAYERS, 1))
+    shares = AttentionShares(curves, curves, 3)
+    method = planner(shares=shares).named("fitprune", 0.5)
+    assert method.policy == fit_prune(shares, DIMS, COUNTS, 0.5)

@@ -1,0 +1,153 @@
+"""Stages and rankings as values: counts, costs, JSON, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dop_compile import Policy, baselines, explain, prefill_flops
+from dop_compile.costs import DecoderDims, LayerTokens, layer_flops, policy_tokens
+from dop_compile.ranking import Ranking, Stage
+from dop_compile.rankings import criterion, known, register
+from dop_compile.rankings.attention import LastToken
+from tests.search.synthetic import dims_of
+from tests.support import compile_eagerly, make_batch
+
+stages = st.one_of(
+    st.builds(lambda n: {"tokens": n}, st.integers(0, 50)), st.builds(lambda f: {"fraction": f}, st.floats(0, 1))
+)
+
+
+def ranked(*given: Stage, layers: int = 6, criterion: str = "last_token", **changes: Any) -> Policy:
+    return Policy(layers, ranking=Ranking(criterion, given), **changes)
+
+
+@given(st.lists(stages, min_size=1, max_size=5), st.integers(0, 60), st.integers(0, 9), st.integers(0, 9))
+def test_tokens_of_each_layer(rules: list[dict[str, Any]], visual: int, system: int, text: int) -> None:
+    policy = ranked(*(Stage(layer, **rule) for layer, rule in enumerate(rules)))
+    left, total = visual, []
+    for layer in range(6):
+        count = system + left + text
+        total.append(LayerTokens(count, count, count))
+        if layer < len(rules):
+            rule = rules[layer]
+            kept = rule["tokens"] if "tokens" in rule else math.floor(rule["fraction"] * visual + 0.5)
+            left = min(left, kept)
+    assert list(policy_tokens(policy, system, visual, text)) == total
+    dims = dims_of(6)
+    flops = sum(layer_flops(dims, tokens, layer) for layer, tokens in enumerate(total))
+    assert prefill_flops(dims, policy, system, visual, text) == flops
+
+
+@given(st.lists(stages, min_size=1, max_size=5), st.sampled_from(known()))
+def test_json_round_trip(rules: list[dict[str, Any]], name: str) -> None:
+    policy = ranked(*(Stage(layer, **rule) for layer, rule in enumerate(rules)), criterion=name)
+    again = Policy.from_json(policy.to_json())
+    assert again == policy
+    assert hash(again) == hash(policy)
+    assert not policy.is_full
+
+
+def test_published_shapes() -> None:
+    def of(policy: Policy) -> list[tuple[int, int]]:
+        assert policy.ranking is not None
+        return [(stage.layer, stage.count(576)) for stage in policy.ranking.stages]
+
+    assert of(baselines.fastv(32)) == [(1, 288)]
+    assert of(baselines.fastv(32, 0.25, layers=3)) == [(2, 144)]
+    assert of(baselines.pyramiddrop(32)) == [(7, 288), (15, 144), (23, 72)]
+    assert of(baselines.sparsevlm(32)) == [(2, 303), (6, 110), (15, 36)]
+    assert of(baselines.dart(32, 1 / 9)) == [(1, 64)]
+    assert [layer for layer, _ in of(baselines.sparsevlm(4))] == [0, 1, 2]
+    assert [layer for layer, _ in of(baselines.pyramiddrop(8))] == [1, 3, 5]
+
+
+def test_fastv_costs_what_its_authors_say() -> None:
+    """K=2, R=50 %: 55 % of the FLOPs of LLaVA-1.5-7B's visual tokens (FastV, table 1), which are most of them."""
+    dims = DecoderDims(32, 4096, 32, 128, 32, (11008,) * 32)
+    counts = {"system": 0, "visual": 576, "text": 0}
+    ratio = prefill_flops(dims, baselines.fastv(32), **counts) / prefill_flops(dims, Policy.full(32), **counts)
+    assert ratio == pytest.approx(0.53, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Stage(1), "either tokens or fraction"),
+        (lambda: Stage(1, tokens=2, fraction=0.5), "either tokens or fraction"),
+        (lambda: Stage(1, fraction=1.5), "expected 0 to 1"),
+        (lambda: Stage(-1, tokens=2), "layer of a stage"),
+        (lambda: Ranking("last_tokens", (Stage(1, tokens=2),)), "did you mean 'last_token'"),
+        (
+            lambda: Ranking("last_token", (Stage(1, tokens=2),), (("size", 3),)),
+            "unknown option 'size' of criterion 'last_token'; accepted: none",
+        ),
+        (lambda: Ranking("last_token", (Stage(2, tokens=2), Stage(1, tokens=1))), "increasing layers"),
+        (lambda: Ranking("pivots", (Stage(2, tokens=2),), (("text", 0), ("visual", 0))), "at least one pivot"),
+        (lambda: ranked(Stage(5, tokens=2)), "leaves no layer after it; expected layers 0 to 4"),
+        (lambda: ranked(Stage(1, tokens=2), salient_fraction=0.5), "cannot be combined with salient_fraction"),
+        (
+            lambda: ranked(Stage(1, tokens=2), pruned=frozenset({("visual", 1, "mha_key_value")})),  # type: ignore[arg-type]
+            "reads mha_key_value of visual tokens, which the policy prunes there",
+        ),
+        (
+            lambda: ranked(Stage(1, tokens=2), pruned=frozenset({("text", 1, "mha_query")})),  # type: ignore[arg-type]
+            "reads mha_query of text tokens",
+        ),
+        (lambda: Policy.from_operations(6, [("visual_until_1", 2, "mlp")]), "expected one of system, visual, text"),
+        (lambda: baselines.sparsevlm(8, [0.5]), "expected 3, got 1"),
+    ],
+)
+def test_refused(make: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_no_stages_is_refused() -> None:
+    with pytest.raises(TypeError, match="at least one Stage"):
+        Ranking("last_token", ())
+
+
+@pytest.mark.parametrize("change", [{"stages": {}}, {"criterion": "none"}, {"more": 1}, {"stages": [{"layer": 1}]}])
+def test_other_documents_are_refused(change: dict[str, Any]) -> None:
+    document = json.loads(ranked(Stage(1, tokens=2)).to_json())
+    document["ranking"] |= change
+    with pytest.raises(ValueError, match=r"^policy JSON: ranking"):
+        Policy.from_json(json.dumps(document))
+
+
+def test_a_criterion_of_ones_own() -> None:
+    class First(LastToken):
+        """Keeps the first tokens."""
+
+        def __call__(self, view: Any, counts: Any) -> torch.Tensor:
+            order = view.candidates.cumsum(1)
+            return view.candidates & (order <= order.new_tensor(list(counts))[:, None])
+
+    register("first", First)
+    assert isinstance(criterion("first"), First)
+    with pytest.raises(ValueError, match="registered already"):
+        register("first", LastToken)
+    batch = make_batch("llava")
+    compiled = compile_eagerly(batch.model, ranked(Stage(0, tokens=3), layers=4, criterion="first"))
+    given = compile_eagerly(batch.model, ranked(Stage(0, tokens=3), layers=4))
+    with torch.no_grad():
+        assert not torch.equal(compiled(**batch.inputs).logits, given(**batch.inputs).logits)
+
+
+def test_explained() -> None:
+    compiled = compile_eagerly(make_batch("llava").model, ranked(Stage(0, tokens=6), Stage(1, tokens=2), layers=4))
+    found = explain(compiled, system=3, visual=20, text=5)
+    assert [layer.key_value for layer in found.layers] == [28, 14, 10, 10]
+    assert found.layers[0].note.startswith("6 of the visual tokens stay, ranked here")
+    assert found.layers[1].note.startswith("2 of the visual tokens stay")
+    # The MLP of the layer that ranks is spared for those that leave
+    assert [layer.mlp for layer in found.layers[:3]] == [14, 10, 10]
+    with pytest.raises(ValueError, match="reach into the visual tokens"):
+        explain(compiled, system=3, visual=20, text=5, rows=6)
