@@ -1,4 +1,4 @@
-"""The command line: ``dop-compile explain|run|bench|demo|profile|search|greedy|report|eval|export|verify``.
+"""The command line: ``dop-compile explain|run|bench|demo|profile|search|greedy|report|eval|export|verify|trtexec``.
 
 Exit codes: 0 done; 2 wrong usage or bad input, with one line on stderr that says what; 1 any other failure. `verify`
 adds 1 for a tier that differs, and 3 for graphs that cannot run here.
@@ -180,6 +180,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "eval": evaluation.eval_command,
         "export": onnx.export_command,
         "verify": onnx.verify_command,
+        "trtexec": onnx.trtexec_command,
     }
     try:
         code = run[arguments.command](arguments)

@@ -1,4 +1,4 @@
-"""Options of the commands for ONNX: ``dop-compile export|verify``."""
+"""Options of the commands for ONNX: ``dop-compile export|verify|trtexec``."""
 
 from __future__ import annotations
 
@@ -16,6 +16,13 @@ pip install dop_compile[onnx].
 
 Without policies the one tier is 100 %. Visual tokens have a static number, taken from the images of
 --image-size (a vision graph is made for each size whose layout of pixels differs), or --visual-length.
+
+--layout triton adds a model repository for Triton Inference Server, in the folder DIR/triton. ONNX Runtime
+GenAI (--layout genai) cannot run pruned tiers: docs/serving.md.
+"""
+TRTEXEC = """\
+Print one trtexec command per graph of an exported directory, with its profiles of sizes, for a shell in that
+directory. docs/tensorrt.md says which versions of TensorRT know the operators.
 """
 VERIFY = """\
 Compare an exported directory with the PyTorch model on samples: for every tier, with ONNX Runtime's graph
@@ -69,6 +76,8 @@ def add_onnx_commands(command: Callable[..., argparse.ArgumentParser], policy: a
     one.add_argument("--new-tokens", type=positive, default=256, metavar="N", help="generated at most (256)")
     one.add_argument("--static", action="store_true", help="no dynamic sizes: each is its OPT")
 
+    one.add_argument("--layout", choices=("triton", "genai"), help="also arrange the graphs for a server")
+
     two = command("verify", "compare exported graphs with the PyTorch model", VERIFY)
     two.add_argument("directory", metavar="DIRECTORY", help="what export wrote")
     two.add_argument("--samples", required=True, metavar="FILE", help="JSON Lines, as for profile")
@@ -77,3 +86,6 @@ def add_onnx_commands(command: Callable[..., argparse.ArgumentParser], policy: a
     two.add_argument("--max-new-tokens", type=positive, default=16, metavar="N", help="texts compared (16)")
     two.add_argument("--provider", default="CPUExecutionProvider", metavar="NAME", help="of ONNX Runtime (CPU)")
     two.add_argument("--tolerance", type=float, metavar="X", help="relative; by dtype unless given")
+
+    three = command("trtexec", "commands that build TensorRT engines of exported graphs", TRTEXEC)
+    three.add_argument("directory", metavar="DIRECTORY", help="what export wrote")

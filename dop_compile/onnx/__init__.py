@@ -10,12 +10,13 @@ import importlib
 from importlib.util import find_spec
 from typing import Any
 
-__all__ = ["Manifest", "Shapes", "export_onnx", "require_packages", "verify"]
+__all__ = ["Manifest", "Shapes", "export_onnx", "require_packages", "triton_repository", "verify"]
 
 _HOMES = {
     "Manifest": "dop_compile.onnx.manifest",
     "Shapes": "dop_compile.onnx.shapes",
     "export_onnx": "dop_compile.onnx.export",
+    "triton_repository": "dop_compile.onnx.triton",
     "verify": "dop_compile.onnx.verification",
 }
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")

@@ -1,9 +1,10 @@
-"""What ``dop-compile export`` and ``verify`` do; `dop_compile.cli_onnx` has their options."""
+"""What ``dop-compile export``, ``verify`` and ``trtexec`` do; `dop_compile.cli_onnx` has their options."""
 
 from __future__ import annotations
 
 import sys
 from argparse import Namespace
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -13,7 +14,7 @@ from dop_compile.onnx import require_packages
 from dop_compile.policy import Policy
 from dop_compile.processing import prompt_inputs
 
-__all__ = ["NOT_RUNNABLE", "export_command", "verify_command"]
+__all__ = ["NOT_RUNNABLE", "export_command", "trtexec_command", "verify_command"]
 
 NOT_RUNNABLE = 3
 """Exit code of `verify` where the provider does not run the graphs."""
@@ -31,6 +32,7 @@ def export_command(arguments: Namespace) -> None:
     _require()
     from dop_compile.onnx.export import export_onnx
     from dop_compile.onnx.shapes import Shapes
+    from dop_compile.onnx.triton import TRITON, check_layout
 
     try:
         shapes = Shapes(
@@ -40,6 +42,7 @@ def export_command(arguments: Namespace) -> None:
             visual_length=arguments.visual_length,
             static=arguments.static,
         )
+        check_layout(arguments.layout, arguments.dtype)  # before a model is loaded
     except ValueError as error:
         raise UsageError(one_line(error)) from error
     model = load_vision_model(arguments.model, "cpu", arguments.dtype)
@@ -59,6 +62,7 @@ def export_command(arguments: Namespace) -> None:
             processor=processor,
             opset=arguments.opset,
             shapes=shapes,
+            layout=arguments.layout,
             force=arguments.force,
             progress=True,
         )
@@ -68,6 +72,8 @@ def export_command(arguments: Namespace) -> None:
     print(
         f"saved {len(manifest.graphs)} graphs and {manifest.weights.bytes / 1e6:,.1f} MB of weights to {arguments.out}"
     )
+    if arguments.layout == TRITON:
+        print(f"Triton: tritonserver --model-repository {Path(arguments.out) / TRITON}")
 
 
 def _table(manifest: Any) -> str:
@@ -77,6 +83,19 @@ def _table(manifest: Any) -> str:
         stored = "-" if tier.kv_bytes is None else f"{tier.kv_bytes / 1e6:,.2f} MB"
         lines.append(f"{name:<12} {flops:>8} {stored:>12}  {manifest.graphs[tier.prefill].data.file}")
     return "\n".join(lines)
+
+
+def trtexec_command(arguments: Namespace) -> None:
+    """Print the commands that build TensorRT engines."""
+    _require()
+    from dop_compile.onnx.manifest import Manifest
+    from dop_compile.onnx.trtexec import trtexec_commands
+
+    try:
+        manifest = Manifest.load(arguments.directory)
+    except (OSError, ValueError) as error:
+        raise UsageError(one_line(error)) from error
+    print("\n".join(trtexec_commands(manifest)))
 
 
 def verify_command(arguments: Namespace) -> int:

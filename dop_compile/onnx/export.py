@@ -21,6 +21,7 @@ from dop_compile.onnx.check import OPSETS
 from dop_compile.onnx.exporter import Exporter
 from dop_compile.onnx.manifest import Manifest
 from dop_compile.onnx.shapes import Shapes
+from dop_compile.onnx.triton import TRITON, check_layout, write_repository
 from dop_compile.onnx.workspace import new_directory
 from dop_compile.policy import Policy
 from dop_compile.processing import prompt_inputs
@@ -39,6 +40,7 @@ def export_onnx(
     processor: Any = None,
     opset: int = 23,
     shapes: Shapes | None = None,
+    layout: str | None = None,
     force: bool = False,
     progress: bool = False,
 ) -> Manifest:
@@ -55,18 +57,21 @@ def export_onnx(
         processor: saved with the graphs, if given.
         opset: 23, or 18 for runtimes without Attention, RMSNormalization and RotaryEmbedding.
         shapes: sizes to serve.
+        layout: "triton": also a model repository, in the folder `triton` (`dop_compile.onnx.triton`).
         force: replace an existing directory.
         progress: show a bar on stderr.
 
     Raises:
         FileExistsError: the directory exists.
-        ValueError, TypeError: policies that are not for this model, a model in training mode, an unknown opset.
+        ValueError, TypeError: policies that are not for this model, a model in training mode, an unknown opset, a layout
+            that cannot serve the graphs.
         UnsupportedModelError: the model cannot be pruned or exported; the message says why.
         OSError: the directory cannot be written.
     """
     tiers = {"default": tiers} if isinstance(tiers, Policy) else dict(tiers)
     compiled = dop_compile(model, tiers, backend="eager")  # checks model and policies
     _check(model, opset)
+    check_layout(layout, str(model.dtype).removeprefix("torch."))
     examples = _examples(model, examples, processor)
     captures = [capture_prompt(model, example) for example in examples]
     needed = sum(p.numel() * p.element_size() for p in {id(p): p for p in model.parameters()}.values())
@@ -74,6 +79,8 @@ def export_onnx(
         exporter = Exporter(model, tiers, captures, shapes or Shapes(), opset, scratch, progress)
         manifest = exporter.run(compiled, examples, processor)
         manifest.save(scratch)
+        if layout == TRITON:
+            write_repository(scratch, manifest, scratch / TRITON)
     return manifest
 
 
