@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from dop_compile.dropin import drop_in
 from dop_compile.errors import PassError, UnsupportedModelError, UnsupportedUsageError
 from dop_compile.fingerprint import model_fingerprint
+from dop_compile.flash import is_flash
 from dop_compile.keep import KeepTable
 from dop_compile.local_sizes import localise_sizes
 from dop_compile.model_path import (
@@ -42,7 +43,7 @@ from dop_compile.trace import DecoderInputs, trace_decoder
 __all__ = ["CompiledState", "build_graph", "dop_compile"]
 
 DEFAULT_TIER = "default"
-ATTENTION_IMPLEMENTATIONS = ("eager", "sdpa")
+ATTENTION_IMPLEMENTATIONS = ("eager", "sdpa", "flex_attention")
 
 
 def build_graph(
@@ -181,10 +182,10 @@ def _check_model(model: PreTrainedModel, has_groups: bool) -> None:
             )
     decoder: Any = model.get_submodule(decoder_path(model))
     implementation = decoder.config._attn_implementation
-    if implementation not in ATTENTION_IMPLEMENTATIONS:
+    if implementation not in ATTENTION_IMPLEMENTATIONS and not is_flash(implementation):
         raise UnsupportedModelError(
             f"attention implementation {implementation!r} is not supported; load the model with attn_implementation="
-            f"{' or '.join(map(repr, ATTENTION_IMPLEMENTATIONS))}"
+            f"{', '.join(map(repr, ATTENTION_IMPLEMENTATIONS))} or 'flash_attention_2'"
         )
     multimodal = model.config.get_text_config(decoder=True) is not model.config
     says = any(hasattr(type(module), "get_placeholder_mask") for module in copy_path(model, decoder_path(model)))
@@ -267,9 +268,11 @@ def dop_compile(
     library = PieceLibrary(backend, dict(compile_options or {}))
     state = CompiledState(model, tiers, library, token_groups, disable_passes, debug)
     # Built now and not on the first call, so that a model that cannot be compiled is refused here
-    keep = KeepTable.from_policy(next(iter(tiers.values())), ("text",))
+    keeps = [KeepTable.from_policy(next(iter(tiers.values())), ("text",))]
+    keeps += [KeepTable.from_policy(value, value.groups) for value in tiers.values() if value.ranking is not None]
     try:
-        state.program(keep, Universe(keep.groups), default_inputs(state.decoder))
+        for keep in keeps:
+            state.program(keep, Universe(keep.groups), default_inputs(state.decoder))
     except (PassError, UnsupportedModelError) as error:
         raise UnsupportedModelError(f"{type(model).__name__} cannot be pruned: {error}") from error
     return drop_in(state, state.base, next(iter(tiers)))

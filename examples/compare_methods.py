@@ -31,13 +31,15 @@ from dop_compile import UnsupportedUsageError, dop_compile
 from dop_compile.evaluation import Evaluation, Method, Planner, count_tokens, evaluate, method_names
 from dop_compile.evaluation.report import markdown, tradeoff_figure
 from dop_compile.model_path import placeholder_ids
-from dop_compile.reducers import resize_processor
-from dop_compile.search import InfeasibleBudgetError, measure_divergences
+from dop_compile.reducers import known, resize_processor
+from dop_compile.search import InfeasibleBudgetError, measure_attention, measure_divergences
 
 BUDGETS = (0.5, 0.37, 0.28, 0.23)
 CONTROLS = ("uniform", "random")
 NOT_REDUCERS = ("original", "full", "dop", "split")
 ANSWER_TOKENS = 5
+FIT_SAMPLES = 25
+"""Training canvases that FitPrune is fitted to."""
 
 
 class Questions(Sequence[dict[str, Any]]):
@@ -99,8 +101,8 @@ def fitting(names: Sequence[str], model: Any, sample: dict[str, Any], planner: P
     return found
 
 
-def reducers() -> list[str]:
-    """All reducers by name; `Planner.named` knows any other method as well."""
+def everything() -> list[str]:
+    """All reducers, and all that rank inside the decoder, by name; `Planner.named` knows any other method as well."""
     return [name for name in method_names() if name not in NOT_REDUCERS]
 
 
@@ -108,7 +110,7 @@ def best(result: Evaluation, count: int) -> list[str]:
     """The reducers that keep most of the accuracy, mean over budgets; controls are not among them."""
     scores: dict[str, list[float]] = {}
     for row in result.rows():
-        if row.name not in (*CONTROLS, "original"):
+        if row.name in known() and row.name not in CONTROLS:
             scores.setdefault(row.name, []).append(row.relative_average or row.mean_accuracy)
     # A reducer that cannot meet a budget has fewer scores, and is not compared
     most = max(map(len, scores.values()))
@@ -134,7 +136,9 @@ def main() -> None:
     parser.add_argument("model", choices=models.NAMES)
     parser.add_argument("--checkpoint", type=Path, help="default: the shipped one")
     parser.add_argument("--budget", type=float, action="append", help=f"fraction of FLOPs; default {BUDGETS}")
-    parser.add_argument("--method", action="append", help="default: every reducer, and the controls")
+    parser.add_argument(
+        "--method", action="append", help="default: every reducer, all inside the decoder, the controls"
+    )
     parser.add_argument("--questions", type=int, default=200, help="validation questions of each kind (%(default)s)")
     parser.add_argument("--samples", type=int, default=100, help="training canvases to choose and measure on")
     parser.add_argument("--best", type=int, default=3, help="reducers that DOP works on (%(default)s)")
@@ -165,8 +169,9 @@ def compare(options: argparse.Namespace, budgets: Sequence[float], out: Path) ->
     drawn = list(data.examples("train", options.samples, seed=5))
     training = Questions(drawn, reader, device)
     counts = count_tokens(model, training, resume=out / "tokens-training")
-    planner = Planner.of(model, counts)
-    names = fitting(options.method or reducers(), model, training[0], planner)
+    shares = measure_attention(model, [training[number] for number in range(min(FIT_SAMPLES, len(training)))])
+    planner = Planner.of(model, counts, shares=shares)
+    names = fitting(options.method or everything(), model, training[0], planner)
     alone = [(name, budget) for name in names for budget in budgets]
     tried = [method for name, budget in alone for method in made(planner.named, name, budget)]
     chosen = evaluate(model, training, tried, counts=counts, resume=out / "training.json", **settings)
@@ -176,7 +181,7 @@ def compare(options: argparse.Namespace, budgets: Sequence[float], out: Path) ->
     asked = list(data.examples("validation", options.questions * len(data.KINDS), seed=1))
     questions = Questions(asked, reader, device)
     counts = count_tokens(model, questions, resume=out / "tokens")
-    planner = Planner.of(model, counts)
+    planner = Planner.of(model, counts, shares=shares)
     methods = [method for name, budget in alone for method in made(planner.named, name, budget)]
     for reducer in on:
         divergences = measure_divergences(model, training, reducer=reducer, resume=out / f"divergences-{reducer}.json")

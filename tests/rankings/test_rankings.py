@@ -7,36 +7,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dop_compile import Policy, baselines
+from dop_compile import Policy, baselines, dop_compile
+from dop_compile.errors import UnsupportedModelError
+from dop_compile.passes import rank_tokens
 from dop_compile.ranking import Ranking, Stage
-from tests.rankings.oracle import leaving
-from tests.reference import reference_generate, reference_logits
-from tests.support import assert_rows_match, compile_eagerly, make_batch, padded
+from tests.rankings.check import check
+from tests.support import assert_rows_match, compile_eagerly, make_batch
 
 FAMILIES = ("llava", "llava_next", "qwen2_5_vl", "internvl")
 CRITERIA = ("last_token", "text_raters", "product", "pivots")
-
-
-def check(name: str, policy: Policy, padding: str = "left", tokens: int = 3) -> None:
-    batch = make_batch(name, padding=padding)
-    gone = leaving(batch, policy)
-    logits = reference_logits(batch.model, batch.inputs, policy, None, batch.groups, None, batch.towers, gone)
-    expected = padded(logits, batch.mask)
-    compiled = compile_eagerly(batch.model, policy)
-    inputs = dict(batch.inputs)
-    if not name.startswith("qwen"):  # rotated keys are ranked: rows are alike where their positions are
-        inputs["position_ids"] = (batch.mask.cumsum(1) - 1).clamp(min=0)
-    with torch.no_grad():
-        assert_rows_match(compiled(**inputs).logits, expected, batch.mask)
-        last = compiled(**inputs, logits_to_keep=1).logits
-    ends = batch.mask.shape[1] - 1 - batch.mask.flip(1).int().argmax(1)
-    if padding == "left":
-        assert_rows_match(last, expected[torch.arange(len(ends)), ends][:, None], torch.ones(len(ends), 1).bool())
-        answer = reference_generate(
-            batch.model, batch.inputs, policy, tokens, None, batch.groups, None, batch.towers, gone
-        )
-        found = compiled.generate(**batch.inputs, max_new_tokens=tokens, do_sample=False)
-        assert found[:, batch.mask.shape[1] :].tolist() == answer
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
@@ -95,3 +74,55 @@ def test_one_sample_is_ranked_as_in_a_batch() -> None:
         ends = other.mask.shape[1] - 1 - other.mask.flip(1).int().argmax(1)
         first = rows[torch.arange(len(ends)), ends].argmax(-1)
         assert torch.equal(first, together[:, batch.mask.shape[1]])
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_generated_tokens_do_not_rate(criterion: str) -> None:
+    """Without a cache the prompt is ranked anew in every step, as before."""
+    batch = make_batch("llava")
+    compiled = compile_eagerly(batch.model, Policy(4, ranking=Ranking(criterion, (Stage(1, tokens=3),))))
+    settings = {"max_new_tokens": 4, "do_sample": False}
+    with_cache = compiled.generate(**batch.inputs, **settings)
+    assert torch.equal(compiled.generate(**batch.inputs, **settings, use_cache=False), with_cache)
+
+
+def test_beams_and_returned_sequences() -> None:
+    batch = make_batch("llava")
+    compiled = compile_eagerly(batch.model, Policy(4, ranking=Ranking("last_token", (Stage(1, tokens=3),))))
+    settings = {"max_new_tokens": 3, "do_sample": False, "num_beams": 3, "num_return_sequences": 2}
+    with_cache = compiled.generate(**batch.inputs, **settings)
+    assert torch.equal(compiled.generate(**batch.inputs, **settings, use_cache=False), with_cache)
+
+
+def test_each_turn_ranks_its_own_picture() -> None:
+    batch = make_batch("llava", padding="left")
+    row = {"input_ids": batch.inputs["input_ids"][2:], "pixel_values": batch.inputs["pixel_values"][-1:]}
+    row["input_ids"] = row["input_ids"][:, batch.mask[2]]
+    tokens, visual = row["input_ids"].shape[1], batch.counts[2]
+    policy = Policy(4, ranking=Ranking("product", (Stage(0, tokens=4), Stage(2, tokens=1))))
+    compiled = compile_eagerly(batch.model, policy)
+    with torch.no_grad():
+        first = compiled(**row)
+        kept = [len(layer.keys[0, 0]) for layer in first.past_key_values.layers]
+        # The criterion reads attention over both turns, and ranks the second turn's picture alone
+        second = compiled(**row, past_key_values=first.past_key_values)
+    assert kept == [tokens, tokens - visual + 4, tokens - visual + 4, tokens - visual + 1]
+    assert [len(layer.keys[0, 0]) for layer in second.past_key_values.layers] == [2 * count for count in kept]
+    assert second.logits.shape[1] == tokens
+
+
+@pytest.mark.inductor
+def test_inductor_equals_eager() -> None:
+    batch = make_batch("llava")
+    policy = Policy(4, ranking=Ranking("last_token", (Stage(0, fraction=0.5), Stage(2, fraction=0.25))))
+    with torch.no_grad():
+        expected = compile_eagerly(batch.model, policy)(**batch.inputs).logits
+        found = dop_compile(batch.model, policy)(**batch.inputs).logits
+    assert_rows_match(found, expected, batch.mask, tolerance=1e-4)
+
+
+def test_layers_without_attention_weights_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rank_tokens, "eager_attention", lambda module: None)
+    policy = Policy(4, ranking=Ranking("last_token", (Stage(1, tokens=3),)))
+    with pytest.raises(UnsupportedModelError, match="LlamaAttention has no eager attention with weights"):
+        compile_eagerly(make_batch("llava").model, {"full": Policy.full(4), "ranked": policy})
