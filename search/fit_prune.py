@@ -39,8 +39,9 @@ class AttentionShares:
     """What visual tokens hold of the attention on them, per layer, mean over samples.
 
     Args:
-        own, cross: (layers, grid) share of the attention from visual and from text tokens that the lowest ranked
-            tokens hold together; the grid is the fraction of visual tokens that they are, 0 to 1.
+        own, cross: (layers - 1, grid) share of the attention from visual and from text tokens that the lowest ranked
+            tokens hold together; the grid is the fraction of visual tokens that they are, 0 to 1. Nothing comes after the last
+            layer, and it is not measured.
         samples: how many were measured.
     """
 
@@ -50,18 +51,18 @@ class AttentionShares:
 
     @property
     def num_layers(self) -> int:
-        return len(self.own)
+        return len(self.own) + 1
 
     def kept(self, alpha: float) -> NDArray[np.float64]:
-        """(layers,) fraction of visual tokens that are left after each layer."""
+        """(layers - 1,) fraction of visual tokens that are left after each layer."""
         allowed = (self.own <= alpha) & (self.cross <= alpha)
         last = GRID - 1 - np.argmax(allowed[:, ::-1], axis=1)
         return np.minimum.accumulate(1 - last / (GRID - 1))
 
     def policy(self, alpha: float) -> Policy:
-        """The policy for a share that may be lost; no layer is left to gain from a stage at the last one."""
+        """The policy for a share that may be lost."""
         stages, before = [], 1.0
-        for layer, fraction in enumerate(self.kept(alpha)[:-1]):
+        for layer, fraction in enumerate(self.kept(alpha)):
             if fraction < before:
                 stages.append(Stage(layer, fraction=float(fraction)))
                 before = fraction
@@ -85,7 +86,7 @@ def measure_attention(
     layers = model.config.get_text_config(decoder=True).num_hidden_layers
     stages = tuple(Stage(layer, fraction=1.0) for layer in range(layers - 1))
     compiled = dop_compile(model, Policy.full(layers).replace(ranking=Ranking("product", stages)), backend="eager")
-    sums = np.zeros((2, layers, GRID))
+    sums = np.zeros((2, layers - 1, GRID))
     count = 0
 
     def note(stage: int, view: LayerView) -> None:
@@ -98,8 +99,6 @@ def measure_attention(
         count += int(sums[0, 0, -1] > before)
     if not count:
         raise ValueError("samples: expected at least one with visual tokens")
-    # Nothing comes after the last layer, and it is not measured
-    sums[:, -1] = 2 * count
     return AttentionShares(sums[0] / count, sums[1] / count, count)
 
 

@@ -32,12 +32,5 @@ class Criterion(Protocol):
 def best(scores: Tensor, candidates: Tensor, counts: Sequence[int]) -> Tensor:
     """The highest scores of each row: (batch, slots) bool. Equal scores: the token that comes first."""
     scores = scores.float().masked_fill(~candidates, float("-inf"))
-    order = torch_rank(scores)
-    limits = order.new_tensor(list(counts))[:, None]
-    return (order < limits) & candidates
-
-
-def torch_rank(scores: Tensor) -> Tensor:
-    """The place of each slot in its row by descending score, ties in order."""
-    order = scores.argsort(dim=1, descending=True, stable=True)
-    return order.argsort(dim=1)
+    places = scores.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    return (places < places.new_tensor(list(counts))[:, None]) & candidates

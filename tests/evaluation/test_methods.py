@@ -207,7 +207,7 @@ def test_what_comes_before_the_first_stage_has_to_fit() -> None:
 def test_fitprune_needs_measured_attention() -> None:
     with pytest.raises(TypeError, match="give shares"):
         planner().named("fitprune", 0.5)
-    curves = np.tile(np.linspace(0, 1, 1001) ** 2, (LAYERS, 1))
+    curves = np.tile(np.linspace(0, 1, 1001) ** 2, (LAYERS - 1, 1))
     shares = AttentionShares(curves, curves, 3)
     method = planner(shares=shares).named("fitprune", 0.5)
     assert method.policy == fit_prune(shares, DIMS, COUNTS, 0.5)
