@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 
 TEXT, VISUAL, SYSTEM = 0, 1, 2
 OWN_ARGUMENTS = ("input_ids", "inputs_embeds", "position_ids", "attention_mask")
+RUNS_ARE_BLOCKS = {"gemma3": "token_type_ids", "gemma4_unified": "mm_token_type_ids"}
+"""Model types of which every run of image tokens is a bidirectional block, and the tensor that marks them."""
+
 BLOCKS_WITHIN_WINDOWS = ("gemma3_text",)  # elsewhere a block is seen whole, also through a sliding window
 LAYERS = ("layers", "h")
 FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f", "layer_norm", "embedding_norm")
@@ -261,8 +264,8 @@ def _sequence(
         blocks = row.inputs["token_type_ids"][0].ne(0).long().neg()
     elif model.config.model_type == "molmo2":  # all images are one block
         blocks = row.inputs["mm_token_type_ids"][0].eq(1).long() - 1
-    elif "token_type_ids" in row.inputs:  # Gemma 3: every run of image tokens is one block
-        image = row.inputs["token_type_ids"][0] == 1
+    elif (name := RUNS_ARE_BLOCKS.get(model.config.model_type)) in row.inputs:
+        image = row.inputs[name][0] == 1
         starts = image & ~nn.functional.pad(image, (1, 0))[:-1]
         blocks = torch.where(image, starts.cumsum(0) - 1, -1)
     if new := len(row.output):
