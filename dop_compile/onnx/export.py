@@ -63,8 +63,8 @@ def export_onnx(
 
     Raises:
         FileExistsError: the directory exists.
-        ValueError, TypeError: policies that are not for this model, a model in training mode, an unknown opset, a layout
-            that cannot serve the graphs.
+        ValueError, TypeError: policies that are not for this model, a model in training mode, an unknown opset, a
+            layout that cannot serve the graphs.
         UnsupportedModelError: the model cannot be pruned or exported; the message says why.
         OSError: the directory cannot be written.
     """

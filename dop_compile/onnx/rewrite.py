@@ -115,7 +115,7 @@ def _multiplies(value: ir.Value) -> bool:
 
 
 def _use_gemm(graph: ir.Graph, matmul: ir.Node, weight: ir.Value) -> None:
-    """`matmul` (..., k) x (k, n) with the weight (n, k) as it is stored: (..., k) -> (rows, k) -> (rows, n) -> (..., n)."""
+    """`matmul` (..., k) x (k, n) with the weight (n, k) as it is stored, on (..., k) as (rows, k)."""
     x = matmul.inputs[0]
     assert x is not None
     assert weight.shape is not None

@@ -8,7 +8,7 @@ Hard links, so that all models share one copy on the disk and, mapped, in memory
 weights outside of the graph's own directory, by a path or a symbolic link.
 
 Triton batches requests where the first dimension of every input and output is the batch; a graph that has another
-first dimension (the axes of M-RoPE positions; pixels of one image) gets `max_batch_size: 0`, and a comment that says so.
+first dimension (the axes of M-RoPE positions, pixels of one image) gets `max_batch_size: 0`, and a comment says why.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ LAYOUTS = (TRITON, "genai")
 _TYPES = {"float32": "TYPE_FP32", "float16": "TYPE_FP16", "int64": "TYPE_INT64"}
 _NO_GENAI = (
     "layout 'genai': ONNX Runtime GenAI runs prompt and tokens through one graph, with as many cache entries in every "
-    "layer as the prompt has tokens; pruned tiers have fewer, and a prefill graph of their own (docs/serving.md). Serve "
-    "the export with OnnxPipeline or Triton"
+    "layer as the prompt has tokens; pruned tiers have fewer, and a prefill graph of their own (docs/serving.md). "
+    "Serve the export with OnnxPipeline or Triton"
 )
 
 
@@ -41,7 +41,7 @@ def check_layout(layout: str | None, dtype: str) -> None:
     if layout == "genai":
         raise ValueError(_NO_GENAI)
     if layout == TRITON and dtype == "bfloat16":
-        raise ValueError("layout 'triton': Triton's ONNX Runtime backend takes no bfloat16; export in float16 or float32")
+        raise ValueError("layout 'triton': its ONNX Runtime backend takes no bfloat16; export in float16 or float32")
 
 
 def triton_repository(

@@ -20,7 +20,13 @@ def trtexec_commands(manifest: Manifest) -> Iterator[str]:
 
 
 def _command(name: str, graph: Graph) -> list[str]:
-    words = ["trtexec", f"--onnx={graph.data.file}", f"--saveEngine={name}.engine", "--stronglyTyped", "--skipInference"]
+    words = [
+        "trtexec",
+        f"--onnx={graph.data.file}",
+        f"--saveEngine={name}.engine",
+        "--stronglyTyped",
+        "--skipInference",
+    ]
     dynamic = [spec for spec in graph.inputs if any(isinstance(size, str) for size in spec.shape)]
     for which in PROFILES if dynamic else ():
         shapes = ",".join(f"{spec.name}:{'x'.join(map(str, getattr(spec, which)))}" for spec in dynamic)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from dop_compile import Policy
 from dop_compile.onnx.export import export_onnx
 from dop_compile.onnx.manifest import Manifest
 from dop_compile.onnx.plain import PlainPipeline
+from dop_compile.onnx.shapes import Shapes
 from tests.families import Family, Segment
 from tests.onnx_export.harness import LAYERS, small_batch, small_family, small_model
 
@@ -34,20 +36,38 @@ def example_rows(family: Family) -> list[list[Segment]]:
     return rows
 
 
+def once(name: str, export: Callable[[Path], object]) -> Path:
+    """The folder of that name, made by `export` in the first process that asks for it."""
+    folder = ROOT[0] / name
+    with folder.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            export(folder)
+    return folder
+
+
 @functools.cache
 def exported(name: str, opset: int = 23, dtype: torch.dtype = torch.float32) -> Path:
     """A family with `TIERS`; in another opset or dtype only with the pruned one."""
     family = small_family(name)
     model = small_model(name) if dtype == torch.float32 else family.build(dtype=dtype)
     examples = [family.make_inputs(model, [row], seed=n) for n, row in enumerate(example_rows(family))]
-    folder = ROOT[0] / f"{name}-{opset}-{str(dtype)[6:]}"
-    with folder.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not folder.exists():
-            plain = opset == 23 and dtype == torch.float32
-            tiers = TIERS if plain else {"pruned": PRUNED}
-            export_onnx(model, tiers, folder, examples=examples, opset=opset)
-    return folder
+    tiers = TIERS if opset == 23 and dtype == torch.float32 else {"pruned": PRUNED}
+    return once(
+        f"{name}-{opset}-{str(dtype)[6:]}",
+        lambda folder: export_onnx(model, tiers, folder, examples=examples, opset=opset),
+    )
+
+
+@functools.cache
+def static_export() -> Path:
+    """LLaVA of one layer for prompts of 12 text tokens with one image, and 4 tokens after the first."""
+    shapes = Shapes(batch=(1, 1, 1), text=(2, 12, 12), new_tokens=4, static=True)
+    example = small_family("llava", 1).make_inputs(small_model("llava", 1), [[("text", 3), ("image",), ("text", 3)]])
+    return once(
+        "static",
+        lambda folder: export_onnx(small_model("llava", 1), Policy.full(1), folder, examples=[example], shapes=shapes),
+    )
 
 
 @functools.cache

@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -20,6 +21,12 @@ from tests.families import FAMILIES, IMAGE, VIDEO, Family, Segment
 from tests.support import Batch, make_batch
 
 FIVE = ("llava", "llava_next", "qwen2_5_vl", "internvl", "video_llava")
+EXPORTED = [
+    "llava",
+    "qwen2_5_vl",
+    *(pytest.param(name, marks=pytest.mark.conformance) for name in ("llava_next", "internvl", "video_llava")),
+]
+"""The five where they are exported, which takes most of a minute each: plain and M-RoPE positions in every run."""
 LAYERS = 2
 
 

@@ -14,7 +14,7 @@ from dop_compile.onnx.manifest import WEIGHTS, Manifest
 from tests.command_line import refused, run
 from tests.local_llava import local_llava, local_processor, picture
 
-LAYERS = 2
+LAYERS = 1
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     line = {"image": "0.png", "prompt": "What is on the table ?"}
     (folder / "samples.jsonl").write_text(json.dumps(line) + "\n")
     Policy.full(LAYERS).save(folder / "full.json")
-    Policy.depthwise(LAYERS, mha_query_depth=1, mlp_depth=1, visual_tokens=7).save(folder / "half.json")
+    Policy.depthwise(LAYERS, mlp_depth=0, visual_tokens=7).save(folder / "half.json")
     return folder
 
 
@@ -35,8 +35,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def out(folder: Path) -> Path:
     from dop_compile.cli import main
 
-    argv = ["export", str(folder / "model"), "--policy", f"100%={folder / 'full.json'}", "--out", str(folder / "out")]
-    assert main([*argv, "--policy", f"50%={folder / 'half.json'}"]) == 0
+    argv = ["export", str(folder / "model"), "--static", "--text", "2,24,24", "--layout", "triton"]
+    argv += ["--policy", f"100%={folder / 'full.json'}", "--policy", f"50%={folder / 'half.json'}"]
+    assert main([*argv, "--out", str(folder / "out")]) == 0
     return folder / "out"
 
 
@@ -52,6 +53,28 @@ def test_export_then_verify(capsys: pytest.CaptureFixture[str], folder: Path, ou
     code, text, _ = run(capsys, *argv, "--tolerance", "0")
     assert code == 1
     assert "FAILED" in text
+
+
+def test_repository_of_the_export(out: Path) -> None:
+    """It appears with the directory, and shares its files."""
+    graphs = Manifest.load(out).graphs
+    assert {path.name for path in (out / "triton").iterdir()} == set(graphs)
+    for name, graph in graphs.items():
+        assert (out / "triton" / name / "1" / "model.onnx").samefile(out / graph.data.file)
+
+
+def test_refused_layout(capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path) -> None:
+    line = refused(capsys, "export", str(folder / "model"), "--out", str(tmp_path / "o"), "--layout", "genai")
+    assert "ONNX Runtime GenAI" in line
+    assert not (tmp_path / "o").exists()
+
+
+def test_trtexec(capsys: pytest.CaptureFixture[str], out: Path, tmp_path: Path) -> None:
+    code, text, _ = run(capsys, "trtexec", str(out))
+    assert code == 0
+    assert len(text.splitlines()) == len(Manifest.load(out).graphs)
+    assert all(line.startswith("trtexec --onnx=") for line in text.splitlines())
+    assert "no manifest.json" in refused(capsys, "trtexec", str(tmp_path))
 
 
 def test_existing_directory(capsys: pytest.CaptureFixture[str], folder: Path, out: Path) -> None:

@@ -66,6 +66,7 @@ def test_changed_weights_fail(folder: Path) -> None:
     assert not result.passed
 
 
+@pytest.mark.conformance
 def test_float16(tmp_path: Path) -> None:
     folder = Path(shutil.copytree(exported("llava", dtype=torch.float16), tmp_path / "out"))
     result = verify(folder, small_family("llava").build(dtype=torch.float16), samples(torch.float16)[:1], new_tokens=1)
@@ -73,6 +74,7 @@ def test_float16(tmp_path: Path) -> None:
     assert all(c.logit_difference <= 0.02 * c.logit_scale for c in result.checks)
 
 
+@pytest.mark.conformance
 def test_bfloat16_is_not_runnable_here(tmp_path: Path) -> None:
     folder = Path(shutil.copytree(exported("llava", dtype=torch.bfloat16), tmp_path / "out"))
     result = verify(folder, small_family("llava").build(dtype=torch.bfloat16), samples(torch.bfloat16)[:1])
@@ -99,7 +101,7 @@ def test_a_session_does_not_run_elsewhere_than_asked(folder: Path) -> None:
 
 def test_refused(folder: Path) -> None:
     model = small_model("llava")
-    with pytest.raises(ValueError, match="'NoProvider' is no provider; available here are .*CPUExecutionProvider"):
+    with pytest.raises(ValueError, match=r"'NoProvider' is no provider; available here are .*CPUExecutionProvider"):
         verify(folder, model, samples(), provider="NoProvider")
     with pytest.raises(ValueError, match="at least one"):
         verify(folder, model, [])

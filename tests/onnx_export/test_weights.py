@@ -96,6 +96,7 @@ export_onnx(model, Policy.full(1), folder / "second")
 """
 
 
+@pytest.mark.conformance
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory limits of Linux")
 @pytest.mark.parametrize("mode", ["export", "copy"])
 def test_weights_of_two_thirds_of_the_memory(tmp_path: Path, mode: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import functools
 from pathlib import Path
 from typing import Any
@@ -52,13 +51,11 @@ def picture(seed: int = 0) -> Image.Image:
 
 @functools.cache
 def served() -> Path:
-    folder = exported.ROOT[0] / "served"
-    with folder.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not folder.exists():
-            example = prompt_inputs(processor(), "a", [picture()])
-            export_onnx(model(), TIERS, folder, examples=[example], processor=processor())
-    return folder
+    example = prompt_inputs(processor(), "a", [picture()])
+    return exported.once(
+        "served",
+        lambda folder: export_onnx(model(), TIERS, folder, examples=[example], processor=processor()),
+    )
 
 
 @functools.cache

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import functools
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from dop_compile.processing import prompt_inputs
 from tests.onnx_export import exported
 
 pytest.importorskip("sklearn")  # the digits are its data
+pytestmark = pytest.mark.conformance
 
 CHECKPOINT = Path(__file__).parents[2] / "examples" / "digits_vlm" / "checkpoints" / "llava"
 POLICY = Policy.depthwise(8, mha_depth=6, mlp_depth=4, visual_tokens=72)
@@ -32,13 +32,12 @@ def model() -> Any:
 
 @functools.cache
 def served() -> OnnxPipeline:
-    folder = exported.ROOT[0] / "digits"
-    with folder.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not folder.exists():
-            processor = AutoProcessor.from_pretrained(CHECKPOINT)
-            examples = [prompt_inputs(processor, "Describe.", [data.canvas("validation", 0).image])]
-            export_onnx(model(), {"half": POLICY}, folder, examples=examples, processor=processor)
+    def export(folder: Path) -> None:
+        processor = AutoProcessor.from_pretrained(CHECKPOINT)
+        examples = [prompt_inputs(processor, "Describe.", [data.canvas("validation", 0).image])]
+        export_onnx(model(), {"half": POLICY}, folder, examples=examples, processor=processor)
+
+    folder = exported.once("digits", export)
     return OnnxPipeline.load(folder, providers=["CPUExecutionProvider"], measure=False)
 
 

@@ -11,13 +11,10 @@ import pytest
 import torch
 
 from dop_compile.onnx import providers
-from dop_compile.onnx.export import export_onnx
 from dop_compile.onnx.manifest import MANIFEST, WEIGHTS
 from dop_compile.onnx.runtime import OnnxPipeline
 from dop_compile.onnx.sessions import UnrunnableError
-from dop_compile.onnx.shapes import Shapes
-from dop_compile.policy import Policy
-from tests.onnx_export.exported import exported
+from tests.onnx_export.exported import exported, static_export
 from tests.onnx_export.harness import small_family, small_model
 from tests.onnx_runtime.served import batch, picture, pipeline, served
 
@@ -156,13 +153,11 @@ def test_a_file_as_image(tmp_path: Path) -> None:
     assert pipeline()(tmp_path / "picture.png", "a") == pipeline()(picture(), "a")
 
 
-def test_static_export(tmp_path: Path) -> None:
+def test_static_export() -> None:
     """Its sizes are kept to, or named."""
     model, family = small_model("llava", 1), small_family("llava", 1)
     example = family.make_inputs(model, [[("text", 3), ("image",), ("text", 3)]])
-    shapes = Shapes(batch=(1, 1, 1), text=(2, 12, 12), new_tokens=4, static=True)
-    export_onnx(model, Policy.full(1), tmp_path / "out", examples=[example], shapes=shapes)
-    found = load(tmp_path / "out", measure=True)
+    found = load(static_export(), measure=True)
     with torch.no_grad():
         expected = model.generate(**example, max_new_tokens=5, do_sample=False)
     ids = expected[0, example["input_ids"].shape[1] :].tolist()
@@ -175,6 +170,7 @@ def test_static_export(tmp_path: Path) -> None:
         found.generate(two, max_new_tokens=2)
 
 
+@pytest.mark.conformance
 def test_bfloat16_is_not_for_the_processor() -> None:
     with pytest.raises(UnrunnableError):
         load(exported("llava", dtype=torch.bfloat16))
