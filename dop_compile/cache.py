@@ -213,6 +213,7 @@ class PrunedCache(DynamicCache):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the caller's last columns: a negative number removes that many, a positive one keeps that many."""
+        tokens_to_remove = int(tokens_to_remove)  # assisted decoding may pass a tensor, which `+=` would share
         if tokens_to_remove == 0:
             return
         keep = tokens_to_remove if tokens_to_remove > 0 else self.columns_seen + tokens_to_remove

@@ -189,6 +189,13 @@ def test_crop_to_nothing_removed_and_too_much() -> None:
         cache.crop(-5)
 
 
+def test_crop_takes_a_tensor_as_older_assisted_decoding_gives_it() -> None:
+    cache = _filled()
+    cache.crop(torch.tensor(-1))  # type: ignore[arg-type]
+    cache.commit(2, 2, None, {})
+    assert (cache.columns_seen, cache.slots_seen, type(cache.get_seq_length())) == (5, 5, int)
+
+
 def test_reset_forgets_the_conversation() -> None:
     cache = _filled()
     cache.tier, cache.conversation["rope_deltas"] = "28%", torch.ones(1, 1)
