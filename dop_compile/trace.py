@@ -117,14 +117,38 @@ _UNTRACEABLE = {
     "cross_attention_layers": "layers {} attend to image features outside of the token sequence, which hold no visual "
     "tokens that could be pruned",
     "altup_num_inputs": "its layers work on {} residual streams at once (AltUp), and update only one of them",
+    "hc_mult": "its layers mix {} residual streams at once (hyper-connections)",
+    "hc_count": "its layers mix {} residual streams at once (hyper-connections)",
 }
 """Settings of configurations that a decoder cannot be pruned with, and why."""
+_LAYER_TYPES = {
+    "reference_sliding_attention": "it keeps the whole prompt and a window of what is generated, in a cache of its own",
+}
+"""Types of layers, of those that a configuration names, whose keys cannot be chosen."""
 
 
 def _check_settings(decoder: nn.Module) -> None:
     for name, reason in _UNTRACEABLE.items():
         if value := getattr(decoder.config, name, None):
             raise UnsupportedModelError(f"{type(decoder).__name__} has {name}={value}: {reason.format(value)}")
+    for number, kind in enumerate(getattr(decoder.config, "layer_types", None) or ()):
+        if reason := _LAYER_TYPES.get(kind, ""):
+            raise UnsupportedModelError(f"layer {number} of {type(decoder).__name__} is of type {kind!r}: {reason}")
+
+
+def _check_parts(decoder: nn.Module, layers: nn.ModuleList) -> None:
+    """What stands beside an attention and reads other tokens than its queries and keys."""
+    for number, layer in enumerate(layers):
+        for path, module in layer.named_modules():
+            where = f"layer {number} of {type(decoder).__name__} holds {path} ({type(module).__name__}), which"
+            if path.rpartition(".")[2] == "indexer":
+                raise UnsupportedModelError(
+                    f"{where} ranks all tokens to choose each query's keys: with fewer tokens it chooses others"
+                )
+            if isinstance(module, nn.Conv1d) and module.kernel_size[0] > 1:
+                raise UnsupportedModelError(
+                    f"{where} convolves neighbouring tokens: it needs every token, so none of them can be pruned"
+                )
 
 
 def _without_attention(decoder: nn.Module, number: int, layer: nn.Module, known: set[tuple[str, type]]) -> str:
@@ -182,9 +206,11 @@ def trace_decoder(decoder: nn.Module, inputs: DecoderInputs | None = None) -> Tr
     inputs = inputs or DecoderInputs()
     _check_settings(decoder)
     layers_path, layers = find_layers(decoder)
+    opened = _opened(decoder, layers)
+    _check_parts(decoder, layers)
     weight = next(p for p in layers.parameters())
     floating = weight.dtype if weight.dtype.is_floating_point else torch.get_default_dtype()
-    tracer = DecoderTracer(decoder, _opened(decoder, layers), inputs, floating, weight.device)
+    tracer = DecoderTracer(decoder, opened, inputs, floating, weight.device)
     try:
         with _without_autocast(weight.device.type):
             graph, output_class = tracer.trace_decoder()
