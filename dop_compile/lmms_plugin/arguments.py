@@ -13,7 +13,7 @@ import transformers
 
 from dop_compile.compiler import dop_compile
 from dop_compile.policy import Policy
-from dop_compile.policy_json import choice
+from dop_compile.policy_json import choice, parse
 from dop_compile.reducers import create
 from dop_compile.tiers_file import TIERS_FILE, load_policies
 
@@ -88,7 +88,10 @@ def policy_of(pretrained: str, layers: int, arguments: Mapping[str, Any]) -> Pol
 
 
 def _inline(layers: int, given: Mapping[str, Any]) -> Policy:
+    options = given.get("reducer_options")
     try:
+        if isinstance(options, str):  # a string of arguments holds it as JSON
+            given = {**given, "reducer_options": parse(options)}
         found = Policy.depthwise(layers, **given)
         create(found.reducer, found.options)
     except (TypeError, ValueError) as error:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
-__all__ = ["AtStops", "Forced", "cut", "likelihoods", "settings_of", "stops_of"]
+__all__ = ["AtStops", "Forced", "cut", "losses", "settings_of", "stops_of"]
 
 KNOWN = frozenset(GenerationConfig().to_dict())
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p")
@@ -84,16 +84,16 @@ class Forced(LogitsProcessor):  # type: ignore[misc]
         return torch.full_like(scores, -torch.inf).scatter_(1, wanted[:, None], 0.0)
 
 
-def likelihoods(tokens: Tensor, logits: Sequence[Tensor]) -> list[tuple[float, bool]]:
-    """Per row the summed log-probability of its tokens, and whether each was the likeliest.
+def losses(tokens: Tensor, logits: Sequence[Tensor]) -> list[tuple[float, bool]]:
+    """Per row the mean of minus the log-probability of its tokens, in nats, and whether each was the likeliest.
 
     Args:
-        tokens: (rows, steps) ids, -1 behind a row's end.
+        tokens: (rows, steps) ids, -1 behind a row's end; a row without tokens has a loss of 0.
         logits: per step (rows, vocabulary), what the model thought before that token.
     """
     found = []
     for row, ids in enumerate(tokens.tolist()):
         said = [(logits[step][row].double(), number) for step, number in enumerate(ids) if number >= 0]
-        total = sum(float(scores.log_softmax(dim=-1)[number]) for scores, number in said)
-        found.append((float(total), all(int(scores.argmax()) == number for scores, number in said)))
+        total = -sum(float(scores.log_softmax(dim=-1)[number]) for scores, number in said)
+        found.append((total / max(len(said), 1), all(int(scores.argmax()) == number for scores, number in said)))
     return found

@@ -189,6 +189,8 @@ def _decoded(file: str, count: int, start: float | None, end: float | None) -> C
     def chosen(metadata: Any, **_: Any) -> Any:
         nonlocal part
         total, fps = int(metadata.total_num_frames), metadata.fps
+        if total < 1:
+            raise ValueError(f"video {file!r}: its file does not say how many frames it has; convert it to mp4")
         if (start is not None or end is not None) and not fps:
             raise ValueError(f"video {file!r}: its frame rate is not known, and a part of it is asked for")
         first = 0 if start is None else min(int(start * fps), total - 1)

@@ -32,7 +32,7 @@ from dop_compile.lmms_plugin.arguments import (
     load_compiled,
     policy_of,
 )
-from dop_compile.lmms_plugin.generation import AtStops, Forced, cut, likelihoods, settings_of, stops_of
+from dop_compile.lmms_plugin.generation import AtStops, Forced, cut, losses, settings_of, stops_of
 from dop_compile.lmms_plugin.media import Conversation, read_messages, user_message
 from dop_compile.lmms_plugin.reading import Reader, load_processor
 
@@ -211,7 +211,7 @@ class DopCompile(_Base):
 
         return self._answer_all(requests, 2, conversation)
 
-    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: Sequence[Any]) -> list[Any]:
         """Refused: lmms-eval asks simple models for likelihoods."""
         raise NotImplementedError("likelihoods are asked of simple models; run lmms-eval with --force_simple")
 
@@ -234,12 +234,15 @@ class SimpleDopCompile(_Base):
 
         return self._answer_all(requests, 1, conversation)
 
-    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """Log-probability of each continuation, and whether it is what greedy decoding says.
+    def loglikelihood(self, requests: Sequence[Any]) -> list[GenerationResult]:
+        """Loss of each continuation, and whether it is what greedy decoding says.
 
         Requests are of (context, continuation or document to it, document to visuals, document, task, split), or of
         the first two alone. The prompt is read and its tokens are reduced without the continuation, which is then said
         token by token, as in `generate`.
+
+        lmms-eval takes the smallest for the best answer, and its models return the mean loss of the tokens; so does
+        this one. The pair is the `text` of a result: other pairs than of texts become a string in lmms-eval 0.7.
 
         Raises:
             ValueError: a continuation that is not tokenized on its own.
@@ -249,9 +252,9 @@ class SimpleDopCompile(_Base):
         with tqdm(total=len(args), desc="dop_compile", disable=self.rank != 0) as bar:
             for start in range(0, len(args), self._batch_size):
                 part = args[start : start + self._batch_size]
-                found += self._likelihoods([self._continuation(own) for own in part])
+                found += self._losses([self._continuation(own) for own in part])
                 bar.update(len(part))
-        return found
+        return [GenerationResult(pair) for pair in found]
 
     def _continuation(self, args: Any) -> tuple[Conversation, str]:
         if len(args) == 2:
@@ -261,7 +264,7 @@ class SimpleDopCompile(_Base):
         return self._asked(context, to_visual, number, task, split), str(text)
 
     @torch.no_grad()
-    def _likelihoods(self, asked: list[tuple[Conversation, str]]) -> list[tuple[float, bool]]:
+    def _losses(self, asked: list[tuple[Conversation, str]]) -> list[tuple[float, bool]]:
         conversations = [conversation for conversation, _ in asked]
         found: dict[int, tuple[float, bool]] = {}
         for numbers in self.reader.batches(conversations):
@@ -283,8 +286,8 @@ class SimpleDopCompile(_Base):
                 logits_processor=LogitsProcessorList([Forced(tokens, inputs["input_ids"].shape[1])]),
                 output_logits=True,
                 return_dict_in_generate=True,
-                eos_token_id=-1,  # no token ends an answer: rows go on until the longest continuation is said
+                eos_token_id=self.config.get_text_config().vocab_size,  # no token: rows say all of theirs
                 pad_token_id=0,
             )
-            found |= dict(zip(numbers, likelihoods(tokens, output.logits), strict=True))
+            found |= dict(zip(numbers, losses(tokens, output.logits), strict=True))
         return [found[number] for number in range(len(asked))]
