@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from dop_compile import Policy
 from dop_compile.errors import UnsupportedModelError
+from dop_compile.ranking import Ranking, Stage
+from dop_compile.rankings import known
 from tests.conformance.checks import POLICIES, check_full, check_policy, check_row_alone
 from tests.conformance.table import EXACT, REFUSED
 from tests.families import FAMILIES
+from tests.rankings.check import check
 from tests.support import compile_eagerly
 
 pytestmark = pytest.mark.conformance
@@ -32,12 +37,21 @@ def test_a_row_of_a_left_padded_batch_is_as_if_alone(name: str) -> None:
     check_row_alone(EXACT[name])
 
 
+@pytest.mark.parametrize(("name", "criterion"), zip(EXACT, itertools.cycle(known()), strict=False))
+def test_ranked_tokens_leave_as_full_maps_say(name: str, criterion: str) -> None:
+    """Each family with one of the criteria."""
+    layers = EXACT[name].num_layers
+    stages = [Stage(0, fraction=0.7), *([Stage(1, tokens=2)] if layers > 2 else [])]
+    check(EXACT[name], Policy(layers, ranking=Ranking(criterion, tuple(stages))), tokens=2)
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_refused_family_is_refused_for_its_reason(name: str) -> None:
     refusal = REFUSED[name]
     model = refusal.family.build()
+    groups = {"token_groups": lambda ids: ids * 0} if refusal.with_groups else {}
     with pytest.raises(UnsupportedModelError, match=refusal.message) as caught:
-        compile_eagerly(model, Policy.full(refusal.family.num_layers), token_groups=lambda ids: ids * 0)
+        compile_eagerly(model, Policy.full(refusal.family.num_layers), **groups)
     assert type(model).__name__ in str(caught.value)
 
 

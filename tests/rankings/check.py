@@ -18,8 +18,8 @@ def check(name: str | Family, policy: Policy, padding: str = "left", tokens: int
     expected = padded(logits, batch.mask)
     compiled = compile_eagerly(batch.model, policy)
     inputs = batch.inputs | batch.call_arguments()
-    plain = "position_ids" not in inputs and not any("grid" in n or "token_type_ids" in n for n in inputs)
-    if plain:  # rotated keys are ranked, too: rows are alike where their positions are
+    one_axis = "mrope" not in str(batch.model.config.get_text_config(decoder=True))
+    if "position_ids" not in inputs and one_axis:  # rotated keys are ranked, too: rows are alike where their positions are
         inputs["position_ids"] = (batch.mask.cumsum(1) - 1).clamp(min=0)
     with torch.no_grad():
         assert_rows_match(compiled(**inputs).logits, expected, batch.mask)
