@@ -4,6 +4,8 @@ The mask is built by Hugging Face over slots (the sequence after reduction), so 
 image blocks are the model's own. A layer takes the rows of its queries and the columns of what it stores; entries
 that are padding are masked out. Where the model builds no mask (plain causal attention) none is made unless the
 layer's queries and keys differ, because then a kernel's causal flag would be aligned wrongly.
+
+FlexAttention takes masks as functions (`block_masks`); FlashAttention takes none, but runs of queries (`flash`).
 """
 
 from __future__ import annotations
@@ -13,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dop_compile.block_masks import BlockMask, gathered_block_mask
 from dop_compile.cache import Entries
+from dop_compile.flash import FlashTokens
 from dop_compile.layout import TokenLayout
 from dop_compile.tokens import TokenSet
 
@@ -27,9 +31,21 @@ class MaskSelector:
         layout: the call's new slots.
         past: entries that each layer holds before the call.
         past_slots: number of slots before the call.
+        flash: whether the kernel is FlashAttention.
+        has_gaps: whether tokens were removed, so that positions do not tell packed sequences.
     """
 
-    def __init__(self, layout: TokenLayout, past: dict[int, Entries], past_slots: int):
+    def __init__(
+        self,
+        layout: TokenLayout,
+        past: dict[int, Entries],
+        past_slots: int,
+        *,
+        flash: bool = False,
+        has_gaps: bool = False,
+    ):
+        self._flash = flash
+        self._has_gaps = has_gaps
         self._layout = layout
         self._past = past
         self._past_slots = past_slots
@@ -46,25 +62,27 @@ class MaskSelector:
             self._appended[key] = past.append(self._past_slots, count, slots, valid)
         return self._appended[key]
 
-    def select(self, mask: Any, layer: int, queries: TokenSet, keys: TokenSet) -> tuple[Tensor | None, Tensor | None]:
+    def select(self, mask: Any, layer: int, queries: TokenSet, keys: TokenSet) -> tuple[Any, Tensor | None]:
         """The layer's mask (batch, 1, queries, entries) and which queries see a key (batch, queries).
 
         Both are None where the kernel needs no mask. Returns the model's own mask, untouched, where every slot is a
         query and every slot is stored.
         """
         entries = self.entries(layer, keys)
-        if queries.is_all and entries.slots is None:
+        if queries.is_all and entries.slots is None and not (self._flash and self._has_gaps):
             return mask, None
         key = (id(mask), queries, id(entries))
         if key not in self._memo:
             self._memo[key] = (mask, self._select(mask, queries, keys, entries))
-        result: tuple[Tensor | None, Tensor | None] = self._memo[key][1]
+        result: tuple[Any, Tensor | None] = self._memo[key][1]
         return result
 
-    def _select(
-        self, mask: Tensor | None, queries: TokenSet, keys: TokenSet, entries: Entries
-    ) -> tuple[Tensor | None, Tensor | None]:
+    def _select(self, mask: Any, queries: TokenSet, keys: TokenSet, entries: Entries) -> tuple[Any, Tensor | None]:
         rows, rows_valid = self._layout.device_slots(queries)
+        if self._flash:
+            return FlashTokens(rows + self._past_slots, rows_valid, entries, mask), None
+        if isinstance(mask, BlockMask):
+            return gathered_block_mask(mask, rows, entries, some_keyless=not queries <= keys)
         if mask is None:
             if self._layout.length == 1 and entries.valid is None:
                 return None, None

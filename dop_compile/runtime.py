@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dop_compile.cache import PrunedCache, ReducedView
 from dop_compile.errors import UnsupportedUsageError
+from dop_compile.flash import is_flash
 from dop_compile.layout import TokenLayout
 from dop_compile.masks import MaskSelector
 from dop_compile.merging import merge_images
@@ -196,7 +197,13 @@ def run_decoder(compiled: Any, decoder: nn.Module, call: Call, **kwargs: Any) ->
     program: Program = compiled.program(slots.keep, layout.universe, inputs)
     if mask is None and (program.needs_mask or (cache is None and slots.columns is not None)):
         mask = torch.ones(slots.batch, past + slots.count, dtype=torch.long, device=slots.device)
-    selector = MaskSelector(layout, cache.entries if cache is not None else {}, past)
+    selector = MaskSelector(
+        layout,
+        cache.entries if cache is not None else {},
+        past,
+        flash=is_flash(decoder.config._attn_implementation),
+        has_gaps=slots.columns is not None or (cache is not None and cache.columns is not None),
+    )
     values: dict[str, Any] = {
         "inputs_embeds": embeds,
         "position_ids": positions,

@@ -21,6 +21,7 @@ from transformers import masking_utils
 
 from dop_compile import ops
 from dop_compile.decoder_inputs import DecoderInputs
+from dop_compile.flash import following_runs
 from dop_compile.module_tracer import ModuleTracer
 from dop_compile.proxies import BATCH, OPAQUE, PACKED, TOKENS, Refused, ValueProxy, flatten, is_dynamic, map_nested
 
@@ -309,6 +310,6 @@ class _KernelRegistry:
 
     def _leaf(self, kernel: Callable[..., Any]) -> Callable[..., Any]:
         def attention(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            return self._tracer.attention(kernel, module, *args, **kwargs)
+            return self._tracer.attention(following_runs(kernel), module, *args, **kwargs)
 
         return attention
