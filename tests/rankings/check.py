@@ -19,7 +19,7 @@ def check(name: str | Family, policy: Policy, padding: str = "left", tokens: int
     compiled = compile_eagerly(batch.model, policy)
     inputs = batch.inputs | batch.call_arguments()
     one_axis = "mrope" not in str(batch.model.config.get_text_config(decoder=True))
-    if "position_ids" not in inputs and one_axis:  # rotated keys are ranked, too: rows are alike where their positions are
+    if "position_ids" not in inputs and one_axis:  # rotated keys are ranked: rows are alike where positions are
         inputs["position_ids"] = (batch.mask.cumsum(1) - 1).clamp(min=0)
     with torch.no_grad():
         assert_rows_match(compiled(**inputs).logits, expected, batch.mask)
