@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import transformers as hf
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from tests.conformance.checks import check_policy
-from tests.conformance.table import EXACT
+from tests.conformance.elsewhere import ELSEWHERE
+from tests.conformance.table import EXACT, REFUSED
 from tests.make_table import supported_models_table, table_in_readme
 
 PARTS = {
@@ -26,3 +29,17 @@ def test_parts_that_other_families_have(name: str) -> None:
 
 def test_readme_lists_the_families_that_are_tested() -> None:
     assert table_in_readme() == supported_models_table(), "run `python -m tests.make_table`"
+
+
+def test_every_class_that_turns_images_and_text_into_text_is_known() -> None:
+    """As exact, as refused for a reason, or as no model that prompts with visual tokens."""
+    exact = {family.model_class.__name__ for family in EXACT.values()}
+    refused = {refusal.family.model_class.__name__ for refusal in REFUSED.values()}
+    names = {
+        name
+        for value in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()
+        for name in ([value] if isinstance(value, str) else value)
+    }
+    assert names - exact - refused == ELSEWHERE.keys(), "give each class its place in tests/conformance"
+    for name in ELSEWHERE:
+        assert hasattr(hf, name), name
