@@ -31,8 +31,7 @@ def explain_figure(
         TypeError, ValueError: as `explain`.
         ModuleNotFoundError: matplotlib is not installed.
     """
-    counts = {"system": system, "visual": visual, "text": text}
-    found = explain(compiled, **counts, rows=rows, use_cache=use_cache)
+    found = explain(compiled, system=system, visual=visual, text=text, rows=rows, use_cache=use_cache)
     state, prompt = compiled.dop, Prompt(system, visual, text, rows, use_cache)
     dims = None if found.missing else DecoderDims.from_config(state.base.config)
     total = LayerTokens(prompt.total, prompt.total, prompt.total)

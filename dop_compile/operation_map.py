@@ -30,7 +30,7 @@ class OperationMap:
     """Tokens of one sample in each operation.
 
     Args:
-        groups: the groups that the sample has, in sequence order.
+        groups: the groups that the sample has, in sequence order; tokens that a ranking drops are visual.
         before: tokens of each group before reduction.
         kept: (layers, 3, groups) tokens that the policy keeps in `mha_query`, `mha_key_value` and `mlp`.
         computed: the same of what is run, without work that reaches no requested output; None where not known.
@@ -49,15 +49,17 @@ class OperationMap:
             TypeError, ValueError: counts that are not whole numbers >= 0, or all zero.
         """
         entering = group_counts(policy, system, visual, text)
-        before = group_counts(policy.replace(visual_tokens=None), system, visual, text)
+        before = group_counts(policy.replace(visual_tokens=None, ranking=None), system, visual, text)
         groups = tuple(group for group, count in before.items() if count)
         if not groups:
             raise ValueError("system, visual, text: expected at least one token, got none")
-        kept = [
-            [[entering[group] * policy.keeps(group, layer, module) for group in groups] for module in MODULES]
-            for layer in range(policy.num_layers)
-        ]
-        return cls(groups, tuple(before[group] for group in groups), np.array(kept, dtype=np.int64))
+
+        def kept(layer: int, module: str) -> list[int]:
+            found = {group: count * policy.keeps(group, layer, module) for group, count in entering.items()}
+            return _shown(policy, groups, found)
+
+        counts = [[kept(layer, module) for module in MODULES] for layer in range(policy.num_layers)]
+        return cls(groups, tuple(before[group] for group in groups), np.array(counts, dtype=np.int64))
 
     @classmethod
     def of_tier(cls, state: CompiledState, tier: str, prompt: Prompt) -> OperationMap:
@@ -66,9 +68,10 @@ class OperationMap:
         Raises:
             ValueError: as `explain`.
         """
-        written = cls.of_policy(state.tiers[tier], system=prompt.system, visual=prompt.visual, text=prompt.text)
+        policy = state.tiers[tier]
+        written = cls.of_policy(policy, system=prompt.system, visual=prompt.visual, text=prompt.text)
         computed = [
-            [[tokens.get(group, 0) for group in written.groups] for tokens in modules]
+            [_shown(policy, written.groups, tokens) for tokens in modules]
             for modules in group_tokens(state, tier, prompt)
         ]
         return cls(written.groups, written.before, written.kept, np.array(computed, dtype=np.int64))
@@ -104,3 +107,10 @@ class OperationMap:
 
         groups = (list(run) for _, run in itertools.groupby(range(len(self)), content))
         return [range(run[0], run[-1] + 1) for run in groups]
+
+
+def _shown(policy: Policy, groups: tuple[str, ...], counts: dict[str, int]) -> list[int]:
+    """Of each group that is shown: tokens that a ranking drops, each stage a group of its own, are visual."""
+    leaving = () if policy.ranking is None else policy.ranking.groups
+    visual = sum(counts.get(group, 0) for group in leaving)
+    return [counts.get(group, 0) + visual * (group == "visual") for group in groups]

@@ -40,7 +40,7 @@ BARS, ROW, CELL, SPACE = 1.5, 0.2, 0.86, 0.04
 """Inches: FLOPs bars, a layer; the part of a layer's height that is filled, and inches between columns."""
 ABREAST = 3
 HATCH = "///////"
-STYLES = {FROZEN: ":", ABSENT: "-"}
+STYLES: dict[str, Any] = {FROZEN: ":", ABSENT: "-"}
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,7 @@ def _legend(figure: Any, tiers: Sequence[TierPicture]) -> None:
     from matplotlib.patches import Patch
 
     visual = next((COLOURS[g] for g in tiers[0].operations.groups if g.startswith("visual")), COLOURS["text"])
-    entries = [
+    entries: list[Any] = [
         Patch(color=visual, label="processed"),
         Patch(
             facecolor="none", edgecolor=visual, hatch=HATCH, linewidth=0, label="kept, but no output needs it: not run"

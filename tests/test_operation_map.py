@@ -18,6 +18,7 @@ from dop_compile.executed import Prompt
 from dop_compile.explain_picture import explain_figure
 from dop_compile.operation_map import ABSENT, FROZEN, OperationMap
 from dop_compile.operation_picture import COLOURS, TRACK, TierPicture, draw_map, tiers_figure
+from dop_compile.ranking import Ranking, Stage
 from tests.families import FAMILIES, LAYERS
 from tests.strategies import policies
 
@@ -57,6 +58,11 @@ def test_a_policy_is_counted_by_hand() -> None:
     )
     assert (parts.groups, parts.before) == (("system", "visual_salient", "visual_rest"), (3, 36, 108))
     assert parts.kept.tolist() == [[[3, 0, 30], [3, 10, 30], [0, 10, 30]], [[3, 10, 0], [3, 10, 0], [3, 10, 30]]]
+    # Tokens that a ranking drops are visual until they leave
+    ranked = Policy.full(3).replace(ranking=Ranking("last_token", (Stage(0, tokens=4), Stage(1, tokens=1))))
+    left = OperationMap.of_policy(ranked, visual=6, text=2)
+    assert (left.groups, left.before) == (("visual", "text"), (6, 2))
+    assert left.kept[:, :, 0].tolist() == [[6] * 3, [4] * 3, [1] * 3]
     with pytest.raises(ValueError, match="at least one token"):
         OperationMap.of_policy(Policy.full(2))
 
