@@ -36,7 +36,8 @@ from dop_compile.search import InfeasibleBudgetError, measure_attention, measure
 
 BUDGETS = (0.5, 0.37, 0.28, 0.23)
 CONTROLS = ("uniform", "random")
-NOT_REDUCERS = ("original", "full", "dop", "split")
+APART = ("original", "full", "dop", "split", "resize")
+"""What needs more than a name and a budget."""
 ANSWER_TOKENS = 5
 FIT_SAMPLES = 25
 """Training canvases that FitPrune is fitted to."""
@@ -103,7 +104,7 @@ def fitting(names: Sequence[str], model: Any, sample: dict[str, Any], planner: P
 
 def everything() -> list[str]:
     """All reducers, and all that rank inside the decoder, by name; `Planner.named` knows any other method as well."""
-    return [name for name in method_names() if name not in NOT_REDUCERS]
+    return [name for name in method_names() if name not in APART]
 
 
 def best(result: Evaluation, count: int) -> list[str]:
