@@ -4,18 +4,20 @@ VENV := .venv
 BIN := $(VENV)/bin
 BUILD := build
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
+LOWER := .venv-lower
 
-.PHONY: help demo test conformance lint types bench clean
+.PHONY: help demo test test-lower conformance lint types bench clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo   ask a small trained model about a picture of digits, in full and pruned"
 	@echo "make test   run the tests"
-	@echo "make conformance  check every known model family and print the table"
+	@echo "make test-lower  the paper's models with the oldest transformers that is supported"
+	@echo "make conformance  the slow tests: every known model family, and large exports; prints the table"
 	@echo "make lint   ruff"
 	@echo "make types  mypy --strict on the built and installed wheel"
 	@echo "make bench  measure prefill of the original and of pruned models"
-	@echo "make clean  remove $(VENV) and everything built"
+	@echo "make clean  remove $(VENV), $(LOWER) and everything built"
 
 # Torch first and by its exact version: pip then takes a file from a local --find-links folder
 # (for example a CPU build) where there is one.
@@ -38,8 +40,22 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
 
+# An environment of its own, with the lowest version of transformers. torch is the same: 2.11 has no CPU build that
+# every index offers.
+LOWER_TESTS := tests/test_conformance.py tests/test_generate.py tests/test_cache.py tests/test_properties.py
+LOWER_FAMILIES := not (qwen3_vl or gemma3 or mistral3 or smolvlm or cohere2_vision)
+$(LOWER)/.installed: pyproject.toml constraints-lower.txt
+	test -x $(LOWER)/bin/python || $(PYTHON) -m venv $(LOWER)
+	$(LOWER)/bin/python -m pip install --disable-pip-version-check --constraint constraints-lower.txt \
+		torch transformers pytest pytest-xdist hypothesis
+	$(LOWER)/bin/python -m pip install --disable-pip-version-check --constraint constraints-lower.txt --editable .
+	@touch $@
+
+test-lower: $(LOWER)/.installed
+	OMP_NUM_THREADS=1 $(LOWER)/bin/python -m pytest -n 2 $(LOWER_TESTS) -k "$(LOWER_FAMILIES)" $(PYTEST_ARGS)
+
 conformance: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m conformance tests/conformance $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m conformance tests/conformance tests $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -59,5 +75,5 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/prefill.py $(BENCH_ARGS)
 
 clean:
-	rm -rf $(VENV) $(BUILD) dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(LOWER) $(BUILD) dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
