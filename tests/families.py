@@ -62,6 +62,7 @@ class Family:
     has_bidirectional_prefix: bool = False
     has_absolute_positions: bool = False  # a shifted prompt is another prompt: padding needs `position_ids`
     has_batch_positions: bool = False  # images are numbered through the batch: rows alone need `position_ids`
+    images_are_videos: bool = False  # `image` makes one: the class has no other
     is_parallel: bool = False  # attention and MLP read the same normalised state
     num_layers: int = LAYERS
     seed: int = 0  # of the weights: another one where the model answers with a placeholder

@@ -26,7 +26,8 @@ _TRAITS = {
 
 
 def _checked(family: Family) -> str:
-    kinds = [name for name, takes in (("images", family.image), ("videos", family.video)) if takes is not None]
+    first = "videos" if family.images_are_videos else "images"
+    kinds = [name for name, takes in ((first, family.image), ("videos", family.video)) if takes is not None]
     return ", ".join([*kinds, *(text for flag, text in _TRAITS.items() if getattr(family, flag))])
 
 

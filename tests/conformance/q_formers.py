@@ -78,7 +78,7 @@ _ALL = (
         functools.partial(tiny, hf.LlamaConfig),
         functools.partial(tiny_tower, hf.InstructBlipVideoVisionConfig, patch=8),
         fitted(_asked(4), "video"),
-        {"needs_image": True},
+        _NEEDS_IMAGE | {"images_are_videos": True},
         num_query_tokens=5,
         qformer_config=_QFORMER,
     ),
