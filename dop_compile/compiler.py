@@ -167,18 +167,28 @@ class CompiledState:
             )
         weight = next(decoder.parameters())
         hooks = tuple(
-            (id(module), *module._forward_hooks, None, *module._forward_pre_hooks, "forward" in vars(module))
+            (id(module), module.training, "forward" in vars(module), *map(tuple, _hooks(module)))
             for module in decoder.modules()
         )
         return hooks, decoder.training, decoder.config._attn_implementation, weight.dtype, weight.device
 
 
+def _hooks(module: nn.Module) -> tuple[Mapping[int, Any], ...]:
+    return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+
+
 def _check_model(model: PreTrainedModel, has_groups: bool) -> None:
     for name, module in path_modules(model, decoder_path(model)):
+        if hasattr(module, "_hf_hook"):
+            raise UnsupportedModelError(
+                f"{name or 'the model'} ({type(module).__name__}) has a hook of accelerate, which spreads or offloads "
+                "weights and which dop_compile would bypass; load the model onto one device (device_map={'': 0}), or "
+                "by tensor parallelism (tp_plan='auto')"
+            )
         if "forward" in vars(module):
             raise UnsupportedModelError(
                 f"the forward of {name or 'the model'} ({type(module).__name__}) was replaced on the instance, and "
-                "dop_compile would bypass it; remove what replaced it (accelerate's hooks: remove_hook_from_module)"
+                "dop_compile would bypass it; remove what replaced it"
             )
     decoder: Any = model.get_submodule(decoder_path(model))
     implementation = decoder.config._attn_implementation

@@ -35,6 +35,11 @@ def decoder_path(model: PreTrainedModel) -> str:
     Raises:
         TypeError: not a model with a decoder inside.
     """
+    if hasattr(model, "get_base_model"):
+        raise TypeError(
+            f"{type(model).__name__} is peft's wrapper around a model; pass model.get_base_model(), whose layers hold "
+            "the adapters (soft prompts, which the wrapper itself holds, are not supported)"
+        )
     if not isinstance(model, PreTrainedModel) or not model.can_generate():
         raise TypeError(
             f"dop_compile needs a Hugging Face model that can generate (such as LlavaForConditionalGeneration or "
@@ -110,8 +115,13 @@ class OriginalFollower:
         """Adopt children replaced, and a change of training mode, since the last call.
 
         Raises:
-            UnsupportedUsageError: the decoder or a module around it was replaced, or got another forward.
+            UnsupportedUsageError: the decoder or a module around it was replaced, or got another forward; the weights
+                were moved to the meta device.
         """
+        if next(self._pairs[0][0].parameters()).device.type == "meta":
+            raise UnsupportedUsageError(
+                "the model's weights are on the meta device and hold no values; load them first"
+            )
         for number, (module, copy) in enumerate(self._pairs):
             if "forward" in vars(module):
                 raise UnsupportedUsageError(

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from dop_compile import ops
 from dop_compile.decoder_inputs import PACKED_FEATURES, DecoderInputs
@@ -99,14 +100,20 @@ def _is_attention(module: nn.Module) -> bool:
 
 def _check_openable(path: str, module: nn.Module) -> None:
     """A module that is opened no longer runs its `__call__`: whatever was attached to that must be refused."""
-    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    kinds = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    hooks: list[Any] = [hook for kind in kinds for hook in kind.values()]
     # Hugging Face leaves recording hooks behind after output_hidden_states; they do nothing unless a record is active
     foreign = [hook for hook in hooks if not getattr(hook, "__module__", "").endswith("output_capturing")]
     if foreign or "forward" in vars(module):
         raise UnsupportedModelError(
-            f"{path or 'the decoder'} ({type(module).__name__}) has a forward hook or a replaced forward; "
+            f"{path or 'the decoder'} ({type(module).__name__}) has a forward or backward hook or a replaced forward; "
             "dop_compile opens this module and would bypass it. Remove the hook, or put it on the norm, projection "
             "or MLP inside, where hooks are honoured"
+        )
+    if is_parametrized(module):
+        raise UnsupportedModelError(
+            f"{path or 'the decoder'} ({type(module).__name__}) has parametrized weights of its own; dop_compile opens "
+            "this module and would compute them once. Remove the parametrization (remove_parametrizations)"
         )
 
 
