@@ -6,12 +6,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
+from transformers import LogitsProcessor, StoppingCriteria
 
 __all__ = ["AtStops", "Forced", "cut", "losses", "settings_of", "stops_of"]
 
-KNOWN = frozenset(GenerationConfig().to_dict())
+hf: Any = transformers
+
+KNOWN = frozenset(hf.GenerationConfig().to_dict())
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p")
 UNTIL = "until"
 
@@ -48,7 +51,7 @@ def cut(text: str, stops: Sequence[str]) -> str:
     return text[: min(ends, default=len(text))]
 
 
-class AtStops(StoppingCriteria):  # type: ignore[misc]
+class AtStops(StoppingCriteria):
     """Ends a row once its answer holds one of the stop strings.
 
     transformers' own `stop_strings` looks at tokens, and fails for tokenizers that change letters.
@@ -67,7 +70,7 @@ class AtStops(StoppingCriteria):  # type: ignore[misc]
         return torch.tensor([cut(text, self._stops) != text for text in texts], device=input_ids.device)
 
 
-class Forced(LogitsProcessor):  # type: ignore[misc]
+class Forced(LogitsProcessor):
     """Makes `generate` say given tokens.
 
     Args:

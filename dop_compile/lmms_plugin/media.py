@@ -17,11 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import transformers.utils
+import transformers
 from PIL import Image
-from transformers.video_utils import load_video
+from transformers import video_utils
 
 __all__ = ["Clip", "Conversation", "read_messages", "sample_frames", "user_message"]
+
+# Typed loosely: transformers annotates only a part of what is used here
+hf: Any = transformers
+videos: Any = video_utils
 
 MARK = "<image>"
 DECODERS = {"pyav": "is_av_available", "decord": "is_decord_available", "opencv": "is_cv2_available"}
@@ -181,7 +185,7 @@ def _evenly(total: int, count: int) -> list[int]:
 def _decoded(file: str, count: int, start: float | None, end: float | None) -> Clip:
     if not Path(file).is_file():
         raise ValueError(f"video {file!r}: no such file or folder")
-    decoder = next((name for name, known in DECODERS.items() if getattr(transformers.utils, known)()), None)
+    decoder = next((name for name, known in DECODERS.items() if getattr(hf.utils, known)()), None)
     if decoder is None:
         raise ImportError(f"video {file!r}: no package that decodes videos; install av (or decord, or opencv-python)")
     part = slice(0, 0)
@@ -197,6 +201,6 @@ def _decoded(file: str, count: int, start: float | None, end: float | None) -> C
         part = slice(first, total if end is None else max(first + 1, min(int(end * fps) + 1, total)))
         return first + np.array(_evenly(part.stop - first, count))
 
-    frames, metadata = load_video(file, sample_indices_fn=chosen, backend=decoder)
+    frames, metadata = videos.load_video(file, sample_indices_fn=chosen, backend=decoder)
     total = part.stop - part.start
     return Clip(np.asarray(frames, dtype=np.uint8), _evenly(total, count), total, metadata.fps)

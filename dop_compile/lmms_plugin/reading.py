@@ -19,17 +19,23 @@ hf: Any = transformers
 
 
 def load_processor(
-    pretrained: str, template: str | None, min_pixels: int | None, max_pixels: int | None, **settings: Any
+    pretrained: str,
+    template: str | None,
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
+    max_tiles: int | None = None,
+    **settings: Any,
 ) -> Any:
     """The checkpoint's processor, padding on the left.
 
     Args:
         template: a file with a Jinja chat template, for checkpoints without one.
         min_pixels, max_pixels: of a picture, for processors of pictures of any size.
+        max_tiles: of a picture without its thumbnail, for processors that cut pictures in square tiles.
         settings: of `from_pretrained`.
 
     Raises:
-        ValueError: no chat template, or pixel limits for pictures of one size.
+        ValueError: no chat template, or limits that the processor does not have.
     """
     processor = hf.AutoProcessor.from_pretrained(pretrained, **settings)
     tokenizer = getattr(processor, "tokenizer", processor)
@@ -50,6 +56,14 @@ def load_processor(
         for name in ("image_processor", "video_processor"):
             if getattr(processor, name, None) is not None:
                 setattr(processor, name, _limited(getattr(processor, name), min_pixels, max_pixels))
+    if max_tiles is not None:
+        pictures = getattr(processor, "image_processor", None)
+        if not hasattr(pictures, "max_patches"):
+            raise ValueError(
+                f"{type(pictures).__name__} has no limit on tiles; max_tiles is for models such as InternVL"
+            )
+        processor.image_processor = copy.copy(pictures)
+        processor.image_processor.max_patches = max_tiles
     return processor
 
 

@@ -266,6 +266,8 @@ def test_what_is_refused(tmp_path: Path) -> None:
         make(**PRUNED, max_pixel=3)
     with pytest.raises(ValueError, match="makes pictures of one size"):
         make(**PRUNED, max_pixels=3)
+    with pytest.raises(ValueError, match="no limit on tiles"):
+        make(**PRUNED, max_tiles=3)
     resizing = make(visual_tokens=20, reducer="resize")
     with pytest.raises(ValueError, match="makes pictures of one size"):
         resizing.generate_until(chat_requests())

@@ -51,6 +51,7 @@ class _Base(lmms):  # type: ignore[misc]
         max_batch_size: of lmms-eval, for automatic sizes; not used.
         attn_implementation: "eager" or "sdpa"; transformers' choice unless given.
         min_pixels, max_pixels: of a picture, for models that take pictures of any size.
+        max_tiles: of a picture, for models that cut pictures in square tiles.
         max_num_frames: of a video, evenly spaced.
         frames_as_images: give a video's frames as pictures, for models that take no videos.
         max_new_tokens: of answers whose task says nothing.
@@ -78,6 +79,7 @@ class _Base(lmms):  # type: ignore[misc]
         attn_implementation: str | None = None,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
+        max_tiles: int | None = None,
         max_num_frames: int = 8,
         frames_as_images: bool = False,
         max_new_tokens: int = 1024,
@@ -98,7 +100,8 @@ class _Base(lmms):  # type: ignore[misc]
         config = AutoConfig.from_pretrained(pretrained, **hub)
         layers = config.get_text_config(decoder=True).num_hidden_layers
         self.policy = policy_of(pretrained, layers, policy)
-        self.reader = Reader(load_processor(pretrained, chat_template, min_pixels, max_pixels, **hub), self.policy)
+        limits = (min_pixels, max_pixels, max_tiles)
+        self.reader = Reader(load_processor(pretrained, chat_template, *limits, **hub), self.policy)
         loading = {"dtype": kind, "attn_implementation": attn_implementation, **hub}
         loading = {name: value for name, value in loading.items() if value is not None}
         self._model = load_compiled(pretrained, self.policy, backend, self._device, **loading)
