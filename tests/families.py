@@ -65,7 +65,7 @@ class Family:
     images_are_videos: bool = False  # `image` makes one: the class has no other
     is_parallel: bool = False  # attention and MLP read the same normalised state
     num_layers: int = LAYERS
-    seed: int = 0  # of the weights: another one where the model answers with a placeholder
+    seed: int = 0  # of the weights: another one where the model answers with a placeholder, or magnifies rounding
     needs_image: bool = False  # every row has one
     eager_only: bool = False  # a part of the model has no other attention
 

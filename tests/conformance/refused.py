@@ -236,6 +236,20 @@ _ALL = (
     Refusal(text("lfm2", "Lfm2ForCausalLM", **_CONVOLUTIONS), _MIXED.format("ShortConv"),
             "a convolution over neighbouring tokens in some layers"),
     Refusal(text("qwen3_next", "Qwen3NextForCausalLM", **_LINEAR), _MIXED.format("GatedDeltaNet"), _RECURRENT),
+    *(
+        Refusal(text(name, model), "hc_mult=4.*residual streams", _STREAMS)
+        for name, model in (("deepseek_v4", "DeepseekV4ForCausalLM"), ("hy_v4", "HYV4ForCausalLM"))
+    ),
+    *(
+        Refusal(text(name, model, num_key_value_heads=HEADS), _RANKED, _SPARSE)
+        for name, model in (
+            ("deepseek_v32", "DeepseekV32ForCausalLM"),
+            ("glm_moe_dsa", "GlmMoeDsaForCausalLM"),
+            ("axk2", "AXK2ForCausalLM"),
+        )
+    ),
+    Refusal(text("falcon_h1", "FalconH1ForCausalLM"), r"mamba.conv1d .*convolves neighbouring tokens",
+            "a state space beside the attention of every layer"),
     Refusal(text("diffllama", "DiffLlamaForCausalLM"), "holds 2 attention kernels",
             "two attentions per layer, subtracted from each other"),
     *(
@@ -249,6 +263,8 @@ _ALL = (
             ("minimax", "MiniMaxForCausalLM", "LightningAttention",
              {"layer_types": ["linear_attention", "full_attention"] * 2}),
             ("olmo_hybrid", "OlmoHybridForCausalLM", "GatedDeltaNet", {}),
+            ("nemotron_h", "NemotronHForCausalLM", "NemotronHMamba", {}),
+            ("falcon_mamba", "FalconMambaForCausalLM", "FalconMambaMixer", {}),
         )
     ),
     Refusal(
