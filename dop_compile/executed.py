@@ -56,7 +56,9 @@ class _Counter:
 
     def __init__(self, policy: Policy, prompt: Prompt):
         entering = group_counts(policy, prompt.system, prompt.visual, prompt.text)
-        present = {group: count for group, count in entering.items() if count}
+        # As in a call: the program is the same, however many tokens leave at a stage
+        ranked = policy.ranking.groups if policy.ranking is not None and prompt.visual else ()
+        present = {group: count for group, count in entering.items() if count or group in ranked}
         self.present = present
         if not present:
             raise ValueError("system, visual, text: expected at least one token that enters the decoder, got none")

@@ -86,11 +86,14 @@ class Stages:
     def _told_apart(self, tokens: TokenSet) -> Iterable[int]:
         """Stages whose tokens are members where some that stay longer are not, or the reverse."""
         for number, stage in enumerate(self.stages):
+            if stage.group not in self._graph.universe.groups:
+                continue
             for flag in (False, True):
                 known = Atom(stage.group, flag) in tokens.atoms
                 if any((Atom(group, flag) in tokens.atoms) != known for group in self._groups(number + 1)):
                     yield number
 
     def _groups(self, done: int) -> set[str]:
-        """The groups that cannot be told apart after so many stages."""
-        return {"visual", *(stage.group for stage in self.stages[done:])} if self.stages else set()
+        """The groups of the program that cannot be told apart after so many stages."""
+        groups = {"visual", *(stage.group for stage in self.stages[done:])} if self.stages else set()
+        return groups & set(self._graph.universe.groups)

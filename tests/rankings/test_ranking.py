@@ -13,9 +13,12 @@ from hypothesis import strategies as st
 
 from dop_compile import Policy, baselines, explain, prefill_flops
 from dop_compile.costs import DecoderDims, LayerTokens, layer_flops, policy_tokens
+from dop_compile.keep import KeepTable
 from dop_compile.ranking import Ranking, Stage
 from dop_compile.rankings import criterion, known, register
 from dop_compile.rankings.attention import LastToken
+from dop_compile.side_inputs import default_inputs
+from dop_compile.tokens import Universe
 from tests.search.synthetic import dims_of
 from tests.support import compile_eagerly, make_batch
 
@@ -151,3 +154,20 @@ def test_explained() -> None:
     assert [layer.mlp for layer in found.layers[:3]] == [14, 10, 10]
     with pytest.raises(ValueError, match="reach into the visual tokens"):
         explain(compiled, system=3, visual=20, text=5, rows=6)
+
+
+def test_a_stage_where_nothing_leaves() -> None:
+    """Its group has no token, in the prompt that is explained."""
+    policy = ranked(Stage(0, fraction=0.5), Stage(1, fraction=0.49), Stage(2, fraction=0.2), layers=4)
+    found = explain(compile_eagerly(make_batch("llava").model, policy), system=3, visual=20, text=5)
+    assert [layer.key_value for layer in found.layers] == [28, 18, 18, 12]
+
+
+def test_a_program_without_a_stages_group() -> None:
+    """Passes ask for sets of the groups that a program has."""
+    policy = ranked(Stage(0, fraction=0.5), Stage(1, fraction=0.2), layers=4)
+    batch = make_batch("llava")
+    state = compile_eagerly(batch.model, policy).dop
+    keep = KeepTable.from_policy(policy, ("system", "visual", "visual_until_0", "text"))
+    program = state.program(keep, Universe(keep.groups), default_inputs(state.decoder))
+    assert [str(block.keys) for block in program.blocks if block.kind == "mha"][:2] == ["all", "system_visual_text"]
