@@ -1,11 +1,15 @@
 """Exported tiers in ONNX Runtime against PyTorch, interleaved in one run.
 
-    python benchmarks/onnx.py                                      # 16 layers x 1024 on CPU
-    python benchmarks/onnx.py --opset 18 --rounds 9 --out benchmarks/results
+    python benchmarks/onnx.py                                      # 16 layers x 1024 on CPU, four tiers
+    python benchmarks/onnx.py --opset 18 --rounds 5 --out benchmarks/results
+    python benchmarks/onnx.py --layers 2 --rounds 2 --no-inductor  # does it run?
 
 Every round times each contender once, in a new random order. "100% again" is a contender a second time: its ratio shows
-what the machine can resolve. Load time and memory are of fresh processes: PSS counts pages that processes share in
-proportion. Weights are random, so only time and memory are measured.
+what the machine can resolve. Ratios are to the 100 % tier in ONNX Runtime, of latency and of executed FLOPs: a tier is
+as fast as its FLOPs say where the last column is 1. ONNX Runtime's prefill computes the last row's logits, too.
+
+Load time and memory are of fresh processes: PSS counts pages that processes share in proportion. Weights are random,
+so only time and memory are measured.
 """
 
 from __future__ import annotations
@@ -16,13 +20,15 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 # This script's folder comes first on the path, where `import onnx` would find the script itself
 sys.path.append(sys.path.pop(0))
 
+import onnxruntime as ort
 import torch
 from common import environment, interleave
 from prefill import GEOMETRIES, Bench, policies
@@ -33,6 +39,7 @@ from dop_compile.onnx.manifest import Manifest
 from dop_compile.onnx.sessions import GraphSession
 from dop_compile.onnx.shapes import Shapes
 
+TIERS = ("100%", "37%", "28%", "28% split")
 MEMORY = """
 import sys, time
 from pathlib import Path
@@ -103,91 +110,117 @@ def calls(folder: Path, manifest: Manifest, bench: Bench) -> tuple[dict[str, Any
     return prefills, decodes
 
 
-def load_and_memory(folder: Path, tiers: list[str]) -> list[dict[str, Any]]:
-    """Seconds to load and MB of PSS for one tier and for all, in both modes."""
+def load_and_memory(folder: Path, manifest: Manifest, tiers: list[str]) -> list[dict[str, Any]]:
+    """MB on the disk, seconds to load and MB of PSS for one tier and for all, in both modes."""
     rows = []
     for mode in ("fast", "shared"):
         for chosen in (tiers[:1], tiers):
             command = [sys.executable, "-c", MEMORY, str(folder), mode, ",".join(chosen)]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             seconds, megabytes = map(float, done.stdout.split())
-            rows.append({"mode": mode, "tiers": len(chosen), "seconds": seconds, "pss_mb": megabytes})
+            disk = disk_mb(manifest, chosen)
+            rows.append({"mode": mode, "tiers": len(chosen), "disk_mb": disk, "seconds": seconds, "pss_mb": megabytes})
     return rows
 
 
 def table(times: Mapping[str, list[float]], executed: Mapping[str, float], base: str) -> list[dict[str, Any]]:
+    """Per contender: median ms, median ratio to `base` within a round, and executed FLOPs as a ratio to `base`."""
     rows = []
     for name, values in times.items():
         ratios = [value / first for value, first in zip(values, times[base], strict=True)]
         quartiles = tuple(statistics.quantiles(ratios, n=4)[::2])
         median = {"ms": statistics.median(values), "ratio": statistics.median(ratios)}
-        rows.append({"name": name, **median, "quartiles": quartiles, "executed": executed.get(name)})
+        flops = executed[name] / executed[base] if name in executed else None
+        rows.append({"name": name, **median, "quartiles": quartiles, "executed": flops})
     return rows
 
 
-def markdown(parts: Mapping[str, list[dict[str, Any]]], memory: list[dict[str, Any]], around: Mapping[str, Any]) -> str:
-    lines = []
-    for title, rows in parts.items():
-        lines += [f"| {title} | ms | ratio to the first (quartiles) | executed FLOPs |", "| --- | --- | --- | --- |"]
-        for row in rows:
-            flops = "" if row["executed"] is None else f"{row['executed']:.3f}"
-            low, high = row["quartiles"]
-            lines.append(f"| {row['name']} | {row['ms']:.2f} | {row['ratio']:.3f} ({low:.3f}-{high:.3f}) | {flops} |")
-        lines.append("")
-    lines += ["| memory | tiers | load s | PSS MB |", "| --- | --- | --- | --- |"]
-    lines += [f"| {r['mode']} | {r['tiers']} | {r['seconds']:.2f} | {r['pss_mb']:.0f} |" for r in memory]
-    lines += ["", "; ".join(f"{name}: {value}" for name, value in around.items())]
-    return "\n".join(lines)
+def prefill_table(rows: list[dict[str, Any]]) -> list[str]:
+    lines = [
+        "| prefill | ms | ratio (quartiles) | executed FLOPs | latency / FLOPs |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        low, high = row["quartiles"]
+        flops = "| |" if row["executed"] is None else f"{row['executed']:.3f} | {row['ratio'] / row['executed']:.2f} |"
+        lines.append(f"| {row['name']} | {row['ms']:.1f} | {row['ratio']:.3f} ({low:.3f}-{high:.3f}) | {flops}")
+    return lines
+
+
+def decode_table(rows: list[dict[str, Any]]) -> list[str]:
+    lines = ["| decode, batch 1 | ms | tokens/s | ratio (quartiles) |", "| --- | --- | --- | --- |"]
+    for row in rows:
+        low, high = row["quartiles"]
+        lines.append(
+            f"| {row['name']} | {row['ms']:.2f} | {1e3 / row['ms']:.1f} | {row['ratio']:.3f} ({low:.3f}-{high:.3f}) |"
+        )
+    return lines
+
+
+def memory_table(rows: list[dict[str, Any]]) -> list[str]:
+    lines = ["| memory | tiers | disk MB | load s | PSS MB |", "| --- | --- | --- | --- | --- |"]
+    for row in rows:
+        numbers = f"{row['disk_mb']:.1f} | {row['seconds']:.2f} | {row['pss_mb']:.0f}"
+        lines.append(f"| {row['mode']} | {row['tiers']} | {numbers} |")
+    return lines
+
+
+def disk_mb(manifest: Manifest, tiers: Sequence[str]) -> float:
+    """Weights and graphs of some tiers."""
+    names = {"decode", manifest.embed}
+    for name in tiers:
+        tier = manifest.tiers[name]
+        names |= {tier.prefill} | ({tier.reducer.graph} if tier.reducer and tier.reducer.graph else set())
+    return (manifest.weights.bytes + sum(manifest.graphs[name].data.bytes for name in names)) / 1e6
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--geometry", choices=[n for n, g in GEOMETRIES.items() if g.device == "cpu"], default="small")
     parser.add_argument("--opset", type=int, choices=(18, 23), default=23)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--layers", type=int, help="fewer than the geometry's")
     parser.add_argument("--no-inductor", action="store_true", help="eager alone: compiling takes minutes")
     parser.add_argument("--out", type=Path, help="folder for onnx-GEOMETRY.json and .md")
     options = parser.parse_args()
     geometry = GEOMETRIES[options.geometry]
+    if options.layers:
+        geometry = replace(geometry, config={**geometry.config, "num_hidden_layers": options.layers})
     bench = Bench(geometry, "sdpa")
-    tiers = policies(geometry)
+    every = policies(geometry)
+    tiers = {name: every[name] for name in TIERS}
     backends = {"eager": dop_compile(bench.model, tiers, backend="eager")}
     if not options.no_inductor:
         backends["inductor"] = dop_compile(bench.model, tiers)
     shapes = Shapes(visual_length=geometry.visual, text=(2, geometry.system + geometry.text, 1024))
+    first = TIERS[0]
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "export"
         manifest = export_onnx(bench.model, tiers, folder, opset=options.opset, shapes=shapes, progress=True)
         prefills, decodes = calls(folder, manifest, bench)
-        first = next(iter(tiers))
-        contenders = {f"onnx {name}": call for name, call in prefills.items()} | {
-            f"onnx {first} again": prefills[first]
-        }
+        contenders = {f"onnx {name}": call for name, call in prefills.items()}
+        contenders[f"onnx {first} again"] = prefills[first]
         for backend, compiled in backends.items():
             contenders |= {f"{backend} {name}": bench.tier(compiled, name) for name in tiers}
-        with torch.no_grad():
-            prefill_times = interleave(contenders, options.rounds, bench.device)
+        prefill_times = interleave(contenders, options.rounds, bench.device)
         steps = {**decodes, f"{first} again": decodes[first]}
         decode_times = interleave(steps, 3 * options.rounds, bench.device)
-        memory = load_and_memory(folder, list(tiers)[:4])
+        memory = load_and_memory(folder, manifest, list(tiers))
     counts = {"system": geometry.system, "visual": geometry.visual, "text": geometry.text}
-    executed = {f"onnx {n}": explain(backends["eager"], n, **counts).summary.executed_ratio for n in tiers}
-    parts = {
-        "prefill": table(prefill_times, executed, f"onnx {first}"),
-        "decode, one token": table(decode_times, {}, first),
-    }
-    around = {**environment(bench.device), "opset": options.opset, "disk MB": round(_disk(manifest) / 1e6, 1)}
-    text = markdown(parts, memory, around)
+    executed = {n: explain(backends["eager"], n, **counts).summary.executed_ratio for n in tiers}
+    flops = {name: executed[tier] for name in contenders for tier in tiers if name.split(" ", 1)[1] == tier}
+    prefill = table(prefill_times, flops, f"onnx {first}")
+    decode = table(decode_times, {}, first)
+    around = {**environment(bench.device), "onnxruntime": ort.__version__, "opset": options.opset}
+    parts = (prefill_table(prefill), decode_table(decode), memory_table(memory))
+    text = "\n\n".join("\n".join(part) for part in (*parts, ["; ".join(f"{n}: {v}" for n, v in around.items())]))
     print(text)
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
         stem = options.out / f"onnx-{options.geometry}"
         stem.with_suffix(".md").write_text(text + "\n")
-        stem.with_suffix(".json").write_text(json.dumps({**parts, "memory": memory, **around}, indent=1) + "\n")
-
-
-def _disk(manifest: Manifest) -> int:
-    return sum({data.file: data.bytes for data in manifest.data_files}.values())
+        document = {"prefill": prefill, "decode": decode, "memory": memory, **around}
+        stem.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n")
 
 
 if __name__ == "__main__":
