@@ -229,7 +229,7 @@ _ALL = (
             "output_proj_dims": 32,
         },
         fitted(placed_patches(48, side=3)),
-        {"has_sliding_layers": True, "type_ids": "mm_token_type_ids", "has_bidirectional_images": True, "seed": 1},
+        {"has_sliding_layers": True, "type_ids": "mm_token_type_ids", "has_bidirectional_images": True, "seed": 5},
         audio_config=None,
         boi_token_id=START,
         eoi_token_id=END,
