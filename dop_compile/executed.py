@@ -67,8 +67,8 @@ class _Counter:
         self.universe = Universe(self.keep.groups)
         wanted: dict[str, int] = {}
         if 0 < prompt.rows < prompt.total:
-            ranked = policy.salient_fraction is not None or policy.ranking is not None
-            reordered = ranked or present.get("visual", 0) != prompt.visual
+            split = policy.salient_fraction is not None or policy.ranking is not None
+            reordered = split or present.get("visual", 0) != prompt.visual
             if prompt.visual and prompt.rows > prompt.text and reordered:
                 raise ValueError(
                     f"rows: the last {prompt.rows} rows reach into the visual tokens, of which the reducer decides "
