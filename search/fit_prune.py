@@ -40,8 +40,8 @@ class AttentionShares:
 
     Args:
         own, cross: (layers - 1, grid) share of the attention from visual and from text tokens that the lowest ranked
-            tokens hold together; the grid is the fraction of visual tokens that they are, 0 to 1. Nothing comes after the last
-            layer, and it is not measured.
+            tokens hold together; the grid is the fraction of visual tokens that they are, 0 to 1. Nothing comes after
+            the last layer, and it is not measured.
         samples: how many were measured.
     """
 
