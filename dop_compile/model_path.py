@@ -118,10 +118,6 @@ class OriginalFollower:
             UnsupportedUsageError: the decoder or a module around it was replaced, or got another forward; the weights
                 were moved to the meta device.
         """
-        if next(self._pairs[0][0].parameters()).device.type == "meta":
-            raise UnsupportedUsageError(
-                "the model's weights are on the meta device and hold no values; load them first"
-            )
         for number, (module, copy) in enumerate(self._pairs):
             if "forward" in vars(module):
                 raise UnsupportedUsageError(
@@ -129,6 +125,10 @@ class OriginalFollower:
                     "compiled model cannot follow that: put it back, or use a forward hook"
                 )
             copy.training = module.training
+        if next(self._pairs[0][0].parameters()).device.type == "meta":
+            raise UnsupportedUsageError(
+                "the model's weights are on the meta device and hold no values; load them first"
+            )
         if all(known == module._modules for known, (module, _) in zip(self._known, self._pairs, strict=True)):
             return
         with self._lock:
