@@ -63,11 +63,11 @@ class Prefill(nn.Module):
         self.model = model
         self.sections = tuple(sections)
         decoder = model.get_submodule(decoder_path(model))
-        self.graph = build_graph(
-            decoder, keep_table(policy, sections), universe(sections), DecoderInputs(position_rows=position_rows)
-        )
+        table = keep_table(policy, sections)
+        self.graph = build_graph(decoder, table, universe(sections), DecoderInputs(position_rows=position_rows))
         self.root = self.graph.traced.root
-        self.layers = sorted(block.layer for block in self.graph.blocks if block.update is not None)
+        updated = (block.layer for block in self.graph.blocks if block.update is not None)
+        self.layers = sorted(layer for layer in updated if table.layers[layer].key_value)
         self._head = _Head(model)
 
     @property

@@ -59,6 +59,7 @@ class DecoderCall:
             entries_key = (keys, id(past))
             if entries_key not in self._entries:
                 new = self.layout.take(self.slots, keys, everything)
+                new = new if keys.atoms else torch.full_like(new, -1)
                 self._entries[entries_key] = new if past is None else torch.cat([past, new], dim=1)
             rows = self.layout.take(self.slots, queries, everything)
             self._masks[key] = visible(mask, rows, self._entries[entries_key])

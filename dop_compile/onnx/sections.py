@@ -122,6 +122,8 @@ class SectionLayout:
         """The tokens of a set out of a tensor that is laid out as `source` along `dim`."""
         if tokens == source:
             return x
+        if not tokens.atoms:  # keys of a layer that has none: kernels want one, and `DecoderCall.mask` hides it
+            return x.narrow(dim, 0, 1)
         pieces = self._pieces(source, lambda atom: atom in tokens.atoms)
         return _join([x.narrow(dim, start, size) for wanted, start, size in pieces if wanted], dim)
 
