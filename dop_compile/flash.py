@@ -42,7 +42,7 @@ def is_flash(implementation: str) -> bool:
     """
     if ALL_ATTENTION_FUNCTIONS.get(implementation) is not flash_attention_forward:
         return False
-    if flash_attn_supports_top_left_mask():
+    if flash_attn_supports_top_left_mask():  # type: ignore[no-untyped-call]
         raise UnsupportedModelError(
             f"attention implementation {implementation!r} aligns causality at the top left here, which pruned queries "
             "cannot be given to; load the model with attn_implementation='sdpa'"
@@ -126,7 +126,7 @@ class FlashTokens:
                 max_length_k=runs.longest[1],
             )[0]
             out = out.index_copy(0, runs.queries, result[0].to(out.dtype))
-        return out.unflatten(0, (batch, queries)), None
+        return out.view(batch, queries, *out.shape[1:]), None
 
     def _check(self, causal: bool, positions: Tensor | None) -> None:
         if not causal:

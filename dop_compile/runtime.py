@@ -197,11 +197,12 @@ def run_decoder(compiled: Any, decoder: nn.Module, call: Call, **kwargs: Any) ->
     program: Program = compiled.program(slots.keep, layout.universe, inputs)
     if mask is None and (program.needs_mask or (cache is None and slots.columns is not None)):
         mask = torch.ones(slots.batch, past + slots.count, dtype=torch.long, device=slots.device)
+    config: Any = decoder.config
     selector = MaskSelector(
         layout,
         cache.entries if cache is not None else {},
         past,
-        flash=is_flash(decoder.config._attn_implementation),
+        flash=is_flash(config._attn_implementation),
         has_gaps=slots.columns is not None or (cache is not None and cache.columns is not None),
     )
     values: dict[str, Any] = {
