@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from dop_compile import Policy, commands
+from dop_compile import Policy, cli_inputs, commands
 from dop_compile.cli import main
 from tests.command_line import refused, run
 from tests.families import FAMILIES
@@ -201,7 +201,7 @@ def test_run_makes_pictures_smaller_for_a_resize_policy(
         def __call__(self, images: Any, text: str, **settings: Any) -> Any:
             return self.processor(images=None, text=text.replace("<image>", ""), **settings)
 
-    monkeypatch.setattr(commands, "resize_processor", Smaller)
+    monkeypatch.setattr(cli_inputs, "resize_processor", Smaller)
     code, out, _ = run(capsys, *argv)
     assert code == 0
     assert asked == [4], "of each of two pictures"
