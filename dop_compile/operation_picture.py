@@ -5,8 +5,8 @@
     ## #### ##     ## #### ##       ## #### ##     ==========|   layer 0
     ##      ##     ## #### ##       ##      ##     =====     |   layer 1, visual frozen
 
-Every cell is filled by the share of the group's tokens that it processes. Of equal neighbouring layers the first has the
-numbers.
+Every cell is filled by the share of the group's tokens that it processes. Of equal neighbouring layers the first has
+the numbers.
 Drawn on matplotlib's Agg canvas: no display is needed, and no global state of matplotlib is changed.
 """
 
