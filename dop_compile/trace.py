@@ -106,9 +106,9 @@ def _check_openable(path: str, module: nn.Module) -> None:
     foreign = [hook for hook in hooks if not getattr(hook, "__module__", "").endswith("output_capturing")]
     if foreign or "forward" in vars(module):
         raise UnsupportedModelError(
-            f"{path or 'the decoder'} ({type(module).__name__}) has a forward or backward hook or a replaced forward; "
-            "dop_compile opens this module and would bypass it. Remove the hook, or put it on the norm, projection "
-            "or MLP inside, where hooks are honoured"
+            f"{path or 'the decoder'} ({type(module).__name__}) has a forward hook, a backward hook or a "
+            "replaced forward; dop_compile opens this module and would bypass it. Remove the hook, or put it on the "
+            "norm, projection or MLP inside, where hooks are honoured"
         )
     if is_parametrized(module):
         raise UnsupportedModelError(
