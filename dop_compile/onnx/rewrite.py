@@ -119,7 +119,7 @@ def _use_gemm(graph: ir.Graph, matmul: ir.Node, weight: ir.Value) -> None:
     x = matmul.inputs[0]
     assert x is not None
     assert weight.shape is not None
-    columns, depth = map(int, weight.shape)
+    columns, depth = weight.shape.numpy()
     builder = ir.tape.Tape()
     rows = builder.op("Reshape", [x, _constant(builder, [-1, depth])])
     product = builder.op("Gemm", [rows, weight], {"transB": 1})

@@ -88,13 +88,14 @@ def _link(source: Path, target: Path) -> None:
 
 def _config(name: str, graph: Graph) -> str:
     """The text of config.pbtxt."""
-    other = next((spec.name for spec in (*graph.inputs, *graph.outputs) if spec.shape[0] != "batch"), None)
+    tensors: list[InputSpec | OutputSpec] = [*graph.inputs, *graph.outputs]
+    other = next((spec.name for spec in tensors if spec.shape[0] != "batch"), None)
     lines = [f'name: "{name}"', 'backend: "onnxruntime"']
     if other is None:
         lines += [f"max_batch_size: {graph.inputs[0].max[0]}", "dynamic_batching { }"]
     else:
         lines += [f"# No batching: the first dimension of {other} is not a dynamic batch.", "max_batch_size: 0"]
-    for kind, specs in (("input", graph.inputs), ("output", graph.outputs)):
+    for kind, specs in (("input", tensors[: len(graph.inputs)]), ("output", tensors[len(graph.inputs) :])):
         lines += [f"{kind} [", ",\n".join(_tensor(spec, other is None) for spec in specs), "]"]
     lines += [
         "# Instances of this model share one session, and with it one copy of its weights.",
