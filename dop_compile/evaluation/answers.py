@@ -33,6 +33,7 @@ class Answer:
         vision_ms, selection_ms, prefill_ms: see `dop_compile.evaluation.clock`.
         decode_ms: per token after the first; None where there is only one.
         memory_bytes: the peak, see `dop_compile.evaluation.memory`; None where it is not known.
+        dropped: visual tokens that did not enter the decoder.
     """
 
     ids: Tensor
@@ -41,6 +42,7 @@ class Answer:
     prefill_ms: float
     decode_ms: float | None
     memory_bytes: int | None
+    dropped: int = 0
 
 
 class Asker:
@@ -62,28 +64,27 @@ class Asker:
         """The answer under a policy; of the untouched model if None. `inputs` are of one row."""
         clock = Clock(self._model.device)
         groups, own = inputs.get(GROUPS), {name: value for name, value in inputs.items() if name != GROUPS}
-        generate = self._original(clock) if policy is None else self._pruned(clock, policy, groups)
+        frame = None if policy is None else self._frame(clock, policy, groups)
+        generate = self._original(clock) if frame is None else frame.generate
         self.memory.start()
         with clock.running():
-            output = generate({**own, **self._settings})
+            output = generate(**own, **self._settings)
         ids = output[0, inputs["input_ids"].shape[1] :].cpu()
         spent = dict(clock.milliseconds)
         decode = spent.pop("decode") / (len(ids) - 1) if len(ids) > 1 else None
-        return Answer(
-            ids, spent["vision"], spent["selection"], spent["prefill"], decode, memory_bytes=self.memory.peak()
-        )
+        dropped = 0 if frame is None else frame.dropped
+        return Answer(ids, spent["vision"], spent["selection"], spent["prefill"], decode, self.memory.peak(), dropped)
 
-    def _original(self, clock: Clock) -> Callable[[dict[str, Any]], Tensor]:
-        def generate(arguments: dict[str, Any]) -> Tensor:
+    def _original(self, clock: Clock) -> Callable[..., Tensor]:
+        def generate(**arguments: Any) -> Tensor:
             with _noting(self._model, self._decoder, clock):
                 output: Tensor = self._model.generate(**arguments)
             return output
 
         return generate
 
-    def _pruned(self, clock: Clock, policy: Policy, groups: Any) -> Callable[[dict[str, Any]], Tensor]:
-        frame = _TimedFrame(self._compiled, Session(self._compiled.dop_tier, None, groups, policy=policy), clock)
-        return lambda arguments: frame.generate(**arguments)
+    def _frame(self, clock: Clock, policy: Policy, groups: Any) -> _TimedFrame:
+        return _TimedFrame(self._compiled, Session(self._compiled.dop_tier, None, groups, policy=policy), clock)
 
 
 @contextmanager
@@ -101,15 +102,18 @@ def _noting(model: Any, decoder: Any, clock: Clock) -> Iterator[None]:
 
 
 class _TimedFrame(Frame):
-    """A `generate` that tells the clock."""
+    """A `generate` that tells the clock, and how many of the prompt's tokens the reducer dropped."""
 
     def __init__(self, compiled: Any, session: Session, clock: Clock):
         super().__init__(compiled.dop, compiled, session)
         self._clock = clock
+        self.dropped = 0
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         output = super().forward(*args, **kwargs)
         self._clock.leave_model()
+        if (cache := output.past_key_values) is not None:
+            self.dropped = cache.columns_seen - cache.slots_seen  # generated tokens are one slot each
         return output
 
     def run_decoder(self, call: Call, kwargs: dict[str, Any]) -> Any:

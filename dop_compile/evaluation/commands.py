@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import tempfile
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -12,12 +13,13 @@ from typing import Any, TypeVar
 from dop_compile.cli_inputs import UsageError, check_backend, one_line, write_file
 from dop_compile.evaluation.in_decoder import FITPRUNE
 from dop_compile.evaluation.measuring import check_tasks, count_tokens, evaluate
-from dop_compile.evaluation.methods import FULL, ORIGINAL, Method, Planner
+from dop_compile.evaluation.methods import FULL, ORIGINAL, Method, Planner, check_name
 from dop_compile.evaluation.report import markdown, tradeoff_figure
 from dop_compile.policy import Policy
 from dop_compile.search.commands import decoder_of, model_and_samples, processes, usage_errors
 from dop_compile.search.divergences import Divergences
 from dop_compile.search.fit_prune import measure_attention
+from dop_compile.search.optimize import SPACES
 from dop_compile.search.order import OperationOrder
 
 __all__ = ["eval_command"]
@@ -37,7 +39,8 @@ def eval_command(arguments: Namespace) -> None:
     divergences = None
     if arguments.divergences is not None:
         divergences = _read("--divergences", arguments.divergences, Divergences.load)
-    _check_budgets(arguments, bool(orders))
+    _check_methods(arguments, bool(orders))
+    _check_writable(out)
     with processes(arguments) as rank:
         model, samples, processor = model_and_samples(arguments)
         with usage_errors():
@@ -71,7 +74,20 @@ def eval_command(arguments: Namespace) -> None:
             print(f"\nsaved {RESULT}, evaluation.md and evaluation.png in {out}")
 
 
-def _check_budgets(arguments: Namespace, has_orders: bool) -> None:
+def _check_methods(arguments: Namespace, has_orders: bool) -> None:
+    """What can be told before a model is loaded."""
+    with usage_errors():
+        for name in arguments.method:
+            check_name(name)
+        for budget in arguments.budget:
+            if not 0 < budget <= 1:
+                raise UsageError(f"--budget {budget:g}: expected a fraction of FLOPs kept, 0 < budget <= 1")
+    found = [name for name in arguments.method if name.partition("+")[0] in SPACES]
+    if found and arguments.divergences is None:
+        raise UsageError(
+            f"--method {found[0]}: it is found in measured divergences; give --divergences FILE, which `dop-compile "
+            "profile` writes"
+        )
     made = [name for name in arguments.method if name not in (ORIGINAL, FULL)]
     needing = [*(f"--method {name}" for name in made), *(["--order"] if has_orders else [])]
     if needing and not arguments.budget:
@@ -80,6 +96,15 @@ def _check_budgets(arguments: Namespace, has_orders: bool) -> None:
         raise UsageError("--budget: no method takes one; name methods by --method or --order")
     if not needing and not arguments.policy and not arguments.method:
         raise UsageError("nothing to compare: give --method, --policy or --order")
+
+
+def _check_writable(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise UsageError(f"--out {str(out)!r}: cannot write there: {error.strerror or one_line(error)}") from error
 
 
 def _methods(

@@ -86,12 +86,14 @@ class Comparison:
             answer = self._asker.ask(own, method.policy)
             text = self._decode(answer.ids)
             changed = bool(found) and not is_right(text, [found[0].answer])
-            cost = self._cost(method.label, method.policy, counts if method.counts is None else method.counts[number])
+            system, visual, words = counts if method.counts is None else method.counts[number]
+            # What entered, not what the policy allows: some reducers keep fewer tokens than they may
+            cost = self._cost(method.label, method.policy, (system, visual - answer.dropped, words))
             found.append(_run(answer, text, is_right(text, right), changed, cost))
         return [dataclasses.asdict(run) for run in found]
 
     def _costs(self, label: str, policy: Policy | None, counts: tuple[int, int, int]) -> tuple[int, int, int]:
-        """Eq. 11 FLOPs, executed FLOPs and KV bytes of one prompt."""
+        """Eq. 11 FLOPs, executed FLOPs and KV bytes of one prompt, of which so many tokens enter."""
         flops = prefill_flops(self._dims, policy or self._full, *counts)
         if policy is None:
             return flops, flops, kv_cache_bytes(self._dims, policy_tokens(self._full, *counts), self._bytes)

@@ -28,7 +28,7 @@ from dop_compile.search.optimize import SPACES, InfeasibleBudgetError, optimize
 from dop_compile.search.order import OperationOrder
 from dop_compile.search.transfer import transfer
 
-__all__ = ["FULL", "ORIGINAL", "Method", "Planner", "method_names"]
+__all__ = ["FULL", "ORIGINAL", "Method", "Planner", "check_name", "method_names"]
 
 ORIGINAL, FULL = "original", "full"
 _STEPS = 1000
@@ -64,6 +64,15 @@ class Method:
 def method_names() -> tuple[str, ...]:
     """What `Planner.named` takes, but for `dop+REDUCER` and `split+REDUCER`."""
     return (ORIGINAL, FULL, *SPACES, *IN_DECODER, *(name for name in known() if name != "given"))
+
+
+def check_name(name: str) -> None:
+    """ValueError, with the nearest, for a name that `Planner.named` does not take."""
+    space, plus, reducer = name.partition("+")
+    if plus and space in SPACES:
+        choice("reducer of the method", reducer, [n for n in known() if n != "given"])
+    else:
+        choice("method", name, (*method_names(), *(f"{n}+REDUCER" for n in SPACES)))
 
 
 class Planner:
@@ -138,11 +147,8 @@ class Planner:
             return Method(ORIGINAL)
         if name == FULL:
             return Method(FULL, None, Policy.full(self.dims.num_layers))
-        space, plus, reducer = name.partition("+")
-        if plus and space in SPACES:
-            choice("reducer of the method", reducer, [n for n in known() if n != "given"])
-        else:
-            choice("method", name, (*method_names(), *(f"{n}+REDUCER" for n in SPACES)))
+        check_name(name)
+        space, _, reducer = name.partition("+")
         if budget is None:
             raise TypeError(f"method {name!r}: it is made for a budget, a fraction of FLOPs kept; give one")
         if space in SPACES:

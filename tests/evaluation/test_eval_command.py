@@ -95,10 +95,15 @@ def test_bad_input(capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: P
     Policy.full(LAYERS).save(tmp_path / "a.json")
     assert "given twice" in said(*twice)
     assert "not a backend" in said("--method", "full", "--backend", "best")
-    assert not out.exists()
     assert "did you mean 'random'?" in said("--method", "randon", "--budget", "0.5")
+    assert "did you mean 'random'?" in said("--method", "dop+randon", "--budget", "0.5")
+    assert "give --divergences FILE" in said("--method", "split", "--budget", "0.9")
+    assert "--budget 1.5: expected a fraction" in said("--method", "random", "--budget", "1.5")
+    assert not out.exists()  # all of this is said before a model is loaded
+    (tmp_path / "file").write_text("in the way")
+    nowhere = command(folder, tmp_path / "file" / "out", "--method", "full")
+    assert "cannot write there: Not a directory" in refused(capsys, *nowhere)
     assert "no number of visual tokens meets the budget" in said("--method", "uniform", "--budget", "0.01")
-    assert "found in measured divergences" in said("--method", "split", "--budget", "0.9")
     other = Divergences.load(folder / "d.json").to_json().replace('"model_fingerprint": "', '"model_fingerprint": "0')
     (tmp_path / "foreign.json").write_text(other)
     foreign = ["--method", "split", "--budget", "0.9", "--divergences", str(tmp_path / "foreign.json")]

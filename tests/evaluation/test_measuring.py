@@ -88,6 +88,37 @@ def test_costs_are_those_of_explain(found: Evaluation) -> None:
     assert found.row("original").flops == found.row("full").kv_bytes == 1
 
 
+def test_a_reducer_that_keeps_fewer_than_it_may_is_charged_for_what_it_keeps() -> None:
+    """Of each sample as many tokens enter as the reducer says, by a plain count."""
+    kept = []
+
+    class Fewer:
+        name, requires, at_most, whole_sample = "fewer-for-the-test", frozenset[str](), True, True
+
+        def __call__(self, context: VisualContext, count: int) -> Selection:
+            kept.append(min(count, 1 + len(context.text) % 3))
+            return Selection(torch.arange(kept[-1]))
+
+    register("fewer-for-the-test", Fewer)
+    try:
+        policy = Policy.depthwise(4, mlp_depth=2, visual_tokens=3, reducer="fewer-for-the-test")
+        model, samples = shared_model("llava"), worker.questions()
+        found = evaluate(model, samples, [Method("fewer", None, policy)], worker.decode, max_new_tokens=worker.TOKENS)
+    finally:
+        del reducers._factories["fewer-for-the-test"]
+    own = kept[1:]  # the first sample is asked twice: once to warm up
+    assert len(own) == len(samples)
+    assert len(set(own)) > 1
+    for count, run, (system, _, text) in zip(own, found.methods[1].runs, found.counts, strict=True):
+        plain = dop_compile(model, policy.replace(reducer="uniform", visual_tokens=count), backend="eager")
+        cost = explain(plain, system=system, visual=count + 2, text=text).summary
+        assert (run.flops, run.executed_flops, run.kv_bytes) == (
+            cost.eq11_flops,
+            cost.executed_flops,
+            cost.kv_bytes,
+        )
+
+
 def test_times_and_memory_are_there(found: Evaluation) -> None:
     for method in found.methods:
         for run in method.runs:

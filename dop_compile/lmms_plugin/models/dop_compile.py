@@ -96,7 +96,7 @@ class _Base(lmms):  # type: ignore[misc]
         local_rank = int(os.environ.get("LOCAL_RANK", self.accelerator.local_process_index))
         self._device = device_of(device, device_map, local_rank, self._world_size)
         pretrained = os.path.expanduser(pretrained)
-        hub = {} if revision is None else {"revision": str(revision)}
+        hub: dict[str, Any] = {} if revision is None else {"revision": str(revision)}
         config = AutoConfig.from_pretrained(pretrained, **hub)
         layers = config.get_text_config(decoder=True).num_hidden_layers
         self.policy = policy_of(pretrained, layers, policy)
