@@ -39,6 +39,8 @@ CONTROLS = ("uniform", "random")
 APART = ("original", "full", "dop", "split", "resize")
 """What needs more than a name and a budget."""
 ANSWER_TOKENS = 5
+LEARNT = {"qwen2_5_vl": ("read", "row")}
+"""It guesses the other kinds of question."""
 FIT_SAMPLES = 25
 """Training canvases that FitPrune is fitted to."""
 
@@ -119,6 +121,23 @@ def best(result: Evaluation, count: int) -> list[str]:
     return [name for _, name in reversed(ranked[-count:])]
 
 
+def summary(result: Evaluation, tasks: Sequence[str]) -> str:
+    """Rel. Avg. over tasks by method and budget (Markdown); "-" where no setting of a method meets the budget."""
+    rows = result.rows()
+    original = rows[0].accuracy
+    budgets = sorted({row.budget for row in rows if row.budget is not None}, reverse=True)
+    found = {
+        (row.name, row.budget): sum(row.accuracy[task] / original[task] for task in tasks) / len(tasks) for row in rows
+    }
+    lines = ["| method | " + " | ".join(f"{100 * budget:g} %" for budget in budgets) + " |"]
+    lines.append("| --- |" + " --- |" * len(budgets))
+    for name in dict.fromkeys(name for name, budget in found if budget is not None):
+        shares = [found.get((name, budget)) for budget in budgets]
+        cells = ["-" if share is None else f"{100 * share:.1f} %" for share in shares]
+        lines.append(f"| `{name}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 @contextmanager
 def processes() -> Iterator[bool]:
     """The process group of `torchrun`, if it started this process; yields whether this is the first process."""
@@ -154,6 +173,7 @@ def main() -> None:
         if first:
             text = markdown(result)
             (out / "table.md").write_text(text + "\n")
+            (out / "summary.md").write_text(summary(result, LEARNT.get(options.model, data.KINDS)) + "\n")
             tradeoff_figure(result).savefig(out / "tradeoff.png", dpi=120)
             print(text)
 
