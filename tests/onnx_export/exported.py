@@ -59,14 +59,33 @@ def exported(name: str, opset: int = 23, dtype: torch.dtype = torch.float32) -> 
     )
 
 
+STATIC_TIERS = {"full": Policy.full(1)} | {
+    str(n): Policy.depthwise(1, mlp_depth=n % 2, visual_tokens=3 + n) for n in range(3)
+}
+
+
+@functools.cache
+def static_model() -> Any:
+    """LLaVA of one layer, whose weights are most of what its export takes."""
+    family = small_family("llava", 1)
+    config = family.config()
+    config.text_config.intermediate_size = 8192
+    config.text_config.vocab_size = 8192
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = family.model_class._from_config(config).eval()
+    model.generation_config.eos_token_id = None
+    return model
+
+
 @functools.cache
 def static_export() -> Path:
-    """LLaVA of one layer for prompts of 12 text tokens with one image, and 4 tokens after the first."""
+    """`static_model` for prompts of 12 text tokens with one image, and 4 tokens after the first."""
     shapes = Shapes(batch=(1, 1, 1), text=(2, 12, 12), new_tokens=4, static=True)
-    example = small_family("llava", 1).make_inputs(small_model("llava", 1), [[("text", 3), ("image",), ("text", 3)]])
+    example = small_family("llava", 1).make_inputs(static_model(), [[("text", 3), ("image",), ("text", 3)]])
     return once(
         "static",
-        lambda folder: export_onnx(small_model("llava", 1), Policy.full(1), folder, examples=[example], shapes=shapes),
+        lambda folder: export_onnx(static_model(), STATIC_TIERS, folder, examples=[example], shapes=shapes),
     )
 
 

@@ -147,7 +147,9 @@ def test_another_file_system(repository: Path, tmp_path: Path, monkeypatch: pyte
         raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
 
     monkeypatch.setattr(os, "link", link)
-    with pytest.raises(OSError, match=r"no hard link to .* can be made .*; the repository has to be on its file system"):
+    with pytest.raises(
+        OSError, match=r"no hard link to .* can be made .*; the repository has to be on its file system"
+    ):
         triton_repository(repository.parent, tmp_path / "elsewhere")
     assert not (tmp_path / "elsewhere").exists()
 

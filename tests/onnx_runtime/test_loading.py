@@ -14,8 +14,8 @@ from dop_compile.onnx import providers
 from dop_compile.onnx.manifest import MANIFEST, WEIGHTS
 from dop_compile.onnx.runtime import OnnxPipeline
 from dop_compile.onnx.sessions import UnrunnableError
-from tests.onnx_export.exported import exported, static_export
-from tests.onnx_export.harness import small_family, small_model
+from tests.onnx_export.exported import exported, static_export, static_model
+from tests.onnx_export.harness import small_family
 from tests.onnx_runtime.served import batch, picture, pipeline, served
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
@@ -155,7 +155,7 @@ def test_a_file_as_image(tmp_path: Path) -> None:
 
 def test_static_export() -> None:
     """Its sizes are kept to, or named."""
-    model, family = small_model("llava", 1), small_family("llava", 1)
+    model, family = static_model(), small_family("llava", 1)
     example = family.make_inputs(model, [[("text", 3), ("image",), ("text", 3)]])
     found = load(static_export(), measure=True)
     with torch.no_grad():
