@@ -24,9 +24,9 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, DynamicCache, LlamaC
 
 from dop_compile import Policy, dop_compile, explain, prefill_flops
 from dop_compile.benchmark.rounds import ratio
-from dop_compile.prompt import Prompt, make_reducer, reduce_prompt
-from dop_compile.runtime import run_decoder
-from dop_compile.slots import Call
+from dop_compile.runtime.decoder import run_decoder
+from dop_compile.runtime.prompt import Prompt, make_reducer, reduce_prompt
+from dop_compile.runtime.slots import Call
 
 
 @dataclasses.dataclass(frozen=True)

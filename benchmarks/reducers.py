@@ -28,7 +28,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from dop_compile import dop_compile
 from dop_compile.reducers import VisualContext, create, known, select_batch
-from dop_compile.vision_rows import attention_rows
+from dop_compile.vision.rows import attention_rows
 
 SERVED = {"small": "28%", "llava-1.5-7b": "28%", "llava-next-7b": "14%"}
 TILE, VISION_HIDDEN = 576, 1024

@@ -11,10 +11,10 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from dop_compile.cli_bench import add_bench_command
-from dop_compile.cli_eval import add_eval_command
-from dop_compile.cli_onnx import add_onnx_commands
-from dop_compile.cli_search import add_search_commands, count, positive
+from dop_compile.commands.bench_options import add_bench_command
+from dop_compile.commands.eval_options import add_eval_command
+from dop_compile.commands.onnx_options import add_onnx_commands
+from dop_compile.commands.search_options import add_search_commands, count, positive
 
 __all__ = ["main"]
 
@@ -160,8 +160,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Imported late: --help and typing errors are answered at once
     from transformers.utils import logging
 
-    from dop_compile import commands
     from dop_compile.benchmark import commands as benchmark
+    from dop_compile.commands import run as commands
     from dop_compile.evaluation import commands as evaluation
     from dop_compile.onnx import commands as onnx
     from dop_compile.search import commands as search

@@ -14,13 +14,8 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dop_compile.dropin import drop_in
-from dop_compile.errors import PassError, UnsupportedModelError, UnsupportedUsageError
-from dop_compile.fingerprint import model_fingerprint
-from dop_compile.flash import is_flash
-from dop_compile.keep import KeepTable
-from dop_compile.local_sizes import localise_sizes
-from dop_compile.model_path import (
+from dop_compile.drop_in.model import drop_in
+from dop_compile.drop_in.model_path import (
     OriginalFollower,
     block_path,
     copy_path,
@@ -29,16 +24,21 @@ from dop_compile.model_path import (
     placeholder_ids,
     unblocked,
 )
+from dop_compile.errors import PassError, UnsupportedModelError, UnsupportedUsageError
+from dop_compile.fingerprint import model_fingerprint
+from dop_compile.keep import KeepTable
 from dop_compile.passes import PIPELINE, DecoderGraph, check_graph, run_passes
 from dop_compile.passes.annotate import ANNOTATE
 from dop_compile.passes.cleanup import eliminate_dead_nodes
-from dop_compile.pieces import PieceLibrary
 from dop_compile.policy import Policy
-from dop_compile.program import Program
 from dop_compile.reducers import create
-from dop_compile.side_inputs import default_inputs
+from dop_compile.runtime.flash import is_flash
+from dop_compile.runtime.pieces import PieceLibrary
+from dop_compile.runtime.program import Program
 from dop_compile.tokens import Universe
-from dop_compile.trace import DecoderInputs, trace_decoder
+from dop_compile.tracing.local_sizes import localise_sizes
+from dop_compile.tracing.side_inputs import default_inputs
+from dop_compile.tracing.trace import DecoderInputs, trace_decoder
 
 __all__ = ["CompiledState", "build_graph", "dop_compile"]
 

@@ -88,6 +88,6 @@ def ranked_index(layout: Any, kind: str, tokens: Any, others: Any) -> Tensor:
 
 
 def select_attention_mask(mask: Any, masks: Any, layer: int, queries: Any, keys: Any) -> tuple[Any, Any]:
-    """The rows and columns of the model's own mask that a layer needs; see `dop_compile.masks`."""
+    """The rows and columns of the model's own mask that a layer needs; see `dop_compile.runtime.masks`."""
     result: tuple[Any, Any] = masks.select(mask, layer, queries, keys)
     return result

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from dop_compile.proxies import BATCH, PACKED, TOKENS
 from dop_compile.tokens import TokenSet
+from dop_compile.tracing.proxies import BATCH, PACKED, TOKENS
 
 __all__ = ["diff_dumps", "dump"]
 

@@ -20,9 +20,9 @@ from dop_compile import ops
 from dop_compile.errors import PassError
 from dop_compile.keep import KeepTable
 from dop_compile.passes.stages import Stages
-from dop_compile.proxies import BATCH, TOKENS
 from dop_compile.tokens import TokenSet, Universe
-from dop_compile.trace import TracedDecoder
+from dop_compile.tracing.proxies import BATCH, TOKENS
+from dop_compile.tracing.trace import TracedDecoder
 
 if TYPE_CHECKING:
     from dop_compile.passes.infra import PassReport

@@ -21,11 +21,11 @@ from typing import Any
 from torch import fx, nn
 
 from dop_compile import ops
-from dop_compile.module_tracer import ModuleTracer
 from dop_compile.passes.cleanup import eliminate_dead_nodes, eliminate_duplicates
 from dop_compile.passes.graph import DecoderGraph
 from dop_compile.passes.infra import Pass, PassReport
 from dop_compile.tokens import TokenSet
+from dop_compile.tracing.module_tracer import ModuleTracer
 
 __all__ = ["SHARE_FROZEN"]
 

@@ -28,7 +28,7 @@ from dop_compile.passes.infra import Pass, PassReport
 from dop_compile.passes.remove_dead import find_live
 from dop_compile.passes.stream_check import check_stream
 from dop_compile.tokens import TokenSet
-from dop_compile.trace import MASK_BUILDERS
+from dop_compile.tracing.trace import MASK_BUILDERS
 
 __all__ = ["VERIFY", "check_graph"]
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dop_compile.cli_inputs import UsageError, load_processor, load_vision_model, one_line, write_file
+from dop_compile.commands.inputs import UsageError, load_processor, load_vision_model, one_line, write_file
 from dop_compile.policy import Policy
 from dop_compile.search import report
 from dop_compile.search.divergences import Divergences

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dop_compile.compiler import dop_compile
-from dop_compile.dropin import generate_under
+from dop_compile.drop_in.model import generate_under
 from dop_compile.fingerprint import model_fingerprint
 from dop_compile.policy import Policy
 from dop_compile.policy_json import choice

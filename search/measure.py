@@ -3,7 +3,7 @@
     divergences = measure_divergences(model, samples, resume="divergences.json")
 
 Per sample the vision tower and the original decoder run once; every depth point goes on from the residual stream that
-the original had there, and computes only what reaches the compared logits (`dop_compile.replay`).
+the original had there, and computes only what reaches the compared logits (`dop_compile.drop_in.replay`).
 
 Under `torchrun` every process takes its share of the samples and returns the same result; processes that share a tensor
 parallel model measure every sample together.

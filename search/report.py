@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from dop_compile.costs import kv_cache_bytes, policy_tokens, prefill_flops
-from dop_compile.explain_table import columns, show_bytes, show_percent
-from dop_compile.operation_map import OperationMap
-from dop_compile.operation_picture import TierPicture, new_figure, tiers_figure
 from dop_compile.policy import Policy
+from dop_compile.reports.operation_map import OperationMap
+from dop_compile.reports.operation_picture import TierPicture, new_figure, tiers_figure
+from dop_compile.reports.table import columns, show_bytes, show_percent
 from dop_compile.search.axes import VISUAL_TOKENS
 from dop_compile.search.divergences import Divergences
 

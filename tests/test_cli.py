@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from dop_compile import Policy, cli_inputs, commands
+from dop_compile import Policy, cli_inputs
 from dop_compile.cli import main
+from dop_compile.commands import run as commands
 from tests.command_line import refused, run
 from tests.families import FAMILIES
 from tests.local_llava import local_llava, local_processor, picture
@@ -309,7 +310,7 @@ def test_other_failures_are_code_1_and_debug_shows_them(
     def broken(_: object) -> None:
         raise RuntimeError("two\nlines")
 
-    monkeypatch.setattr("dop_compile.commands.explain_command", broken)
+    monkeypatch.setattr("dop_compile.commands.run.explain_command", broken)
     assert run(capsys, "explain", "x") == (1, "", "dop-compile explain: RuntimeError: two lines\n")
     with pytest.raises(RuntimeError, match="two"):
         main(["explain", "x", "--debug"])

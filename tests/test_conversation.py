@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from dop_compile import Policy
-from dop_compile.cache import PrunedCache
 from dop_compile.errors import UnsupportedUsageError
+from dop_compile.runtime.cache import PrunedCache
 from tests.families import FAMILIES, FIRST_ORDINARY_ID
 from tests.reference import reference_generate
 from tests.support import Batch, Rows, assert_close, compile_eagerly, extended, make_batch, operations, reference

@@ -12,7 +12,7 @@ from PIL import Image
 
 from dop_compile.benchmark.measuring import bench
 from dop_compile.benchmark.report import markdown
-from dop_compile.cli_inputs import (
+from dop_compile.commands.inputs import (
     UsageError,
     check_backend,
     load_processor,
@@ -24,7 +24,7 @@ from dop_compile.cli_inputs import (
     resized_processor,
     write_file,
 )
-from dop_compile.processing import prompt_inputs
+from dop_compile.commands.processing import prompt_inputs
 
 __all__ = ["bench_command"]
 

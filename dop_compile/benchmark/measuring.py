@@ -19,10 +19,10 @@ from dop_compile.benchmark.rounds import interleave
 from dop_compile.compiler import dop_compile
 from dop_compile.evaluation.answers import GROUPS, Asker, prompt_counts
 from dop_compile.evaluation.environment import environment
-from dop_compile.explain import TierCost, explain
 from dop_compile.fingerprint import model_fingerprint
 from dop_compile.policy import Policy
 from dop_compile.policy_json import integer
+from dop_compile.reports.explain import TierCost, explain
 
 __all__ = ["bench", "repeated"]
 

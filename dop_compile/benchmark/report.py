@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dop_compile.benchmark.result import AGAIN, ORIGINAL, Benchmark, Contender, Setting
-from dop_compile.explain_table import show_bytes, show_percent
+from dop_compile.reports.table import show_bytes, show_percent
 
 __all__ = ["markdown"]
 

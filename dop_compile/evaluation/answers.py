@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dop_compile.drop_in.frame import Frame, Session
+from dop_compile.drop_in.model_path import decoder_path
 from dop_compile.evaluation.clock import Clock
 from dop_compile.evaluation.memory import PeakMemory
-from dop_compile.frame import Frame, Session
-from dop_compile.model_path import decoder_path
 from dop_compile.policy import Policy
-from dop_compile.slots import Call, token_counts
+from dop_compile.runtime.slots import Call, token_counts
 
 __all__ = ["Answer", "Asker", "prompt_counts"]
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dop_compile.cli_inputs import UsageError, check_backend, one_line, write_file
+from dop_compile.commands.inputs import UsageError, check_backend, one_line, write_file
 from dop_compile.evaluation.in_decoder import FITPRUNE
 from dop_compile.evaluation.measuring import check_tasks, count_tokens, evaluate
 from dop_compile.evaluation.methods import FULL, ORIGINAL, Method, Planner, check_name

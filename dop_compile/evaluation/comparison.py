@@ -15,8 +15,8 @@ from dop_compile.costs import DecoderDims, kv_cache_bytes, policy_tokens, prefil
 from dop_compile.evaluation.answers import Answer, Asker
 from dop_compile.evaluation.methods import Method
 from dop_compile.evaluation.result import Run
-from dop_compile.executed import Prompt, layer_costs
 from dop_compile.policy import Policy
+from dop_compile.reports.executed import Prompt, layer_costs
 from dop_compile.search.meter import ANSWERS, model_inputs, sample_digest
 from dop_compile.search.metrics import is_right
 

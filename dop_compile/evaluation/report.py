@@ -7,8 +7,8 @@ from typing import Any
 
 from dop_compile.evaluation.methods import ORIGINAL
 from dop_compile.evaluation.result import Evaluation, Row
-from dop_compile.explain_table import show_bytes, show_flops, show_percent
-from dop_compile.operation_picture import new_figure
+from dop_compile.reports.operation_picture import new_figure
+from dop_compile.reports.table import show_bytes, show_flops, show_percent
 
 __all__ = ["markdown", "tradeoff_figure"]
 

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dop_compile.drop_in.model_path import copy_path, decoder_path, placeholder_ids
 from dop_compile.errors import UnsupportedModelError
-from dop_compile.model_path import copy_path, decoder_path, placeholder_ids
-from dop_compile.outer_masks import builds_masks
+from dop_compile.runtime.outer_masks import builds_masks
 
 __all__ = ["MODALITIES", "Capture", "VisionCall", "capture_prompt", "features_of"]
 

@@ -1,4 +1,4 @@
-"""What ``dop-compile export``, ``verify`` and ``trtexec`` do; `dop_compile.cli_onnx` has their options."""
+"""What ``dop-compile export``, ``verify`` and ``trtexec`` do; `dop_compile.commands.onnx_options` has their options."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 
 from PIL import Image
 
-from dop_compile.cli_inputs import UsageError, load_processor, load_vision_model, one_line, read_policies
+from dop_compile.commands.inputs import UsageError, load_processor, load_vision_model, one_line, read_policies
+from dop_compile.commands.processing import prompt_inputs
 from dop_compile.onnx import require_packages
 from dop_compile.policy import Policy
-from dop_compile.processing import prompt_inputs
 
 __all__ = ["NOT_RUNNABLE", "export_command", "trtexec_command", "verify_command"]
 

@@ -9,15 +9,15 @@ from typing import Any
 
 from torch import Tensor
 
+from dop_compile.drop_in.model_path import decoder_path
 from dop_compile.errors import UnsupportedModelError
 from dop_compile.fingerprint import model_fingerprint
-from dop_compile.model_path import decoder_path
 from dop_compile.onnx.capture import Capture, VisionCall
 from dop_compile.onnx.manifest import MANIFEST
 from dop_compile.onnx.parts import DataFile, ModelInfo, ReducerInfo, VisionGraph, file_sha256
 from dop_compile.policy import Policy
 from dop_compile.reducers import create, needs
-from dop_compile.trace import trace_decoder
+from dop_compile.tracing.trace import trace_decoder
 
 __all__ = [
     "cache_sizes",

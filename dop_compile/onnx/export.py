@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dop_compile.commands.processing import prompt_inputs
 from dop_compile.compiler import dop_compile
 from dop_compile.onnx.capture import capture_prompt
 from dop_compile.onnx.check import OPSETS
@@ -24,7 +25,6 @@ from dop_compile.onnx.shapes import Shapes
 from dop_compile.onnx.triton import TRITON, check_layout, write_repository
 from dop_compile.onnx.workspace import new_directory
 from dop_compile.policy import Policy
-from dop_compile.processing import prompt_inputs
 
 __all__ = ["export_onnx"]
 

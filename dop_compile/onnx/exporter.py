@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dop_compile.errors import UnsupportedModelError
-from dop_compile.explain import explain
 from dop_compile.onnx.capture import Capture, modality_id
 from dop_compile.onnx.convert import Range, Signature, write_graph
 from dop_compile.onnx.describe import (
@@ -35,6 +34,7 @@ from dop_compile.onnx.sections import past_classes, tier_sections
 from dop_compile.onnx.shapes import Shapes, decode_signature, past_ranges, prefill_signature, section_lengths
 from dop_compile.onnx.weights import WeightStore
 from dop_compile.policy import Policy
+from dop_compile.reports.explain import explain
 
 __all__ = ["Exporter"]
 

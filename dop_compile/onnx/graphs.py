@@ -15,16 +15,16 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dop_compile.compiler import build_graph
+from dop_compile.drop_in.model_path import copy_path, decoder_path
 from dop_compile.errors import UnsupportedModelError
 from dop_compile.keep import KeepTable
-from dop_compile.model_path import copy_path, decoder_path
 from dop_compile.onnx.capture import MODALITIES, VisionCall, features_of
 from dop_compile.onnx.lowering import DecoderCall, run_graph
 from dop_compile.onnx.sections import Section, SectionLayout, keep_table, universe
 from dop_compile.policy import Policy
 from dop_compile.reducers import VisualContext, create
 from dop_compile.tokens import Universe
-from dop_compile.trace import DecoderInputs
+from dop_compile.tracing.trace import DecoderInputs
 
 __all__ = ["Decode", "Embed", "Prefill", "Reduce", "Vision", "flat"]
 

@@ -20,7 +20,7 @@ from dop_compile.onnx.sections import SectionLayout
 from dop_compile.onnx.slot_masks import build_mask, visible
 from dop_compile.passes.graph import DecoderGraph
 from dop_compile.tokens import TokenSet
-from dop_compile.trace import CACHE_INPUT, MASK_BUILDERS
+from dop_compile.tracing.trace import CACHE_INPUT, MASK_BUILDERS
 
 __all__ = ["DecoderCall", "run_graph"]
 

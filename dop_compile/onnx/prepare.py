@@ -1,7 +1,7 @@
 """From a processor's output to a prefill graph's inputs: positions, groups, reduction, sections.
 
 Used by `verify` and by runtimes. Everything is on the CPU; grouping and reduction are the compiler's own
-(`dop_compile.prompt`), so that they agree with the PyTorch model by construction.
+(`dop_compile.runtime.prompt`), so that they agree with the PyTorch model by construction.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dop_compile.layout import NO_TOKEN
 from dop_compile.onnx.manifest import Manifest
 from dop_compile.onnx.parts import SectionInfo
 from dop_compile.policy import Policy
-from dop_compile.prompt import Prompt, Reduction, call_groups, make_reducer, reduce_prompt
+from dop_compile.runtime.layout import NO_TOKEN
+from dop_compile.runtime.prompt import Prompt, Reduction, call_groups, make_reducer, reduce_prompt
 
 __all__ = ["Prepared", "placeholders", "prepare", "prompt_positions"]
 

@@ -14,8 +14,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import pad
 
+from dop_compile.commands.processing import prompt_inputs
 from dop_compile.onnx.manifest import Manifest
-from dop_compile.processing import prompt_inputs
 
 # Typed loosely: transformers annotates only a part of what is used here
 hf: Any = transformers

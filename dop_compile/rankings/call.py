@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dop_compile.layout import TokenLayout
-from dop_compile.masks import MaskSelector
 from dop_compile.ranking import Ranking
 from dop_compile.rankings import criterion
 from dop_compile.rankings.view import LayerView
+from dop_compile.runtime.layout import TokenLayout
+from dop_compile.runtime.masks import MaskSelector
 from dop_compile.tokens import TokenSet
 
 __all__ = ["CallRankings", "observing"]

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dop_compile.cache import Entries
 from dop_compile.errors import UnsupportedUsageError
-from dop_compile.layout import NO_TOKEN, TokenLayout
+from dop_compile.runtime.cache import Entries
+from dop_compile.runtime.layout import NO_TOKEN, TokenLayout
 from dop_compile.tokens import TokenSet
 
 __all__ = ["LayerView", "eager_attention"]

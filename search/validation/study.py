@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from dop_compile.explain_table import columns
-from dop_compile.operation_picture import new_figure
 from dop_compile.policy import Policy
+from dop_compile.reports.operation_picture import new_figure
+from dop_compile.reports.table import columns
 
 __all__ = ["Cell", "Measure", "Study", "losses_of"]
 

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, fx, nn
 
 from dop_compile import Policy
-from dop_compile.cache import PrunedCache, ReducedView
 from dop_compile.keep import KeepTable
-from dop_compile.layout import TokenLayout
-from dop_compile.masks import MaskSelector
 from dop_compile.passes import PIPELINE, DecoderGraph, Pass, PassReport, check_graph, run_passes
-from dop_compile.pieces import PieceLibrary
-from dop_compile.program import Program
+from dop_compile.runtime.cache import PrunedCache, ReducedView
+from dop_compile.runtime.layout import TokenLayout
+from dop_compile.runtime.masks import MaskSelector
+from dop_compile.runtime.pieces import PieceLibrary
+from dop_compile.runtime.program import Program
 from dop_compile.tokens import Universe
-from dop_compile.trace import DecoderInputs, trace_decoder
+from dop_compile.tracing.trace import DecoderInputs, trace_decoder
 from tests.families import FAMILIES, HIDDEN
 
 GROUPS = ("system", "visual", "text")

@@ -13,7 +13,7 @@ from dop_compile.passes import dump, run_passes
 from dop_compile.passes.annotate import ANNOTATE
 from dop_compile.passes.graph import MHA, MLP, DecoderGraph
 from dop_compile.passes.slice_operations import SLICE_OPERATIONS
-from dop_compile.trace import DecoderInputs, trace_decoder
+from dop_compile.tracing.trace import DecoderInputs, trace_decoder
 from tests.families import FAMILIES
 from tests.passes.graphs import LAYERS, build, decoder, kv_only_from
 

@@ -18,7 +18,7 @@ from dop_compile.passes import PIPELINE, DecoderGraph, check_graph, dump, run_pa
 from dop_compile.passes.annotate import ANNOTATE
 from dop_compile.passes.resume import RESUME
 from dop_compile.tokens import Universe
-from dop_compile.trace import DecoderInputs, trace_decoder
+from dop_compile.tracing.trace import DecoderInputs, trace_decoder
 from tests.families import FAMILIES
 from tests.passes.graphs import GROUPS, LAYERS, calls_of, codes_of, decoder, kv_only_from, run_graph
 from tests.strategies import policies

@@ -17,8 +17,8 @@ from dop_compile.keep import KeepTable
 from dop_compile.ranking import Ranking, Stage
 from dop_compile.rankings import criterion, known, register
 from dop_compile.rankings.attention import LastToken
-from dop_compile.side_inputs import default_inputs
 from dop_compile.tokens import Universe
+from dop_compile.tracing.side_inputs import default_inputs
 from tests.search.synthetic import dims_of
 from tests.support import compile_eagerly, make_batch
 

@@ -1,0 +1,1 @@
+"""What the commands of `dop-compile` do, and their options."""

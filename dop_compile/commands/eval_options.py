@@ -1,0 +1,45 @@
+"""Options of the command that compares methods: ``dop-compile eval``."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+from dop_compile.commands.search_options import positive, samples_options
+
+__all__ = ["add_eval_command"]
+
+EVAL = """\
+Compare methods on the same model and the same samples: right answers by task, FLOPs, KV cache, times of
+vision, selection, prefill and decode, peak memory, and how many answers changed. Each --method is made
+for each --budget, a fraction of the original's FLOPs (eq. 11) on these samples, found by computation.
+
+  original          the untouched model; always there
+  full              the compiled model with nothing pruned
+  REDUCER           that reducer alone: as many visual tokens as the budget allows (uniform, random, ...)
+  fastv, pyramiddrop, sparsevlm, dart, fitprune
+                    visual tokens leave inside the decoder; fitprune is fitted to the first 25 samples
+  dop, split        the best policy of that space by --divergences
+  dop+REDUCER       its depths and number of tokens, with another reducer
+
+Samples are those of profile, with answers, and may name a task each:
+  {"image": "photos/7.png", "prompt": "What does the sign say?", "answers": ["exit"], "task": "signs"}
+
+Finished samples are kept beside the result, so that the same command goes on where it was stopped. Under
+torchrun every process takes its share of the samples.
+"""
+
+
+def add_eval_command(command: Callable[..., argparse.ArgumentParser]) -> None:
+    """Add the command by `command(name, summary, text, *parents)`, which makes a subparser."""
+    one = command("eval", "compare methods at equal FLOPs", EVAL, samples_options(True))
+    one.add_argument("model", metavar="MODEL", help="model directory or hub id")
+    one.add_argument("--task-column", metavar="NAME", help="of a data set; one task for all unless given")
+    one.add_argument("--method", action="append", default=[], metavar="NAME", help="a method; repeat for several")
+    one.add_argument("--budget", type=float, action="append", default=[], metavar="F", help="fraction of FLOPs kept")
+    one.add_argument("--policy", action="append", default=[], metavar="[NAME=]FILE", help="a policy, as it is")
+    one.add_argument("--order", action="append", default=[], metavar="[NAME=]FILE", help="what greedy wrote (GSOP)")
+    one.add_argument("--divergences", metavar="FILE", help="what profile wrote, for dop and split")
+    one.add_argument("--positions", choices=("original", "compact"), default="original", help="of kept tokens")
+    one.add_argument("--max-new-tokens", type=positive, default=64, metavar="N", help="length of an answer (64)")
+    one.add_argument("--out", required=True, metavar="DIR", help="where JSON, table and picture go")

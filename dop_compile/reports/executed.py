@@ -1,0 +1,241 @@
+"""What one compiled program runs for one sample: token counts, FLOPs and KV bytes per layer.
+
+Everything is read off the token sets that the program's own blocks have after the pipeline.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from dop_compile.compiler import CompiledState
+from dop_compile.costs import DecoderDims, LayerTokens, group_counts, layer_flops
+from dop_compile.keep import ANY_GROUP, KeepTable
+from dop_compile.passes.graph import MHA, Block
+from dop_compile.policy import Policy
+from dop_compile.rankings import criterion
+from dop_compile.tokens import Atom, TokenSet, Universe
+from dop_compile.tracing.side_inputs import default_inputs
+
+__all__ = ["LayerCost", "Prompt", "group_tokens", "layer_costs", "resumed_flops"]
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """What one layer computes for one sample: token counts, FLOPs and stored KV bytes.
+
+    `flops` and `kv_bytes` are None where the model's sizes are not known (`Explanation.missing` says why).
+    """
+
+    layer: int
+    query: int
+    key_value: int
+    mlp: int
+    flops: int | None
+    kv_bytes: int | None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One sample: tokens before reduction, last rows of logits asked for (0 for all), and whether it is cached."""
+
+    system: int
+    visual: int
+    text: int
+    rows: int
+    use_cache: bool
+
+    @property
+    def total(self) -> int:
+        return self.system + self.visual + self.text
+
+
+class _Counter:
+    """Widths of token sets for one sample."""
+
+    def __init__(self, policy: Policy, prompt: Prompt):
+        entering = group_counts(policy, prompt.system, prompt.visual, prompt.text)
+        # As in a call: the program is the same, however many tokens leave at a stage
+        ranked = policy.ranking.groups if policy.ranking is not None and prompt.visual else ()
+        present = {group: count for group, count in entering.items() if count or group in ranked}
+        self.present = present
+        if not present:
+            raise ValueError("system, visual, text: expected at least one token that enters the decoder, got none")
+        self.keep = KeepTable.from_policy(policy, tuple(present))
+        self.length = sum(present.values())
+        self.universe = Universe(self.keep.groups)
+        wanted: dict[str, int] = {}
+        if 0 < prompt.rows < prompt.total:
+            split = policy.salient_fraction is not None or policy.ranking is not None
+            reordered = split or present.get("visual", 0) != prompt.visual
+            if prompt.visual and prompt.rows > prompt.text and reordered:
+                raise ValueError(
+                    f"rows: the last {prompt.rows} rows reach into the visual tokens, of which the reducer decides "
+                    f"which are left; ask for 1 to {prompt.text} rows, or 0 for all"
+                )
+            left = prompt.rows
+            for group in reversed(present):
+                wanted[group] = min(left, present[group])
+                left -= wanted[group]
+        dense = self.keep.is_dense
+        if wanted:
+            asked = frozenset(group for group, count in wanted.items() if count)
+            self.universe = Universe(self.keep.groups, frozenset({ANY_GROUP}) if dense else asked)
+        # Of each atom, the groups that it holds: all of them where the program tells none apart
+        self._atoms: dict[Atom, dict[str, int]] = {}
+        for group, count in present.items():
+            requested = wanted[group] if wanted else count
+            for flag, part in ((True, requested), (False, count - requested)):
+                self._atoms.setdefault(Atom(ANY_GROUP if dense else group, flag), {})[group] = part
+
+    def tokens(self, tokens: TokenSet) -> int:
+        return sum(sum(self._atoms[atom].values()) for atom in tokens.atoms)
+
+    def by_group(self, tokens: TokenSet) -> dict[str, int]:
+        found: dict[str, int] = {}
+        for atom in tokens.atoms:
+            for group, count in self._atoms[atom].items():
+                found[group] = found.get(group, 0) + count
+        return found
+
+    def width(self, tokens: TokenSet) -> int:
+        """What a matrix product runs over: an empty set is laid out as one position of padding."""
+        return max(self.tokens(tokens), 1)
+
+
+@dataclass
+class _Run:
+    """One program for one prompt."""
+
+    counter: _Counter
+    blocks: tuple[Block, ...]
+    dims: DecoderDims | None
+    dtype_bytes: int
+
+    def flops(self) -> int:
+        """Of all layers."""
+        return sum(self.layer(number).flops or 0 for number in sorted({block.layer for block in self.blocks}))
+
+    def _split(self, layer: int) -> tuple[Block, list[Block]]:
+        blocks = [block for block in self.blocks if block.layer == layer]
+        return next(block for block in blocks if block.kind == MHA), [block for block in blocks if block.kind != MHA]
+
+    def parts(self, layer: int) -> tuple[TokenSet, TokenSet, TokenSet]:
+        """The tokens of a layer that are queries, keys and values, and in the MLP."""
+        mha, mlps = self._split(layer)
+        none = self.counter.universe.none
+        # Without queries, keys and values are computed only to be cached
+        keys = mha.keys if mha.tokens or mha.update is not None else none
+        return mha.tokens, keys, next((block.tokens for block in mlps), none)
+
+    def layer(self, layer: int) -> LayerCost:
+        mha, mlps = self._split(layer)
+        _, keys, mlp = self.parts(layer)
+        count = self.counter.tokens
+        flops = kv_bytes = None
+        if self.dims is not None:
+            flops = self._mha_flops(self.dims, layer, mha)
+            flops += sum(self._mlp_flops(self.dims, layer, block) for block in mlps if block.tokens)
+            flops += self._ranking_flops(self.dims, layer, mha)
+            stored = self.counter.width(mha.keys) if mha.update is not None else 0
+            kv_bytes = 2 * stored * self.dims.num_key_value_heads * self.dims.head_dim * self.dtype_bytes
+        notes = _notes(self.counter.universe, mha, keys, mlp)
+        if (stage := self._stage(layer)) is not None:
+            left = sum(self.counter.present[g] for g in ("visual", *self._later(stage)) if g in self.counter.present)
+            notes.insert(0, f"{left} of the visual tokens stay, ranked here")
+        note = "; ".join(notes)
+        return LayerCost(layer, count(mha.tokens), count(keys), count(mlp), flops, kv_bytes, note)
+
+    def _mha_flops(self, dims: DecoderDims, layer: int, block: Block) -> int:
+        if not block.tokens and block.update is None:
+            return 0
+        queries = self.counter.width(block.tokens) if block.tokens else 0
+        keys = self.counter.width(block.keys)
+        if not block.fused:
+            return layer_flops(dims, LayerTokens(queries, keys, 0), layer)
+        # One matrix gives queries, keys and values of every token that is either
+        d, d_kv = dims.num_heads * dims.head_dim, dims.num_key_value_heads * dims.head_dim
+        projections = 2 * dims.hidden_size * (self.counter.width(block.reads) * (d + 2 * d_kv) + queries * d)
+        return projections + 4 * queries * keys * d
+
+    def _stage(self, layer: int) -> int | None:
+        """The number of the ranking stage at a layer."""
+        ranking = self.counter.keep.ranking
+        layers = [] if ranking is None else [stage.layer for stage in ranking.stages]
+        return layers.index(layer) if layer in layers else None
+
+    def _later(self, stage: int) -> tuple[str, ...]:
+        """The groups that leave at later stages."""
+        ranking = self.counter.keep.ranking
+        return () if ranking is None else ranking.groups[stage + 1 :]
+
+    def _ranking_flops(self, dims: DecoderDims, layer: int, block: Block) -> int:
+        """Attention rows that a ranking computes again: of the last token, of the text, or of the picture as well."""
+        ranking = self.counter.keep.ranking
+        if ranking is None or self._stage(layer) is None or ranking.criterion == "pivots":
+            return 0
+        raters = criterion(ranking.criterion, dict(ranking.options)).raters
+        groups = {g for g in self.counter.universe.groups for rater in raters if g.startswith(rater)}
+        rows = self.counter.tokens(self.counter.universe.groups_set(groups) & block.tokens)
+        rows = 1 if ranking.criterion == "last_token" else rows
+        return 4 * rows * self.counter.width(block.keys) * dims.num_heads * dims.head_dim
+
+    def _mlp_flops(self, dims: DecoderDims, layer: int, block: Block) -> int:
+        return layer_flops(dims, LayerTokens(0, 0, self.counter.width(block.tokens)), layer)
+
+
+def _notes(universe: Universe, mha: Block, keys: TokenSet, mlp: TokenSet) -> list[str]:
+    notes = []
+    only_requested = not universe.all_requested and (mha.tokens | mlp) <= universe.requested
+    for group in universe.groups:
+        own = universe.groups_set([group])
+        if not universe.all_requested:
+            own = (own - universe.requested) or own
+        ranked = group.startswith("visual_until_")  # they leave where they are ranked
+        if ranked or group in ("text", ANY_GROUP) or own & (mha.tokens | mlp):
+            continue
+        if not own & keys:
+            notes.append(f"{group} absent")
+        elif group != "system" or not only_requested:
+            notes.append(f"{group} frozen: only keys and values")
+    if only_requested:
+        notes.append("updates requested rows only")
+    if mha.fused:
+        notes.append("fused projection: sliced after it")
+    return notes
+
+
+def layer_costs(state: CompiledState, tier: str, prompt: Prompt, dims: DecoderDims | None) -> tuple[LayerCost, ...]:
+    """What a tier runs for a prompt, per layer; without `dims` only tokens are counted.
+
+    Raises:
+        ValueError: no token enters the decoder, or `rows` reach into visual tokens that the reducer picks.
+    """
+    policy = state.tiers[tier]
+    run = _run(state, policy, prompt, dims)
+    return tuple(run.layer(number) for number in range(policy.num_layers))
+
+
+def group_tokens(state: CompiledState, tier: str, prompt: Prompt) -> tuple[tuple[dict[str, int], ...], ...]:
+    """Per layer and module (queries, keys and values, MLP), the tokens that a tier runs, by group.
+
+    Raises:
+        ValueError: as `layer_costs`.
+    """
+    policy = state.tiers[tier]
+    run = _run(state, policy, prompt, None)
+    return tuple(tuple(map(run.counter.by_group, run.parts(number))) for number in range(policy.num_layers))
+
+
+def resumed_flops(state: CompiledState, policy: Policy, prompt: Prompt, dims: DecoderDims, first_layer: int = 0) -> int:
+    """FLOPs that a run of `policy` computes for one sample from `first_layer` on."""
+    return _run(state, policy, prompt, dims, first_layer).flops()
+
+
+def _run(state: CompiledState, policy: Policy, prompt: Prompt, dims: DecoderDims | None, first_layer: int = 0) -> _Run:
+    counter = _Counter(policy, prompt)
+    inputs = default_inputs(state.decoder, cached=prompt.use_cache, first_layer=first_layer)
+    program = state.program(counter.keep, counter.universe, inputs)
+    dtype: Any = state.decoder.dtype
+    return _Run(counter, program.blocks, dims, dtype.itemsize)

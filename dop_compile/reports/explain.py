@@ -1,0 +1,213 @@
+"""What a compiled model computes for a prompt: tokens, FLOPs and KV bytes per layer, against the original.
+
+Two costs are told apart. *eq. 11* is the policy as written: every operation that it keeps is paid for. *Executed* is
+what the compiled graph runs after dead work is removed, read off the token sets of the program's own blocks; it
+depends on how many rows of logits are asked for and on whether keys and values are cached.
+
+All counts are per sample and before reduction; FLOPs are of the decoder layers alone (see `dop_compile.costs`). The
+original computes every row of every layer, so its eq. 11 FLOPs are also the ones that it executes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dop_compile.compiler import CompiledState
+from dop_compile.costs import DecoderDims, LayerTokens, group_counts, kv_cache_bytes, prefill_flops
+from dop_compile.policy import Policy
+from dop_compile.policy_json import integer
+from dop_compile.reports.executed import LayerCost, Prompt, layer_costs
+from dop_compile.reports.table import render
+
+__all__ = ["Explanation", "LayerCost", "TierCost", "executed_flops", "explain"]
+
+
+@dataclass(frozen=True)
+class TierCost:
+    """One tier against the original, for one sample; None where the model's sizes are not known."""
+
+    tier: str
+    policy: str
+    eq11_flops: int | None
+    executed_flops: int | None
+    original_flops: int | None
+    kv_bytes: int | None
+    original_kv_bytes: int | None
+
+    @property
+    def eq11_ratio(self) -> float | None:
+        """FLOPs of the policy as written (eq. 11), as a fraction of the original's."""
+        return _ratio(self.eq11_flops, self.original_flops)
+
+    @property
+    def executed_ratio(self) -> float | None:
+        """FLOPs that run once dead work is removed, as a fraction of the original's."""
+        return _ratio(self.executed_flops, self.original_flops)
+
+    @property
+    def kv_ratio(self) -> float | None:
+        """Bytes of the KV cache after prefill, as a fraction of the original's."""
+        return _ratio(self.kv_bytes, self.original_kv_bytes)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The answer of `explain`; `print` it for a table, or read its fields.
+
+    Args:
+        model: class name of the model.
+        tier: the tier that `layers` describe.
+        system, visual, text: tokens of the sample before reduction.
+        entering: visual tokens that enter the decoder.
+        rows: last rows of logits asked for; 0 for all.
+        layers: one entry per layer.
+        tiers: a summary of every tier of the model, in the order of compilation.
+        missing: why FLOPs and bytes are not given; "" where they are.
+    """
+
+    model: str
+    tier: str
+    system: int
+    visual: int
+    text: int
+    entering: int
+    rows: int
+    layers: tuple[LayerCost, ...]
+    tiers: tuple[TierCost, ...]
+    missing: str = ""
+
+    @property
+    def summary(self) -> TierCost:
+        """The summary of the tier that `layers` describe."""
+        return next(cost for cost in self.tiers if cost.tier == self.tier)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON, the ratios included."""
+        result = dataclasses.asdict(self)
+        for entry, cost in zip(result["tiers"], self.tiers, strict=True):
+            entry |= {"eq11_ratio": cost.eq11_ratio, "executed_ratio": cost.executed_ratio, "kv_ratio": cost.kv_ratio}
+        return result
+
+    def __str__(self) -> str:
+        return render(self)
+
+
+def _ratio(part: int | None, whole: int | None) -> float | None:
+    return None if part is None or whole is None else part / whole
+
+
+def _state(compiled: Any) -> CompiledState:
+    state = getattr(compiled, "dop", None)
+    if not isinstance(state, CompiledState):
+        raise TypeError(f"expected a model returned by dop_compile, got {type(compiled).__name__}")
+    return state
+
+
+def _default_tier(compiled: Any) -> str:
+    name: str = compiled.dop_tier
+    return name
+
+
+def _prompt(system: int, visual: int, text: int, rows: int, use_cache: bool) -> Prompt:
+    return Prompt(
+        integer("system", system, low=0),
+        integer("visual", visual, low=0),
+        integer("text", text, low=0),
+        integer("rows", rows, low=0),
+        use_cache,
+    )
+
+
+def executed_flops(
+    compiled: Any,
+    tier: str | None = None,
+    *,
+    system: int = 35,
+    visual: int = 576,
+    text: int = 100,
+    rows: int = 1,
+    use_cache: bool = True,
+) -> int:
+    """FLOPs of the decoder layers that a compiled model runs for one sample's prompt, after dead work is removed.
+
+    Arguments and errors as in `explain`; ValueError also where the model's sizes cannot be read.
+    """
+    state = _state(compiled)
+    tier = state.check_tier(tier or _default_tier(compiled))
+    dims = DecoderDims.from_config(state.base.config)
+    layers = layer_costs(state, tier, _prompt(system, visual, text, rows, use_cache), dims)
+    return sum(layer.flops for layer in layers if layer.flops is not None)
+
+
+def explain(
+    compiled: Any,
+    tier: str | None = None,
+    *,
+    system: int = 35,
+    visual: int = 576,
+    text: int = 100,
+    rows: int = 1,
+    use_cache: bool = True,
+) -> Explanation:
+    """What a compiled model computes per layer for one sample's prompt, and how that compares with the original.
+
+    Args:
+        compiled: a model returned by `dop_compile`; it may be on the meta device.
+        tier: the tier whose layers are shown; the model's default if None. Every tier is summed up.
+        system, visual, text: tokens of the sample, before reduction; without visual tokens all of it is text.
+        rows: how many last rows of logits are asked for, 0 for all; `generate` asks for 1.
+        use_cache: whether keys and values are stored.
+
+    Raises:
+        TypeError: not a compiled model.
+        ValueError: unknown tier, negative counts, or `rows` that reach into reduced visual tokens.
+    """
+    state = _state(compiled)
+    tier = state.check_tier(tier or _default_tier(compiled))
+    prompt = _prompt(system, visual, text, rows, use_cache)
+    dims, missing = None, ""
+    try:
+        dims = DecoderDims.from_config(state.base.config)
+    except ValueError as error:
+        missing = str(error)
+    entering = group_counts(state.tiers[tier], system, visual, text)
+    layers = {name: layer_costs(state, name, prompt, dims) for name in state.tiers}
+    return Explanation(
+        model=state.model_class.__name__,
+        tier=tier,
+        system=system,
+        visual=visual,
+        text=text,
+        entering=sum(count for group, count in entering.items() if group.startswith("visual")),
+        rows=min(prompt.rows, prompt.total),
+        layers=layers[tier],
+        tiers=tuple(_summary(state, name, costs, prompt, dims) for name, costs in layers.items()),
+        missing=missing,
+    )
+
+
+def _summary(
+    state: CompiledState, tier: str, layers: Sequence[LayerCost], prompt: Prompt, dims: DecoderDims | None
+) -> TierCost:
+    policy = state.tiers[tier]
+    if dims is None:
+        return TierCost(tier, repr(policy), None, None, None, None, None)
+
+    def total(field: Callable[[LayerCost], int | None]) -> int:
+        return sum(field(layer) or 0 for layer in layers)
+
+    counts = (prompt.system, prompt.visual, prompt.text)
+    dtype: Any = state.decoder.dtype
+    everything = [LayerTokens(prompt.total, prompt.total, prompt.total)] * dims.num_layers
+    return TierCost(
+        tier,
+        repr(policy),
+        eq11_flops=prefill_flops(dims, policy, *counts),
+        executed_flops=total(lambda layer: layer.flops),
+        original_flops=prefill_flops(dims, Policy.full(dims.num_layers), *counts),
+        kv_bytes=total(lambda layer: layer.kv_bytes),
+        original_kv_bytes=kv_cache_bytes(dims, everything, dtype.itemsize) if prompt.use_cache else 0,
+    )

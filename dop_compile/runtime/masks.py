@@ -1,0 +1,118 @@
+"""Rows and columns of the model's own attention mask for one layer's queries and keys.
+
+The mask is built by Hugging Face over slots (the sequence after reduction), so padding, windows and bidirectional
+image blocks are the model's own. A layer takes the rows of its queries and the columns of what it stores; entries
+that are padding are masked out. Where the model builds no mask (plain causal attention) none is made unless the
+layer's queries and keys differ, because then a kernel's causal flag would be aligned wrongly.
+
+FlexAttention takes masks as functions (`block_masks`); FlashAttention takes none, but runs of queries (`flash`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dop_compile.runtime.block_masks import BlockMask, gathered_block_mask
+from dop_compile.runtime.cache import Entries
+from dop_compile.runtime.flash import FlashTokens
+from dop_compile.runtime.layout import TokenLayout
+from dop_compile.tokens import TokenSet
+
+__all__ = ["MaskSelector"]
+
+
+class MaskSelector:
+    """Selects masks for one forward call; layers with the same sets and the same past share one.
+
+    Args:
+        layout: the call's new slots.
+        past: entries that each layer holds before the call.
+        past_slots: number of slots before the call.
+        flash: whether the kernel is FlashAttention.
+        has_gaps: whether tokens were removed, so that positions do not tell packed sequences.
+    """
+
+    def __init__(
+        self,
+        layout: TokenLayout,
+        past: dict[int, Entries],
+        past_slots: int,
+        *,
+        flash: bool = False,
+        has_gaps: bool = False,
+    ):
+        self._flash = flash
+        self._has_gaps = has_gaps
+        self._layout = layout
+        self._past = past
+        self._past_slots = past_slots
+        self._memo: dict[Any, Any] = {}
+        self._appended: dict[Any, Entries] = {}
+
+    def entries(self, layer: int, keys: TokenSet) -> Entries:
+        """What the layer holds after the call; equal histories give the same object."""
+        past = self._past.get(layer, Entries())
+        key = (id(past) if layer in self._past else None, keys)
+        if key not in self._appended:
+            count = self._layout.count(keys)
+            slots, valid = (None, None) if keys.is_all else self._layout.device_slots(keys)
+            self._appended[key] = past.append(self._past_slots, count, slots, valid)
+        return self._appended[key]
+
+    def select(self, mask: Any, layer: int, queries: TokenSet, keys: TokenSet) -> tuple[Any, Tensor | None]:
+        """The layer's mask (batch, 1, queries, entries) and which queries see a key (batch, queries).
+
+        Both are None where the kernel needs no mask. Returns the model's own mask, untouched, where every slot is a
+        query and every slot is stored.
+        """
+        entries = self.entries(layer, keys)
+        if queries.is_all and entries.slots is None and not (self._flash and self._has_gaps):
+            return mask, None
+        key = (id(mask), queries, id(entries))
+        if key not in self._memo:
+            self._memo[key] = (mask, self._select(mask, queries, keys, entries))
+        result: tuple[Any, Tensor | None] = self._memo[key][1]
+        return result
+
+    def _select(self, mask: Any, queries: TokenSet, keys: TokenSet, entries: Entries) -> tuple[Any, Tensor | None]:
+        rows, rows_valid = self._layout.device_slots(queries)
+        if self._flash:
+            return FlashTokens(rows + self._past_slots, rows_valid, entries, mask), None
+        if isinstance(mask, BlockMask):
+            return gathered_block_mask(mask, rows, entries, some_keyless=not queries <= keys)
+        if mask is None:
+            if self._layout.length == 1 and entries.valid is None:
+                return None, None
+            if queries == keys and entries.count == rows.shape[1] and rows_valid is None and entries.valid is None:
+                return None, None
+            columns = self._columns(entries, rows)
+            selected = columns[:, None, None, :] <= (rows + self._past_slots)[:, None, :, None]
+        else:
+            selected = _take(_take(mask, None if queries.is_all else rows, 2), entries.slots, 3)
+        visible = selected if selected.dtype == torch.bool else selected > torch.finfo(selected.dtype).min / 2
+        if entries.valid is not None:
+            visible = visible & entries.valid[:, None, None, :]
+            if selected.dtype == torch.bool:
+                selected = visible
+            else:
+                selected = selected.masked_fill(~visible, torch.finfo(selected.dtype).min)
+        return selected, visible.any(dim=-1).any(dim=1)
+
+    def _columns(self, entries: Entries, rows: Tensor) -> Tensor:
+        if entries.slots is not None:
+            return entries.slots
+        return torch.arange(entries.count, device=rows.device).expand(rows.shape[0], -1)
+
+
+def _take(mask: Tensor, index: Tensor | None, dim: int) -> Tensor:
+    if index is None:
+        return mask
+    if index.shape[0] == 1:
+        return mask.index_select(dim, index[0])
+    mask = mask.expand(index.shape[0], -1, -1, -1)
+    shape = [index.shape[0], 1, 1, 1]
+    shape[dim] = index.shape[1]
+    return torch.take_along_dim(mask, index.view(shape), dim=dim)

@@ -1,0 +1,246 @@
+"""Trace a Hugging Face text decoder into an fx graph at module granularity.
+
+The decoder's own forward is traced - masks, rotary tables, anything between layers - not a rewrite of it. Modules that
+contain attention are opened down to their projections; every other module (norm, projection, MLP) stays one node and
+so keeps its hooks, adapters and quantisation. Hugging Face's mask builders and attention kernels are single nodes.
+
+Refused, as `UnsupportedModelError`: decoders without a layer list, hooks on a module that has to be opened, control
+flow on token counts or tensor contents, tensors changed in place, layers whose attention does not go through the
+attention interface.
+"""
+
+from __future__ import annotations
+
+import operator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from dop_compile import ops
+from dop_compile.errors import UnsupportedModelError
+from dop_compile.tracing.decoder_inputs import PACKED_FEATURES, DecoderInputs
+from dop_compile.tracing.flat_tokens import unflatten_tokens
+from dop_compile.tracing.module_tracer import names_in
+from dop_compile.tracing.proxies import BATCH, TOKENS, is_packed
+from dop_compile.tracing.tracer import ATTENTION_REGISTRY, CACHE_INPUT, MASK_BUILDERS, DecoderTracer
+
+__all__ = [
+    "BATCH",
+    "CACHE_INPUT",
+    "MASK_BUILDERS",
+    "PACKED_FEATURES",
+    "TOKENS",
+    "DecoderInputs",
+    "TracedDecoder",
+    "find_layers",
+    "is_length",
+    "is_packed",
+    "trace_decoder",
+]
+
+
+# `x += y` in a forward makes x a new value; what else may have named the old tensor is not followed
+_OUT_OF_PLACE = {
+    operator.iadd: operator.add,
+    operator.isub: operator.sub,
+    operator.imul: operator.mul,
+    operator.itruediv: operator.truediv,
+}
+
+
+@dataclass
+class TracedDecoder:
+    """A decoder graph and the modules that its nodes name.
+
+    The graph's placeholders are `inputs_embeds` (batch, tokens, hidden), `position_ids`, `attention_mask` or one
+    placeholder per mask, `past_key_values`, and packed visual features; its output is the last hidden state.
+    """
+
+    graph: fx.Graph
+    root: nn.Module
+    inputs: DecoderInputs
+    layer_prefix: str
+    num_layers: int
+    output_class: type | None = None
+
+    def layer_of(self, node: fx.Node) -> int | None:
+        """The layer whose forward created the node, or for which a pass inserted it."""
+        if "layer" in node.meta:
+            return int(node.meta["layer"])
+        for path, _ in reversed((node.meta.get("nn_module_stack") or {}).values()):
+            if path.startswith(self.layer_prefix + "."):
+                return int(path[len(self.layer_prefix) + 1 :].split(".")[0])
+        return None
+
+
+def is_length(node: fx.Node) -> bool:
+    """Whether the node asks the cache for the number of past tokens."""
+    return node.op == "call_method" and node.target == "get_seq_length"
+
+
+def find_layers(decoder: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The decoder's list of layers and its path, by structure: the first list as long as the configuration says."""
+    count = getattr(decoder.config, "num_hidden_layers", None)
+    for path, module in decoder.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return path, module
+    raise UnsupportedModelError(
+        f"{type(decoder).__name__} has no list of {count} layers; dop_compile needs a decoder whose layers stand in "
+        "one nn.ModuleList"
+    )
+
+
+def _is_attention(module: nn.Module) -> bool:
+    return ATTENTION_REGISTRY in names_in(type(module).forward)
+
+
+def _check_openable(path: str, module: nn.Module) -> None:
+    """A module that is opened no longer runs its `__call__`: whatever was attached to that must be refused."""
+    kinds = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    hooks: list[Any] = [hook for kind in kinds for hook in kind.values()]
+    # Hugging Face leaves recording hooks behind after output_hidden_states; they do nothing unless a record is active
+    foreign = [hook for hook in hooks if not getattr(hook, "__module__", "").endswith("output_capturing")]
+    if foreign or "forward" in vars(module):
+        raise UnsupportedModelError(
+            f"{path or 'the decoder'} ({type(module).__name__}) has a forward hook, a backward hook or a "
+            "replaced forward; dop_compile opens this module and would bypass it. Remove the hook, or put it on the "
+            "norm, projection or MLP inside, where hooks are honoured"
+        )
+    if is_parametrized(module):
+        raise UnsupportedModelError(
+            f"{path or 'the decoder'} ({type(module).__name__}) has parametrized weights of its own; dop_compile opens "
+            "this module and would compute them once. Remove the parametrization (remove_parametrizations)"
+        )
+
+
+_CHANNEL_MIXERS = ("norm", "ln_", "mlp", "feed_forward", "moe", "dropout", "ffn", "activation", "experts")
+_UNTRACEABLE = {
+    "num_kv_shared_layers": "its last {} layers read the keys and values of earlier layers, so that the tokens which "
+    "supply them cannot be chosen for each layer",
+    "cross_attention_layers": "layers {} attend to image features outside of the token sequence, which hold no visual "
+    "tokens that could be pruned",
+    "altup_num_inputs": "its layers work on {} residual streams at once (AltUp), and update only one of them",
+    "hc_mult": "its layers mix {} residual streams at once (hyper-connections)",
+    "hc_count": "its layers mix {} residual streams at once (hyper-connections)",
+}
+"""Settings of configurations that a decoder cannot be pruned with, and why."""
+_LAYER_TYPES = {
+    "reference_sliding_attention": "it keeps the whole prompt and a window of what is generated, in a cache of its own",
+}
+"""Types of layers, of those that a configuration names, whose keys cannot be chosen."""
+
+
+def _check_settings(decoder: nn.Module) -> None:
+    for name, reason in _UNTRACEABLE.items():
+        if value := getattr(decoder.config, name, None):
+            raise UnsupportedModelError(f"{type(decoder).__name__} has {name}={value}: {reason.format(value)}")
+    for number, kind in enumerate(getattr(decoder.config, "layer_types", None) or ()):
+        if reason := _LAYER_TYPES.get(kind, ""):
+            raise UnsupportedModelError(f"layer {number} of {type(decoder).__name__} is of type {kind!r}: {reason}")
+
+
+def _check_parts(decoder: nn.Module, layers: nn.ModuleList) -> None:
+    """What stands beside an attention and reads other tokens than its queries and keys."""
+    for number, layer in enumerate(layers):
+        for path, module in layer.named_modules():
+            where = f"layer {number} of {type(decoder).__name__} holds {path} ({type(module).__name__}), which"
+            if path.rpartition(".")[2] == "indexer":
+                raise UnsupportedModelError(
+                    f"{where} ranks all tokens to choose each query's keys: with fewer tokens it chooses others"
+                )
+            if isinstance(module, nn.Conv1d) and module.kernel_size[0] > 1:
+                raise UnsupportedModelError(
+                    f"{where} convolves neighbouring tokens: it needs every token, so none of them can be pruned"
+                )
+
+
+def _without_attention(decoder: nn.Module, number: int, layer: nn.Module, known: set[tuple[str, type]]) -> str:
+    """Why a layer without an attention that can be followed is refused; `known` are the children of other layers."""
+    own = [
+        f"{name} ({type(child).__name__})"
+        for name, child in layer.named_children()
+        if (name, type(child)) not in known
+        and not isinstance(child, nn.Linear)
+        and not any(word in name for word in _CHANNEL_MIXERS)
+    ]
+    how = " and ".join(own) or "code of its own"
+    where = f"layer {number} of {type(decoder).__name__} ({type(layer).__name__})"
+    if known or "att" not in how.lower():
+        return (
+            f"{where} mixes tokens by {how} instead of attention: a recurrence or convolution needs every token, so "
+            "none of them can be pruned"
+        )
+    return (
+        f"{where} mixes tokens by {how}, which does not go through the attention interface ({ATTENTION_REGISTRY}): its "
+        "queries, keys and mask cannot be told apart"
+    )
+
+
+def _opened(decoder: nn.Module, layers: nn.ModuleList) -> set[int]:
+    """Ids of the modules that contain attention."""
+    found: set[int] = set()
+    for path, module in decoder.named_modules():
+        if any(_is_attention(child) for child in module.modules()):
+            _check_openable(path, module)
+            found.add(id(module))
+    known = {(name, type(c)) for layer in layers if id(layer) in found for name, c in layer.named_children()}
+    for number, layer in enumerate(layers):
+        if id(layer) not in found:
+            raise UnsupportedModelError(_without_attention(decoder, number, layer, known))
+    return found
+
+
+def _without_autocast(device: str) -> AbstractContextManager[Any]:
+    """Autocast would cast the weights to fake tensors, and keep those for everybody."""
+    available: bool = torch.amp.is_autocast_available(device)
+    return torch.autocast(device, enabled=False) if available else nullcontext()
+
+
+def trace_decoder(decoder: nn.Module, inputs: DecoderInputs | None = None) -> TracedDecoder:
+    """Trace a text decoder (for example a `LlamaModel`). Any number of threads may trace and run it meanwhile.
+
+    Args:
+        decoder: a Hugging Face text decoder, on any device including meta; it is not changed.
+        inputs: which optional inputs the graph takes; by default those of a plain cached call.
+
+    Raises:
+        UnsupportedModelError: the decoder cannot be traced; the message names the module and the reason.
+    """
+    inputs = inputs or DecoderInputs()
+    _check_settings(decoder)
+    layers_path, layers = find_layers(decoder)
+    opened = _opened(decoder, layers)
+    _check_parts(decoder, layers)
+    weight = next(p for p in layers.parameters())
+    floating = weight.dtype if weight.dtype.is_floating_point else torch.get_default_dtype()
+    tracer = DecoderTracer(decoder, opened, inputs, floating, weight.device)
+    try:
+        with _without_autocast(weight.device.type):
+            graph, output_class = tracer.trace_decoder()
+    except Exception as error:  # whatever a forward does with a proxy that it cannot do
+        where = f", in {tracer.failed_in}" if tracer.failed_in else ""
+        if not names_in(type(decoder).forward) & {builder.__name__ for builder in MASK_BUILDERS}:
+            raise UnsupportedModelError(
+                f"{type(decoder).__name__} cannot be traced: it builds its attention mask itself, and not by functions "
+                f"of transformers.masking_utils, whose masks can be built anew for fewer tokens ({error})"
+            ) from error
+        raise UnsupportedModelError(f"{type(decoder).__name__} cannot be traced{where}: {error}") from error
+    for node in graph.nodes:
+        if node.op == "call_method" and node.target == "update":
+            node.op, node.target = "call_function", ops.update_cache
+            node.meta["effect"] = True
+        elif node.target in _OUT_OF_PLACE:
+            node.target = _OUT_OF_PLACE[node.target]
+    unflatten_tokens(graph, tracer.root)
+    return TracedDecoder(
+        graph,
+        tracer.root,
+        inputs,
+        layer_prefix=f"decoder.{layers_path}",
+        num_layers=len(layers),
+        output_class=output_class,
+    )

@@ -1,0 +1,213 @@
+"""What a call's reducer wants to know about the vision tower, per position of the prompt.
+
+A frame's feature methods are watched while Hugging Face's forward calls them; afterwards each visual position of the
+prompt is matched with a row of what they returned. Nothing is watched for reducers that want nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dop_compile.errors import UnsupportedUsageError
+from dop_compile.policy import Policy
+from dop_compile.reducers import Reducer, create, fitting, needs
+from dop_compile.runtime.spans import SELECTION, span
+from dop_compile.vision.features import TokenFeatures, token_features
+from dop_compile.vision.tap import FEATURE_METHODS, Tower, VisionModules, observing
+
+__all__ = ["VISION_FIELDS", "PromptVision", "vision_fields", "watch_vision"]
+
+VISION_FIELDS = frozenset({"features", "cls_attention", "keys", "project", "tiles", "grid"})
+"""Fields of a reducer's context that come from the vision tower."""
+
+
+def vision_fields(policy: Policy) -> frozenset[str]:
+    """The fields that a policy's reducer wants to know, whether or not the policy drops tokens."""
+    if policy.reducer == "given":
+        return frozenset()
+    return needs(create(policy.reducer, policy.options)) & VISION_FIELDS
+
+
+def watch_vision(
+    chain: Sequence[nn.Module], path: str, wanted: frozenset[str], note: Callable[[TokenFeatures], None]
+) -> None:
+    """Let the feature methods of a frame's modules tell what they see.
+
+    Args:
+        chain: private copies of the modules from the model to its decoder.
+        path: the decoder's path in the model.
+        wanted: names of `VISION_FIELDS`.
+        note: called with the tokens of each call of a feature method.
+    """
+    for module, child in reversed(list(zip(chain[:-1], path.split("."), strict=True))):
+        methods = [name for name in FEATURE_METHODS if hasattr(type(module), name)]
+        if methods:
+            modules, busy = VisionModules.find(module, child), set[nn.Module]()
+            for name in methods:
+                vars(module)[name] = _watched(modules, getattr(type(module), name), wanted, note, busy)
+            return
+
+
+def _watched(
+    modules: VisionModules,
+    method: Callable[..., Any],
+    wanted: frozenset[str],
+    note: Callable[[TokenFeatures], None],
+    busy: set[nn.Module],
+) -> Callable[..., Any]:
+    signature = inspect.signature(method)
+
+    @functools.wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if modules.owner in busy:  # one feature method calls another
+            return method(modules.owner, *args, **kwargs)
+        named = signature.bind_partial(modules.owner, *args, **kwargs).arguments
+        named |= named.get("kwargs", {})
+        attentions = _layers(modules, named) if wanted & {"cls_attention", "keys"} else {}
+        busy.add(modules.owner)
+        try:
+            with observing(modules, attentions) as observed:
+                output = method(modules.owner, *args, **kwargs)
+        finally:
+            busy.discard(modules.owner)
+        grid = next((value for name, value in named.items() if name.endswith("_grid_thw")), None)
+        with span(SELECTION):
+            note(token_features(wanted, observed, output, grid, modules))
+        return output
+
+    return call
+
+
+def _layers(modules: VisionModules, named: dict[str, Any]) -> dict[Tower, int]:
+    """The layer of each tower whose output feeds the projector: the deepest that is named, or the last."""
+    chosen = named.get("vision_feature_layer")
+    if chosen is None:
+        chosen = getattr(getattr(modules.owner, "config", None), "vision_feature_layer", None)
+    layers = {}
+    for tower in modules.towers:
+        numbers = [chosen] if isinstance(chosen, int) else list(chosen or [-1])
+        # Hidden states are numbered from the embeddings', which are the first layer's input
+        layers[tower] = max(tower.count + number if number < 0 else number - 1 for number in numbers)
+    return {tower: layer for tower, layer in layers.items() if 0 <= layer < tower.count}
+
+
+class PromptVision:
+    """The tokens of one prompt's images and videos, by position.
+
+    Args:
+        parts: one per call of a feature method.
+        masks: (batch, tokens) or (batch, tokens, hidden) bool: placeholders, as the model found them.
+        embeds: (batch, tokens, hidden) embeddings with visual features merged in.
+        model: the model's name, for messages.
+    """
+
+    def __init__(self, parts: Sequence[TokenFeatures], masks: Sequence[Tensor], embeds: Tensor, model: str):
+        self._model = model
+        self._row = torch.full(embeds.shape[:2], -1, device="cpu")
+        self._missing: dict[str, str] = {}
+        placed: list[TokenFeatures] = []
+        for part in parts:
+            rows = _place(part, masks, embeds)
+            if rows is not None:
+                first = sum(len(other.rows) for other in placed)
+                self._row = torch.where(rows >= 0, rows + first, self._row)
+                placed.append(part)
+                self._missing |= part.missing
+        self._shapes = tuple(shape for part in placed for shape in part.shapes)
+        self._table = self._joined(placed)
+        self._project = placed[0].project if placed else None
+
+    def _joined(self, parts: list[TokenFeatures]) -> dict[str, Tensor]:
+        """Fields of all parts, one part after the other."""
+        table = {}
+        for name in ("features", "cls_attention", "keys", "tiles"):
+            values = [getattr(part, name) for part in parts if getattr(part, name) is not None]
+            if name == "tiles":
+                firsts = itertools.accumulate((len(part.shapes) for part in parts), initial=0)
+                values = [value + first for value, first in zip(values, firsts, strict=False)]
+            if len({value.shape[1:] for value in values}) > 1:
+                self._missing[name] = f"the {name} of images and videos have different sizes"
+            elif values:
+                table[name] = torch.cat(values) if len(values) > 1 else values[0]
+        return table
+
+    def check(self, reducer: Reducer, visual: Tensor) -> None:
+        """Refuse a reducer that wants to know what is not known of the visual tokens (batch, tokens).
+
+        Raises:
+            UnsupportedUsageError: naming the fields, the reason, and reducers that fit.
+        """
+        known = not bool((visual & (self._row < 0)).any())
+        reasons = {name: self._why_not(name, known) for name in sorted(needs(reducer) & VISION_FIELDS)}
+        lacking = {name: reason for name, reason in reasons.items() if reason}
+        if lacking:
+            supplied = {name for name in VISION_FIELDS if self._why_not(name, known) is None}
+            raise UnsupportedUsageError(
+                f"reducer {reducer.name!r} requires {', '.join(lacking)}, which {self._model} does not supply here: "
+                f"{'; '.join(dict.fromkeys(lacking.values()))}. Reducers that fit: "
+                f"{', '.join(fitting(frozenset(supplied) | {'text_ids'}))}"
+            )
+
+    def _why_not(self, name: str, known: bool) -> str | None:
+        if not known:
+            return "the vision tower was not seen (features passed in ready-made, or recorded for another reducer)"
+        if name in self._missing:
+            return self._missing[name]
+        there = {*self._table, *(("project",) if self._project is not None else ()), "grid"}
+        return None if name in there else f"{name} was not recorded for the reducer of this call"
+
+    def fields(self, row: int, columns: Tensor, segments: Tensor, wanted: frozenset[str]) -> dict[str, Any]:
+        """Fields of a context for the tokens at `columns` (tokens,) of one row of the batch, and their segments."""
+        index = self._row[row, columns]
+        first, last = int(index[0]), int(index[-1])
+        run = last + 1 - first == len(index) and bool((index.diff() == 1).all())
+        found: dict[str, Any] = {}
+        for name in wanted & set(self._table):
+            value = self._table[name]
+            found[name] = value[first : last + 1] if run else value[index.to(value.device)]
+        if "project" in wanted:
+            found["project"] = self._project
+        if "grid" in wanted:
+            found["grid"] = self._grid(self._table["tiles"][index], segments)
+        return found
+
+    def _grid(self, tiles: Tensor, segments: Tensor) -> list[tuple[int, int, int]] | None:
+        grid = []
+        for segment in torch.unique(segments).tolist():
+            numbers, counts = torch.unique_consecutive(tiles[segments == segment], return_counts=True)
+            shapes = {self._shapes[number] for number in numbers.tolist()}
+            shape = next(iter(shapes))
+            if len(shapes) > 1 or shape is None or set(counts.tolist()) != {shape[0] * shape[1]}:
+                return None
+            grid.append((len(numbers), *shape))
+        return grid
+
+
+def _place(part: TokenFeatures, masks: Sequence[Tensor], embeds: Tensor) -> Tensor | None:
+    """(batch, tokens) on the CPU: the row of a part that was scattered to each placeholder; -1 at other positions.
+
+    `generate` encodes images before it repeats the rows of a batch for beams and returned sequences.
+    """
+    for mask in masks:
+        place = (mask.any(dim=-1) if mask.dim() == 3 else mask).cpu()
+        times, more = divmod(int(place.sum()), len(part.rows))
+        if more or not times or len(place) % times:
+            continue
+        once = torch.full_like(place[::times], -1, dtype=torch.long)
+        if int(place[::times].sum()) != len(part.rows):
+            continue
+        once[place[::times]] = torch.arange(len(part.rows), device="cpu")
+        rows = once.repeat_interleave(times, dim=0)
+        device = embeds.device
+        if torch.equal(rows >= 0, place) and torch.equal(
+            embeds[place.to(device)], part.rows[rows[place].to(part.rows.device)].to(embeds)
+        ):
+            return rows
+    return None
