@@ -122,7 +122,8 @@ class Ranking:
                     f"ranking: a stage at layer {stage.layer} of {policy.num_layers} leaves no layer after it; "
                     f"expected layers 0 to {policy.num_layers - 2}"
                 )
-            read = [("visual", "mha_key_value"), *((group, "mha_query") for group in looks_at.raters)]
+            read = [(group, "mha_key_value") for group in sorted(looks_at.keys)]
+            read += [(group, "mha_query") for group in sorted(looks_at.raters)]
             for group, module in read:
                 if not policy.keeps(group, stage.layer, module):
                     raise ValueError(

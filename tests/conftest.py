@@ -6,6 +6,9 @@ import pytest
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.parent.name.startswith("onnx_"):  # by one worker, so that each model is exported once
+            item.add_marker(pytest.mark.xdist_group("onnx"))
     if "conformance" in (config.option.markexpr or ""):
         return
     left_out = [item for item in items if item.get_closest_marker("conformance")]

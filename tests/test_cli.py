@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from dop_compile import Policy, cli_inputs
+from dop_compile import Policy
 from dop_compile.cli import main
+from dop_compile.commands import inputs as cli_inputs
 from dop_compile.commands import run as commands
 from tests.command_line import refused, run
 from tests.families import FAMILIES

@@ -17,6 +17,7 @@ class LastToken:
     """Attention from the prompt's last token, mean over heads (FastV, PyramidDrop)."""
 
     raters = frozenset({"text"})
+    keys = frozenset({"visual"})
     reads_stream = False
 
     def __call__(self, view: LayerView, counts: Sequence[int]) -> Tensor:
@@ -31,6 +32,7 @@ class TextRaters:
     """
 
     raters = frozenset({"text"})
+    keys = frozenset({"visual"})
     reads_stream = False
 
     def __call__(self, view: LayerView, counts: Sequence[int]) -> Tensor:
@@ -53,6 +55,7 @@ class Product:
     """Attention from visual tokens times that from text tokens, each summed over its queries (FitPrune)."""
 
     raters = frozenset({"text", "visual"})
+    keys = frozenset({"visual"})
     reads_stream = False
 
     def __call__(self, view: LayerView, counts: Sequence[int]) -> Tensor:

@@ -18,10 +18,12 @@ class Criterion(Protocol):
 
     Attributes:
         raters: token groups whose queries it reads at the layer (`text`, `visual`).
+        keys: token groups whose keys it reads there.
         reads_stream: whether it reads the residual stream behind the layer, and not only its queries and keys.
     """
 
     raters: frozenset[str]
+    keys: frozenset[str]
     reads_stream: bool
 
     def __call__(self, view: LayerView, counts: Sequence[int]) -> Tensor:

@@ -25,6 +25,7 @@ class Pivots:
     """
 
     raters = frozenset({"text"})
+    keys = frozenset({"visual", "text"})
     reads_stream = True
 
     def __init__(self, visual: int = 4, text: int = 4):

