@@ -42,7 +42,7 @@ test: $(VENV)/.installed
 
 # An environment of its own, with the lowest version of transformers. torch is the same: 2.11 has no CPU build that
 # every index offers.
-LOWER_TESTS := tests/test_conformance.py tests/test_generate.py tests/test_cache.py \
+LOWER_TESTS := tests/test_conformance.py tests/test_generate.py tests/runtime/test_cache.py \
 	tests/test_properties.py::test_random_policies_are_the_reference
 LOWER_FAMILIES := not (qwen3_vl or gemma3 or mistral3 or smolvlm or cohere2_vision)
 $(LOWER)/.installed: pyproject.toml constraints-lower.txt
@@ -56,7 +56,7 @@ test-lower: $(LOWER)/.installed
 	OMP_NUM_THREADS=1 $(LOWER)/bin/python -m pytest -n 2 $(LOWER_TESTS) -k "$(LOWER_FAMILIES)" $(PYTEST_ARGS)
 
 conformance: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m conformance tests/conformance tests $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m conformance tests $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
