@@ -86,7 +86,7 @@ def test_a_peft_wrapper_is_refused() -> None:
         dop_compile(wrapped, FULL)
 
 
-@pytest.mark.inductor
+@pytest.mark.conformance
 @torch.no_grad()
 def test_lora_switched_under_a_compiler() -> None:
     """No module comes or goes: only what torch.compile guards on tells that the adapters are off."""

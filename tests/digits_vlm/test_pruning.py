@@ -81,7 +81,7 @@ def test_pruned_model_is_the_reference(name: str, kind: str) -> None:
     assert_generates_reference(compiled, batch, policy, kept)
 
 
-@settings(max_examples=12, derandomize=True, database=None, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=6, derandomize=True, database=None, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.sampled_from(SHIPPED), policies(LAYERS, reduction=False), st.integers(0, 20), st.data())
 def test_random_policies_are_the_reference(name: str, policy: Policy, start: int, draw: st.DataObject) -> None:
     batch = digits_batch(name, start, 2, generates=False)
@@ -91,6 +91,7 @@ def test_random_policies_are_the_reference(name: str, policy: Policy, start: int
     assert_forward_matches(compile_eagerly(batch.model, policy), batch, policy, kept)
 
 
+@pytest.mark.conformance
 @torch.no_grad()
 def test_inductor_gives_the_trained_answers() -> None:
     batch = digits_batch("llava", count=2)

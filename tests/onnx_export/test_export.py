@@ -67,7 +67,7 @@ def test_pruned_tier_is_the_masked_original(name: str, optimized: bool) -> None:
     assert ids == reference_generate(batch.model, batch.inputs, PRUNED, TOKENS, kept)
 
 
-@pytest.mark.parametrize("opset", [23, 18])
+@pytest.mark.parametrize("opset", [23, pytest.param(18, marks=pytest.mark.conformance)])
 @given(data=st.data())
 @settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_any_lengths_and_padding(opset: int, data: st.DataObject) -> None:

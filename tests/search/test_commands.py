@@ -150,7 +150,7 @@ def test_a_tensor_parallel_model_needs_processes(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("settings", [[], ["--tensor-parallel"]])
+@pytest.mark.parametrize("settings", [[], pytest.param(["--tensor-parallel"], marks=pytest.mark.conformance)])
 def test_profile_under_torchrun(folder: Path, profiled: Path, tmp_path: Path, settings: list[str]) -> None:
     """Two processes that share the samples, or the model, find what one does."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "dop_compile.cli"]
