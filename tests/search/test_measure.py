@@ -393,9 +393,10 @@ def kill_after(lines: int, path: Path) -> None:
 
 
 class Counting:
-    """Counts the samples that a measurement prepares."""
+    """Counts the samples that a measurement prepares, the one of `uninterrupted` apart."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        uninterrupted()
         self.count = 0
         meter = measure.SampleMeter
 
