@@ -17,6 +17,7 @@ for each --budget, a fraction of the original's FLOPs (eq. 11) on these samples,
   original          the untouched model; always there
   full              the compiled model with nothing pruned
   REDUCER           that reducer alone: as many visual tokens as the budget allows (uniform, random, ...)
+  resize            smaller pictures for the untouched model, where it takes pictures of any size
   fastv, pyramiddrop, sparsevlm, dart, fitprune
                     visual tokens leave inside the decoder; fitprune is fitted to the first 25 samples
   dop, split        the best policy of that space by --divergences

@@ -7,20 +7,23 @@ import itertools
 import tempfile
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from dop_compile.commands.inputs import UsageError, check_backend, one_line, write_file
 from dop_compile.evaluation.in_decoder import FITPRUNE
 from dop_compile.evaluation.measuring import check_tasks, count_tokens, evaluate
-from dop_compile.evaluation.methods import FULL, ORIGINAL, Method, Planner, check_name
+from dop_compile.evaluation.methods import FULL, ORIGINAL, RESIZE, Counts, Method, Planner, check_name
 from dop_compile.evaluation.report import markdown, tradeoff_figure
+from dop_compile.evaluation.resizing import Resized
 from dop_compile.policy import Policy
 from dop_compile.search.commands import decoder_of, model_and_samples, processes, usage_errors
 from dop_compile.search.divergences import Divergences
 from dop_compile.search.fit_prune import measure_attention
 from dop_compile.search.optimize import SPACES
 from dop_compile.search.order import OperationOrder
+from dop_compile.search.samples import Samples
 
 __all__ = ["eval_command"]
 
@@ -57,7 +60,7 @@ def eval_command(arguments: Namespace) -> None:
             found = evaluate(
                 model,
                 samples,
-                list(_methods(arguments, planner, policies, orders)),
+                _methods(arguments, planner, samples, policies, orders),
                 decoder_of(processor),
                 counts=counts,
                 tasks=tasks,
@@ -108,19 +111,40 @@ def _check_writable(out: Path) -> None:
 
 
 def _methods(
-    arguments: Namespace, planner: Planner, policies: dict[str, Policy], orders: dict[str, OperationOrder]
-) -> Iterator[Method]:
+    arguments: Namespace,
+    planner: Planner,
+    samples: Samples,
+    policies: dict[str, Policy],
+    orders: dict[str, OperationOrder],
+) -> list[Method]:
+    lengths = functools.cache(lambda: [row["input_ids"].shape[1] for row in samples])
+
+    def smaller(most: int) -> Resized:
+        return Resized(samples, most)
+
+    def count(own: Resized) -> Counts:
+        return own.counts(lengths(), planner.counts)
+
+    methods = []
     for name in arguments.method:
         if name in (ORIGINAL, FULL):
-            yield planner.named(name, None)
-            continue
-        for budget in arguments.budget:
-            yield planner.named(name, budget)
-    for name, order in orders.items():
-        for budget in arguments.budget:
-            yield planner.ordered(name, order, budget)
-    for name, policy in policies.items():
-        yield planner.given(name, policy)
+            methods.append(planner.named(name, None))
+        elif name == RESIZE:
+            methods += [planner.resized(budget, smaller, count) for budget in arguments.budget]
+        else:
+            methods += [planner.named(name, budget) for budget in arguments.budget]
+    methods += [planner.ordered(name, order, budget) for name, order in orders.items() for budget in arguments.budget]
+    methods += [planner.given(name, policy) for name, policy in policies.items()]
+    return [_with_own_pictures(method, smaller, count) for method in methods]
+
+
+def _with_own_pictures(method: Method, smaller: Callable[[int], Resized], count: Callable[[Resized], Counts]) -> Method:
+    """The method with smaller pictures where its policy is for these."""
+    policy = method.policy
+    if policy is None or policy.reducer != RESIZE or policy.visual_tokens is None:
+        return method
+    own = smaller(policy.visual_tokens)
+    return replace(method, samples=own, counts=tuple(count(own)))
 
 
 def _named_files(option: str, given: Iterable[str], load: Callable[[str], Read]) -> Iterator[tuple[str, Read]]:

@@ -28,9 +28,9 @@ from dop_compile.search.optimize import SPACES, InfeasibleBudgetError, optimize
 from dop_compile.search.order import OperationOrder
 from dop_compile.search.transfer import transfer
 
-__all__ = ["FULL", "ORIGINAL", "Method", "Planner", "check_name", "method_names"]
+__all__ = ["FULL", "ORIGINAL", "RESIZE", "Counts", "Method", "Planner", "check_name", "method_names"]
 
-ORIGINAL, FULL = "original", "full"
+ORIGINAL, FULL, RESIZE = "original", "full", "resize"
 _STEPS = 1000
 TOLERANCE = 1 + 1e-12
 Counts = Sequence[tuple[int, int, int]]
@@ -140,7 +140,7 @@ class Planner:
         """The method of that name, at a budget where it takes one.
 
         Raises:
-            TypeError: it takes a budget and has none.
+            TypeError: it takes a budget and has none; `resize`, which `resized` makes.
             ValueError: an unknown name (the message suggests the nearest), or a budget that cannot be met.
         """
         if name == ORIGINAL:
@@ -148,6 +148,8 @@ class Planner:
         if name == FULL:
             return Method(FULL, None, Policy.full(self.dims.num_layers))
         check_name(name)
+        if name == RESIZE:
+            raise TypeError(f"method {RESIZE!r}: it takes other pictures; make it with Planner.resized")
         space, _, reducer = name.partition("+")
         if budget is None:
             raise TypeError(f"method {name!r}: it is made for a budget, a fraction of FLOPs kept; give one")
@@ -270,7 +272,7 @@ class Planner:
                 "least one visual token"
             )
         own = samples(found + 1)
-        return Method("resize", budget, None, own, tuple(count(own)))
+        return Method(RESIZE, budget, None, own, tuple(count(own)))
 
     def _fits(self, policy: Policy, budget: float) -> bool:
         return self._total(policy, self._alike) <= _checked(budget) * self._whole * TOLERANCE

@@ -103,6 +103,7 @@ def test_bad_input(capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: P
     (tmp_path / "file").write_text("in the way")
     nowhere = command(folder, tmp_path / "file" / "out", "--method", "full")
     assert "cannot write there: Not a directory" in refused(capsys, *nowhere)
+    assert "makes pictures of one size" in said("--method", "resize", "--budget", "0.5")
     assert "no number of visual tokens meets the budget" in said("--method", "uniform", "--budget", "0.01")
     other = Divergences.load(folder / "d.json").to_json().replace('"model_fingerprint": "', '"model_fingerprint": "0')
     (tmp_path / "foreign.json").write_text(other)
