@@ -187,6 +187,12 @@ class Tier:
     executed_flops: int | None
     kv_bytes: int | None
 
+    @property
+    def graphs(self) -> frozenset[str]:
+        """Its own: prefill, decode, and its reducer where that is a graph."""
+        reducer = () if self.reducer is None or self.reducer.graph is None else (self.reducer.graph,)
+        return frozenset((self.prefill, self.decode, *reducer))
+
 
 def file_sha256(path: Path) -> str:
     with path.open("rb") as file:

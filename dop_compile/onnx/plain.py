@@ -5,7 +5,8 @@ No buffers are kept and no tensors are bound: this is the contract of `dop_compi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from torch import Tensor
 from dop_compile.onnx.manifest import Manifest
 from dop_compile.onnx.parts import VisionGraph
 from dop_compile.onnx.prepare import Prepared, placeholders, prepare, prompt_positions
+from dop_compile.onnx.reduce_graph import GraphReducer
 from dop_compile.onnx.sessions import GraphSession, open_graph
+from dop_compile.reducers import Reducer
 
 __all__ = ["PlainPipeline", "vision_items"]
 
@@ -77,13 +80,29 @@ class PlainPipeline:
             found.append((features, rows))
         return found
 
-    def prepare(self, tier: str, inputs: Mapping[str, Any]) -> Prepared:
-        """A left-padded batch, as a processor returns it, for a tier's prefill."""
+    def prepare(self, tier: str, inputs: Mapping[str, Any], visual_indices: Sequence[Any] | None = None) -> Prepared:
+        """A left-padded batch, as a processor returns it, for a tier's prefill; `visual_indices` as in `prepare`."""
         info = self.manifest.tiers[tier]
         embeds, visual, newlines = self.embeddings(inputs)
         positions = prompt_positions(self.model, self.manifest, inputs)
-        mask = inputs["attention_mask"]
-        return prepare(info.policy, info.sections, embeds, mask, positions, visual, newlines=newlines)
+        return prepare(
+            info.policy,
+            info.sections,
+            embeds,
+            inputs["attention_mask"],
+            positions,
+            visual,
+            newlines=newlines,
+            visual_indices=visual_indices,
+            around=self.reducer(tier),
+        )
+
+    def reducer(self, tier: str) -> Callable[[Reducer], Reducer] | None:
+        """What puts the tier's exported reducer in the place of its policy's; None where there is none."""
+        info = self.manifest.tiers[tier].reducer
+        if info is None or info.graph is None or info.tokens is None:
+            return None
+        return functools.partial(GraphReducer, self.session(info.graph).run, info.tokens)
 
     def generate(self, tier: str, prepared: Prepared, new_tokens: int) -> tuple[Tensor, Tensor]:
         """Greedy generation.

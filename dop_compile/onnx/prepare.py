@@ -7,7 +7,7 @@ Used by `verify` and by runtimes. Everything is on the CPU; grouping and reducti
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from dop_compile.onnx.manifest import Manifest
 from dop_compile.onnx.parts import SectionInfo
 from dop_compile.policy import Policy
+from dop_compile.reducers import Reducer
 from dop_compile.runtime.layout import NO_TOKEN
 from dop_compile.runtime.prompt import Prompt, Reduction, call_groups, make_reducer, reduce_prompt
 
@@ -80,6 +81,7 @@ def prepare(
     newlines: Tensor | None = None,
     system: Tensor | None = None,
     visual_indices: Sequence[Any] | None = None,
+    around: Callable[[Reducer], Reducer] | None = None,
     minimum: int = 2,
 ) -> Prepared:
     """A left-padded batch as the inputs of a tier's prefill graph.
@@ -93,6 +95,7 @@ def prepare(
         newlines: (batch, tokens) bool, which placeholders are row separators.
         system: (batch, tokens) bool, for models without placeholders; None: what stands before the first visual token.
         visual_indices: per row, for the reducer "given".
+        around: makes the reducer that is asked in place of the policy's (`GraphReducer`).
         minimum: length that dynamic sections have at least.
 
     Raises:
@@ -108,6 +111,8 @@ def prepare(
     system = system & visual.any(1, keepdim=True) & valid
     prompt = Prompt(embeds, valid, visual, newlines, system)
     reducer = make_reducer(policy, visual_indices, len(embeds)) if bool(visual.any()) else None
+    if reducer is not None and around is not None:
+        reducer = around(reducer)
     reduction = reduce_prompt(prompt, policy, reducer)
     return _sections(policy, sections, prompt, reduction, positions, minimum)
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dop_compile.onnx.manifest import Manifest
 from dop_compile.onnx.plain import vision_items
-from dop_compile.onnx.prepare import placeholders, prepare, prompt_positions
+from dop_compile.onnx.prepare import placeholders
 from dop_compile.onnx.providers import choose_provider
 from dop_compile.onnx.runtime_decode import Decoder
 from dop_compile.onnx.runtime_inputs import Reader, as_batch, as_images, generation_settings, skeleton
@@ -114,7 +114,7 @@ class OnnxPipeline:
         pipeline = cls(stages, Reader(folder, manifest), settings, chosen, provider)
         used = {manifest.embed, *(vision.graph for vision in manifest.vision)}
         for name in chosen:
-            used |= {manifest.tiers[name].prefill, manifest.tiers[name].decode}
+            used |= manifest.tiers[name].graphs
         for graph in sorted(used):
             stages.session(graph)
         if measure:
@@ -246,12 +246,7 @@ class OnnxPipeline:
     ) -> tuple[Tensor, Decoder | None]:
         """Logits (batch, vocabulary) of the first token, and what computes the others, if there can be any."""
         stages, info = self._stages, self.manifest.tiers[tier]
-        embeds, visual, newlines = stages.embeddings(batch)
-        positions = prompt_positions(stages.model, self.manifest, batch)
-        mask = batch["attention_mask"]
-        prepared = prepare(
-            info.policy, info.sections, embeds, mask, positions, visual, newlines=newlines, visual_indices=given
-        )
+        prepared = stages.prepare(tier, batch, given)
         outputs = stages.session(info.prefill).run_in_place(prepared.inputs)
         if limit == 1:
             return outputs["logits"], None

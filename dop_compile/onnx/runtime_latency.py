@@ -63,7 +63,7 @@ def measure_tier(stages: Stages, name: str) -> TierLatency:
     lengths = [text.opt[1]] if isinstance(text.shape[1], int) else [text.opt[1], max(text.max[1] // 4, text.opt[1])]
     points: dict[int, float] = {}
     for length in sorted(set(lengths)):
-        made = _prompt(stages, tier, text.opt[0], length)
+        made = _prompt(stages, name, text.opt[0], length)
         if not points:
             prepared = made()
             decoder = Decoder(
@@ -80,9 +80,9 @@ def measure_tier(stages: Stages, name: str) -> TierLatency:
     return TierLatency(tuple(sorted(points.items())), decode_ms)
 
 
-def _prompt(stages: Stages, tier: Tier, batch: int, length: int) -> Callable[[], Prepared]:
+def _prompt(stages: Stages, name: str, batch: int, length: int) -> Callable[[], Prepared]:
     """What prepares a prompt whose section `text` has this length."""
-    manifest = stages.manifest
+    manifest, tier, around = stages.manifest, stages.manifest.tiers[name], stages.reducer(name)
     visual = tier.counts[1]
     total = visual + length
     places = torch.zeros(batch, total, dtype=torch.bool)
@@ -99,7 +99,7 @@ def _prompt(stages: Stages, tier: Tier, batch: int, length: int) -> Callable[[],
         given = [list(range(kept))] * batch
 
     def made() -> Prepared:
-        return prepare(tier.policy, tier.sections, embeds, mask, positions, places, visual_indices=given)
+        return prepare(tier.policy, tier.sections, embeds, mask, positions, places, visual_indices=given, around=around)
 
     return made
 

@@ -54,6 +54,36 @@ def test_a_batch_from_images_and_prompts() -> None:
     assert together == alone
 
 
+def test_the_reducers_graph_serves_prompts_with_one_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And Python the others: two images in a prompt are reduced as one sample."""
+    found = pipeline()
+    session = found._stages.session(found.manifest.tiers["pruned"].reducer.graph)
+    kept: list[list[int]] = []
+
+    def noted(inputs: Any) -> Any:
+        outputs = run(inputs)
+        kept.append(outputs["indices"].tolist())
+        return outputs
+
+    run = session.run
+    monkeypatch.setattr(session, "run", noted)
+    inputs = batch()
+    assert found.generate(inputs, tier="pruned", max_new_tokens=2).ids == in_pytorch(inputs, 2, tier="pruned")
+    assert kept == [[1, 4, 6, 9, 12, 14]] * 2, "one image of 16 tokens in each of two rows"
+    two = found.process([[picture(0), picture(1)]], ["<image> or <image> ?"])
+    assert found.generate(two, tier="pruned", max_new_tokens=2).ids == in_pytorch(two, 2, tier="pruned")
+    assert len(kept) == 2
+    altered = iter([[0, 1, 2, 3, 4, 5]])
+
+    def other(inputs: Any) -> Any:
+        indices = torch.tensor(next(altered))
+        return {"indices": indices, "kept": inputs["features"][indices]}
+
+    monkeypatch.setattr(session, "run", other)
+    one = found.process([[picture(0)]], [PROMPTS[0]])
+    assert found.generate(one, tier="pruned", max_new_tokens=TOKENS).ids != in_pytorch(one, TOKENS, tier="pruned")
+
+
 def test_numpy_arrays() -> None:
     inputs = batch()
     arrays = {name: value.numpy() for name, value in inputs.items()}
