@@ -38,7 +38,7 @@ from dop_compile.runtime.program import Program
 from dop_compile.tokens import Universe
 from dop_compile.tracing.local_sizes import localise_sizes
 from dop_compile.tracing.side_inputs import default_inputs
-from dop_compile.tracing.trace import DecoderInputs, trace_decoder
+from dop_compile.tracing.trace import DecoderInputs, TracedDecoder, trace_decoder
 
 __all__ = ["CompiledState", "build_graph", "dop_compile"]
 
@@ -65,10 +65,21 @@ def build_graph(
         disable: names of optional passes to leave out.
         debug: verify after every pass and keep a diff of each.
     """
-    inputs = inputs or DecoderInputs()
+    return rewrite(trace(decoder, inputs), keep, universe, disable=disable, debug=debug)
+
+
+def trace(decoder: nn.Module, inputs: DecoderInputs | None = None) -> TracedDecoder:
+    """The decoder's graph, in which every node takes sizes from its own inputs."""
     traced = trace_decoder(decoder, inputs)
     localise_sizes(traced.graph)
-    graph = DecoderGraph(traced, keep, universe, inputs.cached)
+    return traced
+
+
+def rewrite(
+    traced: TracedDecoder, keep: KeepTable, universe: Universe, *, disable: Sequence[str] = (), debug: bool = False
+) -> DecoderGraph:
+    """Run the pipeline on a traced decoder, which it changes; arguments as in `build_graph`."""
+    graph = DecoderGraph(traced, keep, universe, traced.inputs.cached)
     return run_passes(graph, PIPELINE, disable=disable, check=check_graph if debug else None, diff=debug)
 
 
@@ -96,6 +107,7 @@ class CompiledState:
         self._disable = tuple(disable)
         self._debug = debug
         self._programs: dict[Any, Program] = {}
+        self._traces: dict[DecoderInputs, TracedDecoder] = {}
         self._lock = threading.RLock()
         self._structure = self._current_structure()
 
@@ -122,9 +134,15 @@ class CompiledState:
             with self._lock:
                 program = self._programs.get(key)
                 if program is None:
-                    graph = build_graph(self.decoder, keep, universe, inputs, disable=self._disable, debug=self._debug)
+                    graph = rewrite(self._traced(inputs), keep, universe, disable=self._disable, debug=self._debug)
                     program = self._programs[key] = Program(graph, self.library)
         return program
+
+    def _traced(self, inputs: DecoderInputs) -> TracedDecoder:
+        """A copy of the decoder's graph for these inputs: tiers and requests differ in what they rewrite alone."""
+        if inputs not in self._traces:
+            self._traces[inputs] = trace(self.decoder, inputs)
+        return self._traces[inputs].copy()
 
     def finish(self, embeds: Tensor) -> Tensor:
         """What the decoder returns for tokens that take part in no operation: (batch, tokens, hidden) each way."""
@@ -155,6 +173,7 @@ class CompiledState:
         if structure != self._structure:
             with self._lock:
                 self._programs.clear()
+                self._traces.clear()
                 self.library.clear()
                 self._structure = structure
 

@@ -103,13 +103,13 @@ def run_passes(
         ValueError: `disable` names an unknown pass, or one that the semantics need.
     """
     _check_disabled(passes, disable)
+    text = dump(graph.graph) if diff else ""
     for item in passes:
         if item.name in disable:
             continue
         finished = tuple(report.name for report in graph.reports)
         _check_order(item, finished)
         report = PassReport(item.name, len(finished) + 1, nodes_before=len(graph.graph.nodes))
-        before = dump(graph.graph) if diff else ""
         started = time.perf_counter()
         graph.reports.append(report)
         try:
@@ -123,5 +123,6 @@ def run_passes(
         report.seconds = time.perf_counter() - started
         report.nodes_after = len(graph.graph.nodes)
         if diff:
-            graph.diffs[item.name] = diff_dumps(before, dump(graph.graph))
+            before, text = text, dump(graph.graph)
+            graph.diffs[item.name] = diff_dumps(before, text)
     return graph

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import pytest
+from PIL import ImageFile
 
 
+def pytest_runtest_setup() -> None:
+    ImageFile.LOAD_TRUNCATED_IMAGES = False  # importing lmms-eval sets it
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.parent.name.startswith("onnx_"):  # by one worker, so that each model is exported once

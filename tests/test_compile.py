@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, fx
 
-from dop_compile import Policy, dop_compile
+from dop_compile import Policy, compiler, dop_compile
 from tests.families import FAMILIES
 
 LAYERS = 4
@@ -117,6 +117,33 @@ def test_second_tier_compiles_only_kinds_that_are_new() -> None:
     compilations = backend.compiled
     compiled(**prompt(model), tier="b", logits_to_keep=1)
     assert backend.compiled == compilations
+
+
+def test_tiers_share_a_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One for the prompt and one for a generated token, whatever the tiers; none is left changed by their passes."""
+    traced: list[Any] = []
+
+    def noted(*args: Any) -> Any:
+        traced.append(trace_decoder(*args))
+        return traced[-1]
+
+    trace_decoder = compiler.trace_decoder
+    model = FAMILIES["llava"].build()
+    compiled = dop_compile(model, TIERS, backend="eager")
+    monkeypatch.setattr(compiler, "trace_decoder", noted)
+    sample = prompt(model)
+    texts = []
+    with torch.no_grad():
+        for tier in TIERS:
+            compiled(**sample, tier=tier)
+            texts.append([str(graph.graph) for graph in traced])
+    assert len(compiled.dop.programs) >= len(TIERS)
+    assert len({graph.inputs for graph in traced}) == len(traced)
+    assert texts[0] == texts[-1]
+    model.get_decoder().norm.register_forward_hook(lambda *_: None)
+    with torch.no_grad():
+        compiled(**sample, tier="100%")
+    assert len(traced) == len(texts[-1]) + 1, "what was traced of other modules is forgotten"
 
 
 @pytest.mark.inductor

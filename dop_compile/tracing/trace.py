@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import operator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -66,6 +66,15 @@ class TracedDecoder:
     layer_prefix: str
     num_layers: int
     output_class: type | None = None
+
+    def copy(self) -> TracedDecoder:
+        """A graph of its own, to be rewritten; modules and example values are shared."""
+        graph = fx.Graph()
+        copied: dict[fx.Node, fx.Node] = {}
+        result = graph.graph_copy(self.graph, copied)
+        output = self.graph.output_node()
+        graph.output(result).meta = dict(output.meta)
+        return replace(self, graph=graph)
 
     def layer_of(self, node: fx.Node) -> int | None:
         """The layer whose forward created the node, or for which a pass inserted it."""
