@@ -155,7 +155,7 @@ class CompiledState:
 
     def _bypass_graph(self) -> DecoderGraph:
         keep = KeepTable.dense(self.decoder.config.num_hidden_layers)
-        traced = trace_decoder(self.decoder, default_inputs(self.decoder, cached=False))
+        traced = self._traced(default_inputs(self.decoder, cached=False))
         graph = run_passes(DecoderGraph(traced, keep, Universe(keep.groups), False), (ANNOTATE,))
         embeds = next(node for node in graph.graph.nodes if node.name == "inputs_embeds")
         graph.junctions[-1].out.replace_all_uses_with(embeds)

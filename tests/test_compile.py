@@ -120,30 +120,30 @@ def test_second_tier_compiles_only_kinds_that_are_new() -> None:
 
 
 def test_tiers_share_a_trace(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One for the prompt and one for a generated token, whatever the tiers; none is left changed by their passes."""
-    traced: list[Any] = []
+    """One per kind of inputs, whatever the tiers; their passes leave it as it was."""
+    traced: list[tuple[Any, str]] = []
 
     def noted(*args: Any) -> Any:
-        traced.append(trace_decoder(*args))
-        return traced[-1]
+        found = trace(*args)
+        traced.append((found, str(found.graph)))
+        return found
 
-    trace_decoder = compiler.trace_decoder
+    trace = compiler.trace
+    monkeypatch.setattr(compiler, "trace", noted)
     model = FAMILIES["llava"].build()
     compiled = dop_compile(model, TIERS, backend="eager")
-    monkeypatch.setattr(compiler, "trace_decoder", noted)
     sample = prompt(model)
-    texts = []
     with torch.no_grad():
         for tier in TIERS:
             compiled(**sample, tier=tier)
-            texts.append([str(graph.graph) for graph in traced])
     assert len(compiled.dop.programs) >= len(TIERS)
-    assert len({graph.inputs for graph in traced}) == len(traced)
-    assert texts[0] == texts[-1]
+    assert len({graph.inputs for graph, _ in traced}) == len(traced)
+    assert all(str(graph.graph) == text for graph, text in traced)
+    number = len(traced)
     model.get_decoder().norm.register_forward_hook(lambda *_: None)
     with torch.no_grad():
         compiled(**sample, tier="100%")
-    assert len(traced) == len(texts[-1]) + 1, "what was traced of other modules is forgotten"
+    assert len(traced) == number + 1, "what was traced of other modules is forgotten"
 
 
 @pytest.mark.inductor
