@@ -20,7 +20,8 @@ from dop_compile.search.axes import AXES, VISUAL_TOKENS, tokens_kept
 __all__ = ["Divergences"]
 
 FORMAT = "dop_compile.divergences"
-VERSION = 1
+VERSION = 2
+"""Version 1 did not say what was transferred: divergences of as many prompts as samples were taken as measured."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Divergences:
         prefills: decoder cost of the measurement per sample, in original prefills (FLOPs).
         seed: of whatever the samples or reducers drew.
         versions: of the packages.
+        transferred: whether these are another model's, and `counts` therefore not those of the measured samples.
     """
 
     model_fingerprint: str
@@ -56,6 +58,7 @@ class Divergences:
     prefills: float
     seed: int
     versions: tuple[tuple[str, str], ...]
+    transferred: bool = False
 
     @property
     def num_layers(self) -> int:
@@ -77,16 +80,11 @@ class Divergences:
         return np.asarray(self.values[axis], dtype=np.float64)
 
     @property
-    def _is_own(self) -> bool:
-        """Whether `counts` are those of the measured samples."""
-        return len(self.counts) == len(self.digests)
-
-    @property
     def sample_tokens(self) -> tuple[int, ...]:
         """All visual tokens of each measured sample; transferred divergences count them on the target's scale."""
-        if self._is_own:
-            return tuple(visual for _, visual, _ in self.counts)
-        return (self.visual_tokens,) * len(self.digests)
+        if self.transferred:
+            return (self.visual_tokens,) * len(self.digests)
+        return tuple(visual for _, visual, _ in self.counts)
 
     def coordinates(self, axis: str, visual: int | None = None) -> np.ndarray[Any, np.dtype[np.float64]]:
         """(points + 1,) ascending, the full value last: layers, or tokens kept of `visual` (the largest sample's)."""
@@ -94,7 +92,7 @@ class Divergences:
         points = self.points[axis]
         if axis == VISUAL_TOKENS:
             # A sample keeps whole tokens; between those of another model is interpolated (DOP C.5)
-            ascending = [tokens_kept(p, scale) if self._is_own else p * scale for p in reversed(points)]
+            ascending = [p * scale if self.transferred else tokens_kept(p, scale) for p in reversed(points)]
             return np.array([*ascending, scale], dtype=np.float64)
         return np.array([*reversed(points), self.num_layers], dtype=np.float64)
 
@@ -103,10 +101,10 @@ class Divergences:
         return np.append(self.array(axis).mean(axis=1)[::-1], 0.0)
 
     def subset(self, samples: list[int]) -> Divergences:
-        """Those of some samples only; one may be named several times (bootstrap)."""
+        """Those of some samples only; one may be named several times (bootstrap). A target's prompts stay all."""
         values = {axis: tuple(tuple(row[i] for i in samples) for row in rows) for axis, rows in self.values.items()}
         digests = tuple(self.digests[i] for i in samples)
-        counts = tuple(self.counts[i] for i in samples) if self._is_own else self.counts
+        counts = self.counts if self.transferred else tuple(self.counts[i] for i in samples)
         return dataclasses.replace(self, values=values, counts=counts, digests=digests)
 
     # --- JSON -----------------------------------------------------------------------------------------------------
@@ -131,8 +129,10 @@ class Divergences:
             document = parse(text)
             if not isinstance(document, dict) or document.get("format") != FORMAT:
                 raise ValueError("format: this is not a file of divergences")
-            if document.get("version") != VERSION:
-                raise ValueError(f"version: this release reads version {VERSION}; measure the divergences again")
+            if document.get("version") not in (1, VERSION):
+                raise ValueError(f"version: this release reads versions 1 and {VERSION}; measure the divergences again")
+            if document["version"] == 1:
+                _add_transferred(document)
             if wrong := set(_READERS).symmetric_difference(set(document) - {"format", "version"}):
                 raise ValueError(f"{', '.join(sorted(wrong))}: unknown or missing")
             found = cls(**{name: _read(name, document[name]) for name in _READERS})
@@ -146,6 +146,8 @@ class Divergences:
         samples = len(self.digests)
         if not samples or not self.counts:
             raise ValueError("digests, counts: expected at least one sample")
+        if not self.transferred and len(self.counts) != samples:
+            raise ValueError(f"counts: expected one entry for each of {samples} samples, got {len(self.counts)}")
         if not self.visual_tokens:
             raise ValueError("counts: expected visual tokens, got samples without any")
         self.base.check_layers(self.num_layers)
@@ -181,6 +183,14 @@ class Divergences:
 # --- fields of the JSON document ----------------------------------------------------------------------------------
 
 
+def _add_transferred(document: dict[str, Any]) -> None:
+    """The field that version 1 left to be guessed."""
+    if "transferred" in document:
+        raise ValueError("transferred: unknown or missing")
+    counts, digests = document.get("counts"), document.get("digests")
+    document["transferred"] = isinstance(counts, list) and isinstance(digests, list) and len(counts) != len(digests)
+
+
 def _read(name: str, value: Any) -> Any:
     try:
         return _READERS[name](value)
@@ -192,6 +202,12 @@ def _read(name: str, value: Any) -> Any:
 def _text(value: Any) -> str:
     if not isinstance(value, str) or not value:
         raise TypeError(f"expected a text, got {value!r}")
+    return value
+
+
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"expected true or false, got {value!r}")
     return value
 
 
@@ -240,4 +256,5 @@ _READERS: dict[str, Callable[[Any], Any]] = {
     "prefills": lambda value: finite("prefills", value),
     "seed": lambda value: integer("seed", value, low=-(2**63)),
     "versions": lambda value: tuple((name, _text(version)) for name, version in pairs("versions", _mapping(value))),
+    "transferred": _flag,
 }

@@ -61,6 +61,7 @@ def transfer(
         counts=tuple((int(system), int(visual), int(text)) for system, visual, text in counts),
         base=base,
         points=points,
+        transferred=True,
     )
     found.check()
     return found

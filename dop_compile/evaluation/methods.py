@@ -114,11 +114,9 @@ class Planner:
         self._divergences = None
         if divergences is not None:
             self._check_model("divergences", divergences.model_fingerprint)
-            # The measured curves, at the evaluated samples' token counts: as if transferred to the same model. Their
-            # number must differ from that of the measured samples, or they would be taken for these; costs are means.
-            twice = 2 if len(self.counts) == len(divergences.digests) else 1
+            # The measured curves, at the evaluated samples' token counts: as if transferred to the same model
             self._divergences = transfer(
-                divergences, dims, self.counts * twice, model_type=model_type, model_fingerprint=fingerprint
+                divergences, dims, self.counts, model_type=model_type, model_fingerprint=fingerprint
             )
 
     @classmethod

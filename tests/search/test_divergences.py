@@ -111,7 +111,9 @@ def test_a_missing_field_is_named(name: str) -> None:
 @pytest.mark.parametrize("name", FIELDS)
 @pytest.mark.parametrize("wrong", [None, True, -1, "", [], {}, [[1, 2]], {"mha_depth": 3}, {"a": [["x"]]}])
 def test_a_field_of_another_type_is_named(name: str, wrong: object) -> None:
-    if (name, wrong) in (("metric_options", {}), ("versions", {})) or (name in ("prefills", "seed") and wrong == -1):
+    if (name, wrong) in (("metric_options", {}), ("versions", {}), ("transferred", True)) or (
+        name in ("prefills", "seed") and wrong == -1
+    ):
         Divergences.from_json(changed(name, wrong))
         return
     if name == "metric_options" and isinstance(wrong, dict):
@@ -139,6 +141,7 @@ def test_a_field_of_another_type_is_named(name: str, wrong: object) -> None:
         ("points", lambda d: d | {"mha_depth": [3, 2, 0]}, r"values\['mha_depth'\]: expected 3 points x 3 samples"),
         ("values", lambda d: d | {"mha_depth": [[1, 2], [1, 2]]}, r"values\['mha_depth'\]: expected 2 points x 3"),
         ("values", lambda d: d | {"mha_depth": [["1", 2, 3], [1, 2, 3]]}, r"values: .*expected a number, got '1'"),
+        ("counts", lambda d: d[:2], r"counts: expected one entry for each of 3 samples, got 2"),
         ("digests", lambda d: [], r"digests, counts: expected at least one sample"),
         ("versions", lambda d: {"torch": 2}, r"versions: expected a text, got 2"),
     ],
@@ -148,6 +151,17 @@ def test_parts_that_do_not_fit_are_named(name: str, change: Callable[[Any], Any]
         Divergences.from_json(changed(name, change(DOCUMENT[name])))
 
 
+def test_files_of_the_first_version_tell_a_transfer_by_its_number_of_prompts() -> None:
+    old = {name: value for name, value in DOCUMENT.items() if name != "transferred"} | {"version": 1}
+    assert Divergences.from_json(json.dumps(old)) == GIVEN
+    for counts in (old["counts"][:2], old["counts"] * 2):
+        found = Divergences.from_json(json.dumps(old | {"counts": counts}))
+        assert (found.transferred, found.sample_tokens) == (True, (8, 8, 8))
+        assert Divergences.from_json(found.to_json()) == found
+    with pytest.raises(ValueError, match="transferred: unknown or missing"):
+        Divergences.from_json(json.dumps(old | {"transferred": False}))
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -155,7 +169,8 @@ def test_parts_that_do_not_fit_are_named(name: str, change: Callable[[Any], Any]
         ("[]", "format: this is not a file of divergences"),
         ("{}", "format: "),
         (Policy.full(4).to_json(), "format: "),
-        (changed("version", 2), "version: this release reads version 1"),
+        (changed("version", 3), "version: this release reads versions 1 and 2"),
+        (changed("version", "2"), "version: this release reads versions 1 and 2"),
         (changed("samples", 3), "samples: unknown or missing"),
         (changed("prefills", 7.125).replace("7.125", "NaN"), "got NaN"),
         (changed("prefills", 7.125).replace("7.125", "1e999"), "prefills: expected a finite number"),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,6 +12,7 @@ from hypothesis import strategies as st
 
 from dop_compile.costs import prefill_flops_ratio
 from dop_compile.search import Divergences, candidates, optimize, transfer
+from dop_compile.search.axes import tokens_kept
 from dop_compile.search.curves import curve
 from tests.search.synthetic import DEPTHS, dims_of, divergences_of, random_divergences
 
@@ -31,16 +35,34 @@ def with_layers(divergences: Divergences, layers: int, visual: int) -> Divergenc
     return transfer(divergences, dims_of(layers), [(3, visual, 7)], **TARGET)
 
 
-@settings(max_examples=40)
-@given(random_divergences())
-def test_to_the_same_geometry_nothing_changes(divergences: Divergences) -> None:
-    same = transfer(
+def to_itself(divergences: Divergences) -> Divergences:
+    return transfer(
         divergences,
         divergences.dims,
         divergences.counts,
         model_type=divergences.model_type,
         model_fingerprint=divergences.model_fingerprint,
     )
+
+
+def of_whole_tokens(divergences: Divergences) -> Divergences:
+    """The same, of samples with as many visual tokens each, measured at whole tokens: nothing is to interpolate."""
+    visual = divergences.visual_tokens
+    fractions = tuple(tokens_kept(point, visual) / visual for point in divergences.points["visual_tokens"])
+    return dataclasses.replace(
+        divergences,
+        counts=tuple((system, visual, text) for system, _, text in divergences.counts),
+        points={**divergences.points, "visual_tokens": fractions},
+    )
+
+
+@settings(max_examples=40)
+@given(random_divergences())
+def test_to_the_same_geometry_nothing_changes(drawn: Divergences) -> None:
+    for axis in DEPTHS:
+        np.testing.assert_allclose(curve(to_itself(drawn), axis), curve(drawn, axis), rtol=1e-12)
+    divergences = of_whole_tokens(drawn)
+    same = to_itself(divergences)
     for axis in AXES:
         for monotone in (False, True):
             np.testing.assert_allclose(
@@ -53,6 +75,43 @@ def test_to_the_same_geometry_nothing_changes(divergences: Divergences) -> None:
             except ValueError:
                 continue
             assert candidates(same, budget, alpha=alpha) == expected
+
+
+FOUR = divergences_of(
+    {"visual_tokens": (0.75, 0.5, 0.25, 0.0)},
+    {"visual_tokens": [[0.1, 0.3, 0.0, 0.2], [0.4, 0.9, 0.1, 0.6], [2.0, 1.5, 0.7, 1.0], [3.0, 2.5, 4.0, 3.5]]},
+    [(2, 16, 5)] * 4,
+    dims_of(8),
+)
+PROMPTS = [(3, 10, 9), (3, 100, 9)]
+
+
+@pytest.mark.parametrize("times", [2, 3])
+def test_as_many_prompts_as_were_measured_are_not_the_measured_ones(times: int) -> None:
+    """The same prompts several times are the same target; two times two are as many as the source's samples."""
+    once, more = (transfer(FOUR, FOUR.dims, PROMPTS * n, **TARGET) for n in (1, times))
+    np.testing.assert_allclose(curve(more, "visual_tokens"), curve(once, "visual_tokens"), rtol=1e-12)
+    assert more.sample_tokens == once.sample_tokens == (100,) * 4
+    assert more.transferred
+
+
+@pytest.mark.parametrize("prompts", [1, 2, 4, 5])
+@pytest.mark.parametrize("draws", [1, 2, 4, 5])
+def test_a_subset_keeps_the_target(prompts: int, draws: int) -> None:
+    """Whatever the number of prompts and of draws: only the values are those of the drawn samples."""
+    target = transfer(FOUR, FOUR.dims, [(3, 10, 9), *[(3, 100, 9)] * 4][-prompts:], **TARGET)
+    part = target.subset([1] * draws)
+    expected = np.interp(range(101), [0, 25, 50, 75, 100], [2.5, 1.5, 0.9, 0.3, 0])
+    np.testing.assert_allclose(curve(part, "visual_tokens"), expected, rtol=1e-12)
+    assert (part.transferred, part.counts) == (True, target.counts)
+
+
+def test_divergences_of_another_model_stay_so_in_their_file(tmp_path: Path) -> None:
+    target = transfer(FOUR, FOUR.dims, PROMPTS * 2, **TARGET)
+    target.save(tmp_path / "target.json")
+    again = Divergences.load(tmp_path / "target.json")
+    assert again == target
+    np.testing.assert_array_equal(curve(again, "visual_tokens"), curve(target, "visual_tokens"))
 
 
 def test_depths_scale_with_the_layers_and_tokens_with_the_tokens() -> None:
