@@ -6,10 +6,11 @@
 
 Every round times each contender once, in a new random order. "100% again" is a contender a second time: its ratio shows
 what the machine can resolve. Ratios are to the 100 % tier in ONNX Runtime, of latency and of executed FLOPs: a tier is
-as fast as its FLOPs say where the last column is 1. ONNX Runtime's prefill computes the last row's logits, too.
+as fast as its FLOPs say where the last column is 1. ONNX Runtime's prefill computes the last row's logits, too. Decoding
+hands caches over as arrays, from call to call: `OnnxPipeline`, which keeps them in bound buffers, is faster.
 
-Load time and memory are of fresh processes, memory after one run of every graph: weights, as they are or packed, and
-buffers. PSS counts pages that processes share in proportion. Weights are random, so only time and memory are measured.
+Load time and memory are of fresh processes, one each with the files in the page cache, memory after one run of every
+graph: weights, as they are or packed, and buffers. PSS counts pages that processes share in proportion. Weights are random, so only time and memory are measured.
 """
 
 from __future__ import annotations
@@ -170,10 +171,7 @@ def memory_table(rows: list[dict[str, Any]]) -> list[str]:
 
 def disk_mb(manifest: Manifest, tiers: Sequence[str]) -> float:
     """Weights and graphs of some tiers."""
-    names = {"decode", manifest.embed}
-    for name in tiers:
-        tier = manifest.tiers[name]
-        names |= {tier.prefill} | ({tier.reducer.graph} if tier.reducer and tier.reducer.graph else set())
+    names = {manifest.embed}.union(*(manifest.tiers[name].graphs for name in tiers))
     return (manifest.weights.bytes + sum(manifest.graphs[name].data.bytes for name in names)) / 1e6
 
 
@@ -186,6 +184,8 @@ def main() -> None:
     parser.add_argument("--no-inductor", action="store_true", help="eager alone: compiling takes minutes")
     parser.add_argument("--out", type=Path, help="folder for onnx-GEOMETRY.json and .md")
     options = parser.parse_args()
+    if options.rounds < 2:
+        parser.error("--rounds: quartiles need at least 2")
     geometry = GEOMETRIES[options.geometry]
     if options.layers:
         geometry = replace(geometry, config={**geometry.config, "num_hidden_layers": options.layers})

@@ -88,9 +88,8 @@ def _depthwise(arguments: Namespace, layers: int) -> Policy | None:
 
 def read_policies(arguments: Namespace, layers: int) -> dict[str, Policy]:
     """The tiers that the command line describes; empty if it says nothing of a policy."""
-    if (policy := _depthwise(arguments, layers)) is not None:
-        return {"policy": policy}
-    tiers: dict[str, Policy] = {}
+    policy = _depthwise(arguments, layers)
+    tiers: dict[str, Policy] = {} if policy is None else {"policy": policy}
     for text in arguments.policy:
         name, separator, file = text.partition("=")
         if not separator or Path(text).exists():

@@ -74,7 +74,7 @@ def add_onnx_commands(command: Callable[..., argparse.ArgumentParser], policy: a
     one.add_argument("--batch", type=_bounds, default=(1, 1, 8), metavar="MIN,OPT,MAX", help="rows (1,1,8)")
     one.add_argument("--text", type=_bounds, default=(2, 64, 1024), metavar="MIN,OPT,MAX", help="text (2,64,1024)")
     one.add_argument("--new-tokens", type=positive, default=256, metavar="N", help="generated at most (256)")
-    one.add_argument("--static", action="store_true", help="no dynamic sizes: each is its OPT")
+    one.add_argument("--static", action="store_true", help="no dynamic sizes (embed's tokens apart): each is its OPT")
 
     one.add_argument("--layout", choices=("triton", "genai"), help="also arrange the graphs for a server")
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ __all__ = [
     "position_rows",
     "reducer_info",
     "save_files",
-    "slug",
+    "slugs",
     "why_runtime_reduces",
 ]
 
@@ -49,14 +50,17 @@ def nested(tensors: Mapping[str, Tensor]) -> dict[str, tuple[tuple[int, ...], ..
     return {name: tuple(tuple(row) for row in t.reshape(t.shape[0], -1).tolist()) for name, t in tensors.items()}
 
 
-def slug(tier: str, tiers: Mapping[str, Policy]) -> str:
-    """A file name for a tier; its number is added where another tier's would be the same."""
-
-    def plain(name: str) -> str:
-        return re.sub(r"[^A-Za-z0-9_.-]+", "-", name.replace("%", "")).strip("-.") or "tier"
-
-    same = [name for name in tiers if plain(name).lower() == plain(tier).lower()]
-    return plain(tier) if len(same) == 1 else f"{plain(tier)}-{list(tiers).index(tier)}"
+def slugs(tiers: Iterable[str]) -> dict[str, str]:
+    """A file name for each tier, unlike all others on any file system."""
+    plain = {n: re.sub(r"[^A-Za-z0-9_.-]+", "-", n.replace("%", "")).strip("-.") or "tier" for n in tiers}
+    taken = Counter(name.lower() for name in plain.values())
+    found: dict[str, str] = {}
+    for number, (tier, name) in enumerate(plain.items()):
+        while taken[name.lower()] > 1:
+            name = f"{name}-{number}"
+        taken[name.lower()] = 2
+        found[tier] = name
+    return found
 
 
 def reducer_info(policy: Policy) -> ReducerInfo | None:
@@ -136,7 +140,8 @@ def model_info(model: Any, hidden: int, kv_heads: tuple[int, ...], head_dims: tu
 def save_files(model: Any, processor: Any, folder: Path) -> tuple[DataFile, ...]:
     before = {path.name for path in folder.iterdir()} | {MANIFEST}
     model.config.save_pretrained(folder)
-    model.generation_config.save_pretrained(folder)
+    # Not save_pretrained, which refuses settings that transformers itself loads
+    (folder / "generation_config.json").write_text(model.generation_config.to_json_string(), encoding="utf-8")
     if processor is not None:
         processor.save_pretrained(folder)
     paths = sorted(

@@ -20,7 +20,7 @@ from dop_compile.compiler import dop_compile
 from dop_compile.onnx.capture import capture_prompt
 from dop_compile.onnx.check import OPSETS
 from dop_compile.onnx.exporter import Exporter
-from dop_compile.onnx.manifest import Manifest
+from dop_compile.onnx.manifest import MANIFEST, Manifest
 from dop_compile.onnx.shapes import Shapes
 from dop_compile.onnx.triton import TRITON, check_layout, write_repository
 from dop_compile.onnx.workspace import new_directory
@@ -75,7 +75,7 @@ def export_onnx(
     examples = _examples(model, examples, processor)
     captures = [capture_prompt(model, example) for example in examples]
     needed = sum(p.numel() * p.element_size() for p in {id(p): p for p in model.parameters()}.values())
-    with new_directory(directory, force=force, needed_bytes=needed) as scratch:
+    with new_directory(directory, force=force, mark=MANIFEST, needed_bytes=needed) as scratch:
         exporter = Exporter(model, tiers, captures, shapes or Shapes(), opset, scratch, progress)
         manifest = exporter.run(compiled, examples, processor)
         manifest.save(scratch)

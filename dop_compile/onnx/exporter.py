@@ -24,7 +24,7 @@ from dop_compile.onnx.describe import (
     position_rows,
     reducer_info,
     save_files,
-    slug,
+    slugs,
     why_runtime_reduces,
 )
 from dop_compile.onnx.graphs import Decode, Embed, Prefill, Reduce, Vision, flat
@@ -62,6 +62,7 @@ class Exporter:
         self.classes = past_classes(policies, self.sections)
         self.lengths = {name: self._lengths(name) for name in policies}
         self.reducers = {name: reducer_info(policy) for name, policy in policies.items()}
+        self.names = slugs(policies)
         self.graphs: dict[str, Graph] = {}
         self._bar = tqdm(desc="export", disable=not progress, file=sys.stderr, leave=False, unit="graph")
 
@@ -87,6 +88,22 @@ class Exporter:
             section.name: max((size for lengths in found if (size := lengths[section.name]) is not None), default=text)
             for section in self.sections[tier]
         }
+
+    def _tokens(self) -> Range:
+        """Whole prompts, whose placeholders are embedded, too."""
+        text, (usual, largest) = self.shapes.range("text"), self._visual()
+        sections = 2 if any("system" in lengths for lengths in self.lengths.values()) else 1
+        return Range(1, sections * text.opt + usual, sections * text.max + largest)
+
+    def _visual(self) -> tuple[int, int]:
+        """Visual tokens of a prompt before reduction, usually and at most."""
+        seen = max(sum(len(call.features) for call in c.vision) for c in self.captures)
+        wanted = self.shapes.visual_length
+        if isinstance(wanted, int):
+            return wanted, wanted
+        if wanted is None and seen:
+            return seen, seen
+        return min(seen or 576, self.shapes.max_visual), self.shapes.max_visual
 
     def _ranges(self, lengths: Mapping[str, int | None]) -> dict[str, Range]:
         text = self.shapes.range("text")
@@ -116,7 +133,7 @@ class Exporter:
         sections, lengths = self.sections[tier], self.lengths[tier]
         module = Prefill(self.model, self.policies[tier], sections, self.rows)
         signature = prefill_signature(sections, lengths, module.output_names, self.model.dtype, self.hidden, self.rows)
-        name = f"prefill-{slug(tier, self.policies)}"
+        name = f"prefill-{self.names[tier]}"
         return self._write(name, module, signature, self._ranges(lengths))
 
     def _decode(self, kv_heads: Sequence[int], head_dims: Sequence[int]) -> str:
@@ -129,8 +146,7 @@ class Exporter:
 
     def _embed(self) -> str:
         signature = Signature((("input_ids", torch.int64, ("batch", "tokens")),), Embed.output_names)
-        text = self.shapes.text
-        ranges = {"batch": self.shapes.range("batch"), "tokens": Range(1, text[1], text[2])}
+        ranges = {"batch": self.shapes.range("batch"), "tokens": self._tokens()}
         return self._write("embed", Embed(self.model), signature, ranges)
 
     def _vision(self) -> tuple[VisionGraph, ...]:
@@ -166,14 +182,15 @@ class Exporter:
                 self.reducers[tier] = replace(info, reason=reason)
                 continue
             tokens = vision[0].tokens
-            name = f"reduce-{slug(tier, self.policies)}"
+            name = f"reduce-{self.names[tier]}"
             inputs = (("features", self.model.dtype, (tokens, self.hidden)),)
             try:
                 module = Reduce(policy)
                 if module.reads_text(tokens, self.hidden):
                     raise UnsupportedModelError("it reads the prompt's text")
                 self._write(name, module, Signature(inputs, Reduce.output_names), {})
-            except UnsupportedModelError as error:  # it decides in Python by what it sees
+            except (UnsupportedModelError, ValueError) as error:  # it decides in Python by what it sees
+                (self.folder / f"{name}.onnx").unlink(missing_ok=True)
                 self.reducers[tier] = replace(info, reason=str(error))
             else:
                 self.reducers[tier] = replace(info, graph=name, tokens=tokens)

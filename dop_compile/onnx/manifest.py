@@ -108,6 +108,8 @@ FORMAT = "dop_compile.onnx"
 VERSION = 1
 MANIFEST, WEIGHTS = "manifest.json", "weights.bin"
 DECODE = "decode"
+POSITIONS = ("sequential", "model")
+DTYPES = ("float32", "float16", "bfloat16", "int64", "int32", "bool")
 
 
 @dataclass(frozen=True)
@@ -193,10 +195,6 @@ class Manifest:
                     "changed or damaged, export or copy it again"
                 )
 
-    def past_class(self, layer: int) -> int:
-        """Number of the class that a layer belongs to."""
-        return next(number for number, group in enumerate(self.past_classes) if layer in group.layers)
-
     def _check(self) -> None:
         """What one field says of another."""
         used = {"embed": self.embed, **{f"vision[{i}]": v.graph for i, v in enumerate(self.vision)}}
@@ -213,6 +211,20 @@ class Manifest:
                 raise ValueError(f"{data.file!r}: expected a file inside the directory")
         if not self.tiers:
             raise ValueError("tiers: expected at least one")
+        if self.positions not in POSITIONS:
+            raise ValueError(f"positions: expected one of {', '.join(POSITIONS)}, got {self.positions!r}")
+        for name, graph in self.graphs.items():
+            for spec in graph.inputs:
+                if len({len(sizes) for sizes in (spec.shape, spec.min, spec.opt, spec.max)}) > 1:
+                    raise ValueError(f"graphs.{name}: {spec.name}: shape, min, opt and max differ in length")
+            for tensor in (*graph.inputs, *graph.outputs):
+                if tensor.dtype not in DTYPES:
+                    raise ValueError(f"graphs.{name}: {tensor.name}: unknown dtype {tensor.dtype!r}")
+        for name, tier in self.tiers.items():
+            held = {section.name for section in tier.sections}
+            for number, group in enumerate(self.past_classes):
+                if not held.issuperset(group.tiers.get(name, (None,))):
+                    raise ValueError(f"past_classes[{number}]: expected sections of tier {name!r}")
         layers = sorted(layer for group in self.past_classes for layer in group.layers)
         if layers != list(range(self.model.num_layers)):
             raise ValueError(f"past_classes: expected each of {self.model.num_layers} layers once, got {layers}")

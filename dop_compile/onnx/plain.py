@@ -34,7 +34,6 @@ class PlainPipeline:
         self.folder, self.manifest, self.model = folder, manifest, model
         self._provider, self._optimized = provider, optimized
         self._sessions: dict[str, GraphSession] = {}
-        self._prefilled: Prepared | None = None
 
     def session(self, name: str) -> GraphSession:
         if name not in self._sessions:
@@ -74,7 +73,8 @@ class PlainPipeline:
             return []
         found = []
         for graph, part in vision_items(graphs, pixels, inputs):
-            features = self.session(graph.graph).run({graph.pixels: part})["features"]
+            dtype = getattr(torch, self.manifest.graphs[graph.graph].inputs[0].dtype)
+            features = self.session(graph.graph).run({graph.pixels: part.to(dtype)})["features"]
             rows = torch.zeros(len(features), dtype=torch.bool)
             rows[list(graph.newlines)] = True
             found.append((features, rows))
@@ -177,6 +177,8 @@ def vision_items(
         if graph is None:
             raise ValueError(_unknown(graphs, f"{tuple(pixels.shape[1:])}"))
         return [(graph, pixels[n : n + 1]) for n in range(len(pixels))]
+    if missing := [name for name in graphs[0].constants if inputs.get(name) is None]:
+        raise ValueError(f"{missing[0]}: expected it with {graphs[0].pixels}, as the processor returns both")
     count = len(inputs[next(iter(graphs[0].constants))])
     found = []
     start = 0

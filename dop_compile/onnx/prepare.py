@@ -21,6 +21,9 @@ from dop_compile.reducers import Reducer
 from dop_compile.runtime.layout import NO_TOKEN
 from dop_compile.runtime.prompt import Prompt, Reduction, call_groups, make_reducer, reduce_prompt
 
+LEAST = 2
+"""Tokens of a dynamic section at least: graphs are traced with sizes that are not 1."""
+
 __all__ = ["Prepared", "placeholders", "prepare", "prompt_positions"]
 
 
@@ -79,10 +82,8 @@ def prepare(
     visual: Tensor,
     *,
     newlines: Tensor | None = None,
-    system: Tensor | None = None,
     visual_indices: Sequence[Any] | None = None,
     around: Callable[[Reducer], Reducer] | None = None,
-    minimum: int = 2,
 ) -> Prepared:
     """A left-padded batch as the inputs of a tier's prefill graph.
 
@@ -93,10 +94,8 @@ def prepare(
         positions: from `prompt_positions`.
         visual: (batch, tokens) bool, from `placeholders`.
         newlines: (batch, tokens) bool, which placeholders are row separators.
-        system: (batch, tokens) bool, for models without placeholders; None: what stands before the first visual token.
         visual_indices: per row, for the reducer "given".
         around: makes the reducer that is asked in place of the policy's (`GraphReducer`).
-        minimum: length that dynamic sections have at least.
 
     Raises:
         ValueError: padding on the right, more tokens than a static section holds, no text after the images.
@@ -106,15 +105,13 @@ def prepare(
         raise ValueError("attention_mask: expected padding on the left, a row ends with padding")
     visual = visual & valid
     newlines = torch.zeros_like(visual) if newlines is None else newlines & visual
-    if system is None:
-        system = visual.long().cumsum(1) == 0
-    system = system & visual.any(1, keepdim=True) & valid
+    system = (visual.long().cumsum(1) == 0) & visual.any(1, keepdim=True) & valid
     prompt = Prompt(embeds, valid, visual, newlines, system)
     reducer = make_reducer(policy, visual_indices, len(embeds)) if bool(visual.any()) else None
     if reducer is not None and around is not None:
         reducer = around(reducer)
     reduction = reduce_prompt(prompt, policy, reducer)
-    return _sections(policy, sections, prompt, reduction, positions, minimum)
+    return _sections(policy, sections, prompt, reduction, positions)
 
 
 def _sections(
@@ -123,7 +120,6 @@ def _sections(
     prompt: Prompt,
     reduction: Reduction,
     positions: Tensor,
-    minimum: int,
 ) -> Prepared:
     columns = reduction.columns
     if columns is None:
@@ -150,7 +146,7 @@ def _sections(
     for section in sections:
         wanted = torch.tensor([group in section.groups for group in groups] + [False])
         members = wanted[codes]
-        index, held = _grid(members, section.length, section.name, minimum)
+        index, held = _grid(members, section.length, section.name)
         inputs[f"embeds.{section.name}"] = torch.where(
             held[..., None], embeds.gather(1, index[..., None].expand(-1, -1, embeds.shape[-1])), 0
         )
@@ -164,7 +160,7 @@ def _sections(
     return Prepared(inputs, section_slots, slots[:, -1] + 1, last + 1)
 
 
-def _grid(members: Tensor, length: int | None, name: str, minimum: int) -> tuple[Tensor, Tensor]:
+def _grid(members: Tensor, length: int | None, name: str) -> tuple[Tensor, Tensor]:
     """Columns of a section's members, right-aligned (batch, length), and which of them there are."""
     counts = members.sum(1)
     widest = int(counts.max())
@@ -173,7 +169,7 @@ def _grid(members: Tensor, length: int | None, name: str, minimum: int) -> tuple
             f"{widest} tokens in section {name!r}, which was exported for {length}; export with a larger length, or "
             "give smaller images"
         )
-    width = max(widest, minimum) if length is None else length
+    width = max(widest, LEAST) if length is None else length
     order = torch.argsort(members.to(torch.int8), dim=1, stable=True)
     if width > order.shape[1]:
         order = torch.nn.functional.pad(order, (width - order.shape[1], 0))

@@ -26,6 +26,7 @@ class GraphReducer:
     def __init__(self, run: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]], tokens: int, otherwise: Reducer):
         self._run, self._tokens, self._otherwise = run, tokens, otherwise
         self.name, self.requires = otherwise.name, otherwise.requires
+        self.at_most = getattr(otherwise, "at_most", False)
 
     def __call__(self, context: VisualContext, count: int) -> Selection:
         if context.tokens != self._tokens or bool(context.segments.any()):

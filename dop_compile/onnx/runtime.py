@@ -1,6 +1,6 @@
 """`OnnxPipeline`: an exported directory as a server uses it, image and prompt in, text out.
 
-    processor -> embed, vision graphs -> groups and reduction -> prefill of a tier -> decode, token by token
+    processor -> embed, vision graphs -> reduction, by a graph or Python -> prefill of a tier -> decode, token by token
 
 The decoder, the vision tower and all weights are ONNX Runtime's. torch and transformers prepare the prompt (processor,
 positions, reduction), hold the buffers, and never load a weight.
@@ -134,7 +134,9 @@ class OnnxPipeline:
                 prompts: a list with one of these per prompt.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        images = [image] if isinstance(prompt, str) else list(image) if image is not None else [None] * len(prompts)
+        images = [image] if isinstance(prompt, str) else [None] * len(prompts) if image is None else image
+        if not isinstance(images, list | tuple):
+            raise TypeError(f"image: expected a list with one entry per prompt, got {type(image).__name__}")
         if not prompts or len(images) != len(prompts):
             raise ValueError(f"image: expected one entry per prompt, got {len(images)} for {len(prompts)}")
         texts = self.generate(self.process([as_images(one) for one in images], prompts), **options).texts

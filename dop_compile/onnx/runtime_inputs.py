@@ -23,6 +23,11 @@ hf: Any = transformers
 __all__ = ["Reader", "as_batch", "as_images", "generation_settings", "skeleton"]
 
 _UNSUPPORTED = {
+    "num_beams": (None, 1),
+    "guidance_scale": (None, 1.0),
+    "stop_strings": (None,),
+    "exponential_decay_length_penalty": (None,),
+    "watermarking_config": (None,),
     "no_repeat_ngram_size": (None, 0),
     "encoder_repetition_penalty": (None, 1.0),
     "bad_words_ids": (None, []),
@@ -116,8 +121,12 @@ def as_batch(inputs: Mapping[str, Any]) -> dict[str, Tensor]:
     """
     found = {}
     for name, value in inputs.items():
-        if value is not None:
-            found[name] = value.detach().cpu() if isinstance(value, Tensor) else torch.from_numpy(np.asarray(value))
+        if value is None:
+            continue
+        array = value.detach().cpu() if isinstance(value, Tensor) else np.asarray(value)
+        if isinstance(array, np.ndarray) and array.dtype.kind not in "biuf":
+            raise ValueError(f"{name}: expected numbers, as a processor returns them, got {array.dtype}; leave it out")
+        found[name] = array if isinstance(array, Tensor) else torch.from_numpy(array)
     ids = found.get("input_ids")
     if ids is None or ids.dim() != 2 or not ids.numel() or ids.is_floating_point():
         got = "none" if ids is None else f"{tuple(ids.shape)} {ids.dtype}"

@@ -26,7 +26,7 @@ class TierLatency:
 
     Args:
         points: (tokens that enter its prefill, milliseconds of reduction and prefill), ascending.
-        decode_ms: one more token for one row.
+        decode_ms: one more token for a batch of the usual size (the profile's `opt`).
     """
 
     points: tuple[tuple[int, float], ...]

@@ -12,7 +12,7 @@ from torch import Tensor
 from dop_compile.onnx.manifest import Manifest
 from dop_compile.onnx.parts import Graph
 from dop_compile.onnx.plain import PlainPipeline
-from dop_compile.onnx.sessions import GraphSession, UnrunnableError
+from dop_compile.onnx.sessions import GPU, GraphSession, UnrunnableError
 
 __all__ = ["Binding", "BoundSession", "Stages"]
 
@@ -22,7 +22,7 @@ _ELEMENTS = {torch.float32: 1, torch.int64: 7, torch.float16: 10, torch.bfloat16
 
 def buffer_device(provider: str) -> torch.device:
     """Where tensors are kept for a provider: on the GPU if torch can allocate there, else ONNX Runtime copies."""
-    on_gpu = provider.startswith(("CUDA", "Tensorrt")) and torch.cuda.is_available()
+    on_gpu = provider.startswith(GPU) and torch.cuda.is_available()
     return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 
 
@@ -115,7 +115,9 @@ class Binding:
 
     def run(self) -> None:
         if any(tensor.is_cuda for tensor in self.inputs.values()):
-            torch.cuda.synchronize()  # what torch has written must be there: ONNX Runtime has a stream of its own
+            torch.cuda.synchronize(
+                next(iter(self.outputs.values())).device
+            )  # what torch has written must be there: ONNX Runtime has a stream of its own
         try:
             self._session.run_with_iobinding(self._binding)
         except Exception as error:

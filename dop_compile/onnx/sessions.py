@@ -13,7 +13,10 @@ from torch import Tensor
 
 from dop_compile.onnx.manifest import Manifest
 
-__all__ = ["GraphSession", "UnrunnableError", "open_graph"]
+__all__ = ["GPU", "GraphSession", "UnrunnableError", "open_graph"]
+
+GPU = ("CUDA", "Tensorrt")
+"""Beginnings of the names of providers whose tensors are torch's CUDA tensors."""
 
 
 class UnrunnableError(RuntimeError):
@@ -28,7 +31,8 @@ class GraphSession:
         shared: leave weights in the mapped file, which all sessions share, instead of packing them for the processor.
 
     Raises:
-        UnrunnableError: the provider has no kernel for the graph's dtype or operators, or does not start.
+        UnrunnableError: the provider does not start, or nothing has a kernel for the graph's dtype or operators (what a
+            GPU has none for runs on the processor).
     """
 
     def __init__(self, path: Path, provider: str, optimized: bool, shared: bool = False):
@@ -40,7 +44,7 @@ class GraphSession:
         options.log_severity_level = 4
         options.intra_op_num_threads = torch.get_num_threads()
         try:
-            self._session = ort.InferenceSession(str(path), options, providers=[provider])
+            self._session = ort.InferenceSession(str(path), options, providers=with_fallback(provider))
         except Exception as error:  # ONNX Runtime's own exceptions have no common class
             raise UnrunnableError(f"{path.name}: {' '.join(str(error).split())[:300]}") from error
         if provider not in (started := self._session.get_providers()):  # ONNX Runtime goes on without it
@@ -56,6 +60,14 @@ class GraphSession:
         except Exception as error:
             raise UnrunnableError(" ".join(str(error).split())[:300]) from error
         return {name: torch.from_numpy(np.asarray(v)) for name, v in zip(self.outputs, found, strict=True)}
+
+
+def with_fallback(provider: str) -> list[str | tuple[str, dict[str, int]]]:
+    """TensorRT leaves what its parser does not know to CUDA; ONNX Runtime adds the processor to any list."""
+    names = [provider, "CUDAExecutionProvider"] if provider.startswith("Tensorrt") else [provider]
+    if not provider.startswith(GPU) or not torch.cuda.is_available():
+        return [*names]
+    return [(name, {"device_id": torch.cuda.current_device()}) for name in names]
 
 
 def _array(tensor: Tensor) -> Any:

@@ -25,7 +25,7 @@ class Shapes:
         new_tokens: how many tokens will be generated at most.
         visual_length: visual tokens of one prompt before reduction. None: as many as the examples' largest prompt has;
             "dynamic": any number up to `max_visual`.
-        static: no size is dynamic.
+        static: no size is dynamic, but the tokens of the embedding graph.
     """
 
     batch: tuple[int, int, int] = (1, 1, 8)

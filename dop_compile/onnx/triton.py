@@ -63,7 +63,7 @@ def triton_repository(
     manifest = Manifest.load(folder)
     check_layout(TRITON, manifest.model.dtype)
     target = folder / TRITON if out is None else Path(out)
-    with new_directory(target, force=force) as scratch:
+    with new_directory(target, force=force, mark="*/config.pbtxt") as scratch:
         write_repository(folder, manifest, scratch)
     return target
 

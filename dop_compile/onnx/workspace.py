@@ -17,15 +17,16 @@ __all__ = ["new_directory"]
 
 
 @contextmanager
-def new_directory(target: str | os.PathLike[str], *, force: bool, needed_bytes: int = 0) -> Iterator[Path]:
+def new_directory(target: str | os.PathLike[str], *, force: bool, mark: str, needed_bytes: int = 0) -> Iterator[Path]:
     """A scratch directory beside `target`, renamed to it at the end and removed if anything fails.
 
     Args:
         force: whether to replace a directory that is there.
+        mark: pattern of a file in every directory that may be replaced.
         needed_bytes: at least so much will be written.
 
     Raises:
-        FileExistsError: `target` exists, and not `force`; or it is a file.
+        FileExistsError: `target` exists, and not `force`; or it is a file, or holds something else.
         OSError: the disk is full or cannot be written; the message names the directory.
     """
     path = Path(target)
@@ -33,6 +34,10 @@ def new_directory(target: str | os.PathLike[str], *, force: bool, needed_bytes: 
         raise FileExistsError(f"{path}: a file is there; name another directory")
     if path.exists() and not force:
         raise FileExistsError(f"{path}: exists; name another directory, or replace it with --force (force=True)")
+    if path.exists() and any(path.iterdir()) and not any(path.glob(mark)):
+        raise FileExistsError(
+            f"{path}: is not replaced, since it is no earlier export (there is no {mark}); remove it, or name another"
+        )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(path.parent).free
@@ -60,7 +65,7 @@ def _replace(scratch: Path, path: Path) -> None:
     os.replace(path, old)
     try:
         os.replace(scratch, path)
-    except OSError:
+    except BaseException:
         os.replace(old, path)
         raise
     shutil.rmtree(old, ignore_errors=True)

@@ -14,8 +14,13 @@ from hypothesis import strategies as st
 
 from dop_compile import Policy, export_onnx
 from dop_compile.onnx.check import OPERATORS, check_graph, operators
+from dop_compile.onnx.convert import Signature, write_graph
+from dop_compile.onnx.describe import slugs
+from dop_compile.onnx.graphs import Reduce
 from dop_compile.onnx.manifest import MANIFEST, WEIGHTS, Manifest
 from dop_compile.onnx.plain import PlainPipeline
+from dop_compile.onnx.sessions import GraphSession
+from dop_compile.onnx.weights import WeightStore
 from dop_compile.reducers import VisualContext, create, select_tokens
 from tests.families import FAMILIES
 from tests.onnx_export.exported import (
@@ -150,6 +155,34 @@ def test_reducer_graph_keeps_what_the_reducer_keeps(optimized: bool) -> None:
     found = pipeline("llava", optimized).session("reduce-pruned").run({"features": features})
     assert torch.equal(found["indices"], expected)
     assert torch.equal(found["kept"], features[expected])
+
+
+@pytest.mark.parametrize("opset", [18, 23])
+def test_divprune_as_a_graph(tmp_path: Path, opset: int) -> None:
+    """Its greedy choice, equal features included."""
+    policy = Policy.depthwise(2, visual_tokens=7, reducer="divprune")
+    signature = Signature((("features", torch.float32, (20, 8)),), Reduce.output_names)
+    with WeightStore(tmp_path / WEIGHTS) as store:
+        write_graph(Reduce(policy), signature, {}, tmp_path / "reduce.onnx", store, opset)
+        store.finish()
+    session = GraphSession(tmp_path / "reduce.onnx", PROVIDER, True)
+    for features in (torch.randn(20, 8), torch.randn(4, 8).repeat(5, 1)):
+        context = VisualContext(features, torch.zeros(1, 8), torch.zeros(20, dtype=torch.long), 0)
+        expected = select_tokens(create("divprune"), context, 7).indices.sort().values
+        assert torch.equal(session.run({"features": features})["indices"], expected)
+
+
+def test_file_names_of_tiers_are_unlike() -> None:
+    found = slugs(["28%", "28", "28-1", "A b", "a/B", "%", ""])
+    assert len({name.lower() for name in found.values()}) == 7
+    assert slugs(["100%", "28% split"]) == {"100%": "100", "28% split": "28-split"}
+
+
+def test_the_profile_of_whole_prompts_holds_their_visual_tokens() -> None:
+    manifest = Manifest.load(exported("llava"))
+    (embed,) = manifest.graphs["embed"].inputs
+    text = next(i for i in manifest.graphs["prefill-pruned"].inputs if i.name == "slots.text")
+    assert (embed.min[1], embed.opt[1], embed.max[1]) == (1, text.opt[1] + 9, text.max[1] + 9)
 
 
 def test_reducer_is_the_runtimes_where_a_graph_cannot_tell() -> None:

@@ -39,6 +39,14 @@ def change(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
         (lambda d: d["graphs"]["decode"]["inputs"][0].update(shape="x"), r"decode.inputs\[0\].shape: expected a list"),
         (lambda d: d["past_classes"].pop(), "each of 2 layers once"),
         (lambda d: d["weights"].update(file="../w"), "expected a file inside the directory"),
+        (lambda d: d.update(positions="modell"), "positions: expected one of sequential, model, got 'modell'"),
+        (lambda d: d["graphs"]["decode"]["outputs"][0].update(dtype="float"), "logits: unknown dtype 'float'"),
+        (lambda d: d["graphs"]["embed"]["inputs"][0]["min"].pop(), "embed: input_ids: shape, min, opt and max differ"),
+        (
+            lambda d: d["past_classes"][1]["tiers"].pop("pruned"),
+            r"past_classes\[1\]: expected sections of tier 'pruned'",
+        ),
+        (lambda d: d["tiers"]["pruned"]["sections"].pop(), r"past_classes\[0\]: expected sections of tier 'pruned'"),
         (lambda d: d["tiers"]["pruned"]["policy"].update(num_layers=3), "the policy is for 3 layers"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from dop_compile import Policy
-from dop_compile.onnx import providers
+from dop_compile.onnx import providers, verification
 from dop_compile.onnx.manifest import MANIFEST, WEIGHTS, Manifest
 from dop_compile.onnx.parts import file_sha256
 from dop_compile.onnx.sessions import GraphSession, UnrunnableError
@@ -52,6 +53,22 @@ def test_another_policy_fails(folder: Path) -> None:
     result = verify(folder, small_model("llava"), samples(), new_tokens=3)
     assert not result.passed
     assert [c.passed for c in result.checks] == [True, True, False, False]
+
+
+def test_not_a_number_passes_nothing() -> None:
+    """Wherever among the samples."""
+    fine, broken = (1e-6, 10.0, 1e-6, True), (math.nan, 10.0, math.nan, True)
+    assert verification._summary("28%", True, [fine, fine], 1e-4).passed
+    for rows in ([fine, broken], [broken, fine]):
+        found = verification._summary("28%", True, rows, 1e-4)
+        assert not found.passed
+        assert found.logit_difference == found.kl == 1e38
+
+
+def test_pixels_as_the_processor_returns_them(folder: Path) -> None:
+    """In float32, whatever the graphs' dtype: here in float64, for a graph in float32."""
+    double = [{n: v.double() if v.is_floating_point() else v for n, v in one.items()} for one in samples()]
+    assert verify(folder, small_model("llava"), double, new_tokens=2).passed
 
 
 def test_changed_weights_fail(folder: Path) -> None:

@@ -16,7 +16,7 @@ from dop_compile.onnx.workspace import new_directory
 
 def write(target: Path, fail: Callable[[], object] = lambda: None, *, force: bool = False, needed: int = 0) -> None:
     """A directory with one file, "new"; `fail` is called before it is complete."""
-    with new_directory(target, force=force, needed_bytes=needed) as folder:
+    with new_directory(target, force=force, mark="*/ours", needed_bytes=needed) as folder:
         (folder / "new").write_text("new")
         fail()
 
@@ -35,7 +35,7 @@ def fill_disk() -> None:
 
 def test_appears_only_when_complete(tmp_path: Path) -> None:
     target = tmp_path / "deep" / "out"
-    with new_directory(target, force=False) as folder:
+    with new_directory(target, force=False, mark="ours") as folder:
         (folder / "a").write_text("1")
         assert not target.exists()
     assert [path.name for path in target.parent.iterdir()] == ["out"]
@@ -57,10 +57,16 @@ def test_terminated_leaves_nothing(tmp_path: Path) -> None:
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def earlier(folder: Path) -> Path:
+    """A directory that was written by us."""
+    target = folder / "out"
+    (target / "old").mkdir(parents=True)
+    (target / "old" / "ours").write_text("old")
+    return target
+
+
 def test_existing_is_replaced_only_with_force(tmp_path: Path) -> None:
-    target = tmp_path / "out"
-    target.mkdir()
-    (target / "old").write_text("old")
+    target = earlier(tmp_path)
     with pytest.raises(FileExistsError, match="--force"):
         write(target)
     with pytest.raises(ValueError, match="failed"):
@@ -69,6 +75,16 @@ def test_existing_is_replaced_only_with_force(tmp_path: Path) -> None:
     write(target, force=True)
     assert [path.name for path in target.iterdir()] == ["new"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_is_not_ours_is_never_replaced(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    (target / ".git").mkdir(parents=True)
+    with pytest.raises(FileExistsError, match=r"no earlier export \(there is no \*/ours\)"):
+        write(target, force=True)
+    (target / ".git").rmdir()
+    write(target, force=True)
+    assert (target / "new").exists()
 
 
 def test_file_in_the_way(tmp_path: Path) -> None:
@@ -91,19 +107,20 @@ def test_disk_that_fills_up(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_failed_rename_puts_the_old_one_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    target = tmp_path / "out"
-    target.mkdir()
-    (target / "old").write_text("old")
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "broken"), KeyboardInterrupt("broken")])
+def test_failed_rename_puts_the_old_one_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    target = earlier(tmp_path)
     rename = os.replace
 
     def failing(source: Path, destination: Path) -> None:
         if Path(source).name.endswith(".partial"):
-            raise OSError(errno.EIO, "broken")
+            raise error
         rename(source, destination)
 
     monkeypatch.setattr(workspace.os, "replace", failing)
-    with pytest.raises(OSError, match="broken"):
+    with pytest.raises(type(error), match="broken"):
         write(target, force=True)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    assert (target / "old").read_text() == "old"
+    assert (target / "old" / "ours").read_text() == "old"

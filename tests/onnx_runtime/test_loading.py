@@ -65,15 +65,16 @@ def test_bad_arguments(folder: Path) -> None:
         load(folder, providers=["CPU"])
 
 
-def test_generation_settings_that_are_not_supported(folder: Path) -> None:
+@pytest.mark.parametrize(("name", "value"), [("no_repeat_ngram_size", 3), ("num_beams", 4), ("stop_strings", ["."])])
+def test_generation_settings_that_are_not_supported(folder: Path, name: str, value: Any) -> None:
     path = folder / "generation_config.json"
     settings = json.loads(path.read_text())
-    path.write_text(json.dumps({**settings, "no_repeat_ngram_size": 3}))
+    path.write_text(json.dumps({**settings, name: value}))
     document = json.loads((folder / MANIFEST).read_text())
     for data in document["files"]:
         data["bytes"] = (folder / data["file"]).stat().st_size
     (folder / MANIFEST).write_text(json.dumps(document))
-    with pytest.raises(ValueError, match="no_repeat_ngram_size is 3, which this runtime does not support"):
+    with pytest.raises(ValueError, match=f"{name} is .*, which this runtime does not support"):
         load(folder, hashes=False)
 
 
@@ -144,6 +145,11 @@ def test_bad_inputs() -> None:
         found.generate({**inputs, "pixel_values": inputs["pixel_values"][:1]})
     with pytest.raises(ValueError, match="expected one entry per prompt, got 1 for 2"):
         found([picture()], ["a", "b"])
+    for one in (picture(), "picture.png"):
+        with pytest.raises(TypeError, match="image: expected a list with one entry per prompt"):
+            found(one, ["a", "b"])
+    with pytest.raises(ValueError, match="answers: expected numbers, as a processor returns them"):
+        found.generate({**inputs, "answers": [["yes"]]})
     with pytest.raises(TypeError, match="image: expected a PIL image, a file"):
         found(3, "a")
 
