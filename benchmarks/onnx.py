@@ -6,11 +6,12 @@
 
 Every round times each contender once, in a new random order. "100% again" is a contender a second time: its ratio shows
 what the machine can resolve. Ratios are to the 100 % tier in ONNX Runtime, of latency and of executed FLOPs: a tier is
-as fast as its FLOPs say where the last column is 1. ONNX Runtime's prefill computes the last row's logits, too. Decoding
-hands caches over as arrays, from call to call: `OnnxPipeline`, which keeps them in bound buffers, is faster.
+as fast as its FLOPs say where the last column is 1. ONNX Runtime's prefill computes the last row's logits, too.
+Decoding hands caches over as arrays from call to call: `OnnxPipeline`, which keeps them in bound buffers, is faster.
 
-Load time and memory are of fresh processes, one each with the files in the page cache, memory after one run of every
-graph: weights, as they are or packed, and buffers. PSS counts pages that processes share in proportion. Weights are random, so only time and memory are measured.
+Load time and memory are of fresh processes, one for each row, with the files in the page cache; memory is that after
+one run of every graph: weights, as they are or packed, and buffers. PSS counts pages that processes share in proportion.
+Weights are random, so only time and memory are measured.
 """
 
 from __future__ import annotations

@@ -108,6 +108,19 @@ def test_tiers_share_and_lengths_do_not_recompile() -> None:
     assert (len(compiled.dop.library), backend.compiled) == (kinds, compilations)
 
 
+def test_groups_and_requests_of_one_token_do_not_recompile() -> None:
+    """torch.compile specialises sizes of one, and ways of autograd: each has a function of its own."""
+    model = FAMILIES["llama"].build()
+    compiled = dop_compile(model, Policy.depthwise(LAYERS, mha_depth=1, mlp_depth=1), backend=CountingBackend())
+    sizes = [(3, 6, 5, 1), (1, 1, 5, 1), (3, 6, 1, 1), (3, 6, 5, 2), (4, 9, 8, 3), (1, 1, 9, 1)]
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for mode in (torch.no_grad, torch.inference_mode):
+            for system, visual, text, rows in sizes[: len(sizes) if mode is torch.no_grad else 1]:
+                groups = torch.tensor([[2] * system + [1] * visual + [0] * text])
+                with mode():
+                    compiled(groups + 20, token_groups=groups, logits_to_keep=rows)
+
+
 @torch.no_grad()
 def test_second_tier_compiles_only_kinds_that_are_new() -> None:
     backend = CountingBackend()

@@ -85,13 +85,22 @@ class FlashTokens:
         rows, rows_valid: (batch, queries) slot of each query since the conversation began, and whether it is a token.
         entries: what the layer stores.
         padding: (batch, slots) bool, False for padding; None where there is none.
+        at_end: whether the last query of every row is its last slot.
     """
 
-    def __init__(self, rows: Tensor, rows_valid: Tensor | None, entries: Entries, padding: Tensor | None):
+    def __init__(
+        self, rows: Tensor, rows_valid: Tensor | None, entries: Entries, padding: Tensor | None, at_end: bool = False
+    ):
         self._rows, self._rows_valid, self._entries = rows, rows_valid, entries
         self._padding = None if padding is None else padding.bool()
+        self._at_end = at_end
         self._runs: dict[int | None, list[_Runs]] = {}
         self._is_checked = False
+
+    @property
+    def padding(self) -> Tensor | None:
+        """(batch, slots) bool, False for padding; None where there is none."""
+        return self._padding
 
     def attend(
         self, kernel: Callable[..., Any], module: Any, tensors: tuple[Tensor, ...], kwargs: dict[str, Any]
@@ -136,6 +145,8 @@ class FlashTokens:
             )
         if self._is_checked or self._padding is not None or positions is None or positions.shape[0] != 1:
             return
+        if positions.shape[-1] == 1:  # looking at its value would wait for the device
+            return
         if bool((positions.diff(dim=-1) < 0).any()):
             raise UnsupportedUsageError(
                 "position_ids tell of several sequences in one row, which a pruned model under FlashAttention cannot "
@@ -144,10 +155,10 @@ class FlashTokens:
         self._is_checked = True
 
     def _is_plain_step(self, window: int | None) -> bool:
-        """Whether there is one new token, which sees all that is stored: nothing has to be copied for it."""
+        """Whether the one query is the last token, which sees all that is stored: nothing has to be copied for it."""
         entries = self._entries
         is_whole = entries.valid is None and self._padding is None
-        return self._rows.shape[1] == 1 and is_whole and (window is None or entries.slots is None)
+        return self._at_end and self._rows.shape[1] == 1 and is_whole and (window is None or entries.slots is None)
 
     # --- runs -----------------------------------------------------------------------------------------------------
 

@@ -80,7 +80,9 @@ class MaskSelector:
     def _select(self, mask: Any, queries: TokenSet, keys: TokenSet, entries: Entries) -> tuple[Any, Tensor | None]:
         rows, rows_valid = self._layout.device_slots(queries)
         if self._flash:
-            return FlashTokens(rows + self._past_slots, rows_valid, entries, mask), None
+            last = self._layout.slots(queries)[0][:, -1]
+            at_end = bool((last == self._layout.length - 1).all())
+            return FlashTokens(rows + self._past_slots, rows_valid, entries, mask, at_end), None
         if isinstance(mask, BlockMask):
             return gathered_block_mask(mask, rows, entries, some_keyless=not queries <= keys)
         if mask is None:

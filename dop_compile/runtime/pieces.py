@@ -42,37 +42,44 @@ class PieceLibrary:
         """Forget all functions: modules have changed in ways that compiled code does not look for."""
         self._functions.clear()
 
-    def function(self, kind: str, graph: fx.Graph, probe: int) -> Callable[..., Any]:
-        """The function of a kind; `probe` is the position of an argument whose sizes tell its calls apart."""
+    def function(self, kind: str, graph: fx.Graph) -> Callable[..., Any]:
+        """The function of a kind."""
         with self._lock:
             if kind not in self._functions:
                 plain = fx.GraphModule(nn.Module(), graph, class_name="Piece").forward
-                self._functions[kind] = plain if self.backend == "eager" else self._by_unit_sizes(graph, probe)
+                self._functions[kind] = plain if self.backend == "eager" else self._by_unit_sizes(graph)
             return self._functions[kind]
 
-    def _by_unit_sizes(self, graph: fx.Graph, probe: int) -> Callable[..., Any]:
-        """One compiled function for each of "one row or more" and "one token or more".
+    def _by_unit_sizes(self, graph: fx.Graph) -> Callable[..., Any]:
+        """One compiled function for each of "one row or more", "one token or more" and the like, and way of autograd.
 
         torch.compile always specialises sizes of one. Kept apart, each function compiles once, and nobody comes near
         the limit of recompilations of a function, behind which torch.compile refuses to go on.
         """
-        variants: dict[tuple[bool, ...], Callable[..., Any]] = {}
+        variants: dict[Any, Callable[..., Any]] = {}
         settings = {"dynamic": True, "fullgraph": True, **self._options}
 
         def piece(*args: Any) -> Any:
-            sizes = tuple(size == 1 for size in args[probe].shape[:2])
-            if sizes in variants:
-                return variants[sizes](*args)
+            kind = (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *map(_unit_sizes, args))
+            if kind in variants:
+                return variants[kind](*args)
             with self._lock, _NO_DUCK_SHAPES():
-                if sizes not in variants:
+                if kind not in variants:
                     fresh = fx.GraphModule(nn.Module(), graph, class_name="Piece")
                     compiled = torch.compile(fresh, backend=self.backend, **settings)
                     result = compiled(*args)
-                    variants[sizes] = compiled
+                    variants[kind] = compiled
                     return result
-            return variants[sizes](*args)
+            return variants[kind](*args)
 
         return piece
+
+
+def _unit_sizes(value: Any) -> Any:
+    """What torch.compile specialises in an argument: sizes of 0 and 1, and what is missing. Weights are fixed."""
+    if type(value) is torch.Tensor:
+        return tuple([min(size, 2) for size in value.shape])
+    return value is None
 
 
 def piece_kind(graph: fx.Graph, held: dict[str, Any]) -> str:

@@ -183,8 +183,7 @@ class Program:
         graph.output(tuple(new[node] for node in results))
         kind = piece_kind(graph, held)
         self.pieces.append(kind)
-        probe = next((number for number, slot in enumerate(slots) if isinstance(slot, _Register)), 0)
-        function = self._library.function(kind, graph, probe)
+        function = self._library.function(kind, graph)
         outputs = tuple(self._register(node) for node in results)
         self._steps.append(_Step(function, tuple(slots), {}, outputs, is_piece=True))
 

@@ -36,6 +36,7 @@ from tests.support import (
     reference,
 )
 
+GROUPS = ("text", "visual", "system")
 HUB = "kernels-community/flash-attn2"
 NEEDS_FLASH = pytest.mark.skipif(not is_flash_attn_2_available(), reason="needs flash-attn and a GPU")
 
@@ -161,6 +162,19 @@ def test_one_call_for_all_runs_of_a_layer(monkeypatch: pytest.MonkeyPatch) -> No
     calls.clear()
     compiled(input_ids=torch.tensor([[20]]), past_key_values=cache)
     assert calls == [(1, total + 1)] * 4
+
+
+@pytest.mark.parametrize("groups", [[2, 1, 1, 1, 0, 0, 0], [2, 2, 1, 0, 0, 0, 0], [2, 2, 1, 1, 0, 0, 0]])
+@torch.no_grad()
+def test_a_single_query_that_is_not_the_last_token(groups: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a group of one token, where the other groups' queries are pruned: it does not see what comes after it."""
+    install(monkeypatch, "flash_attention_2")
+    _, model = with_kernel("llama", "flash_attention_2")
+    asking = 2 if groups.count(2) == 1 else 1
+    policy = Policy.from_operations(4, [(name, 2, "mha_query") for code, name in enumerate(GROUPS) if code != asking])
+    given = {"input_ids": torch.arange(20, 27)[None], "token_groups": torch.tensor([groups])}
+    expected = compile_eagerly(FAMILIES["llama"].build(), policy)(**given).logits
+    assert_close(compile_eagerly(model, policy)(**given).logits, expected)
 
 
 @torch.no_grad()
