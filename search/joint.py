@@ -23,7 +23,7 @@ from dop_compile.policy_json import choice
 from dop_compile.search.meter import ANSWERS, SampleMeter, model_inputs, resized, resizing, sample_digest
 from dop_compile.search.metrics import METRICS, is_right
 from dop_compile.search.processes import Team, barrier, gather
-from dop_compile.search.progress import Progress
+from dop_compile.search.progress import Progress, check_sample
 
 __all__ = ["measure_accuracy", "measure_policies"]
 
@@ -145,11 +145,8 @@ def _rows(
     """(policies, samples) of the rows that this process measures, those that were finished, and those of the others."""
     finished = set(progress.rows)
     for number in finished:
-        if number % team.processes == team.rank and sample_digest(samples[number]) != progress.rows[number]["digest"]:
-            raise ValueError(
-                f"sample {number} is not the one that was measured before; go on with the same samples, or choose "
-                "another file"
-            )
+        if number % team.processes == team.rank:
+            check_sample(number, sample_digest(samples[number]), progress.rows[number]["digest"])
     todo = [number for number in range(len(samples)) if number not in finished]
     with tqdm(
         desc=what, total=len(samples), initial=len(finished), leave=False, disable=not team.leader, file=sys.stderr

@@ -33,7 +33,7 @@ from dop_compile.search.divergences import Divergences
 from dop_compile.search.meter import SampleMeter, resizing, sample_digest
 from dop_compile.search.metrics import METRICS
 from dop_compile.search.processes import Team, barrier, gather
-from dop_compile.search.progress import Progress, check_header
+from dop_compile.search.progress import Progress, check_header, check_sample
 
 __all__ = ["measure_divergences"]
 
@@ -104,7 +104,7 @@ def measure_divergences(
     todo = [number for number in range(len(samples)) if number not in progress.rows]
     finished = [number for number in progress.rows if number % team.processes == team.rank]
     for number in finished:
-        _check_same(samples[number], number, progress.rows[number]["digest"])
+        check_sample(number, sample_digest(samples[number]), progress.rows[number]["digest"])
     with tqdm(
         desc="measuring", total=len(samples), initial=len(progress.rows), disable=not team.leader, file=sys.stderr
     ) as bar:
@@ -179,16 +179,8 @@ def _finished(path: Path, header: dict[str, Any], samples: Sequence[Mapping[str,
     settings = (found.metric, found.metric_options, found.base, found.points, found.seed)
     check_header(path, _header(found.model_fingerprint, len(found.digests), *settings), header)
     for number, digest in enumerate(found.digests):
-        _check_same(samples[number], number, digest)
+        check_sample(number, sample_digest(samples[number]), digest)
     return found
-
-
-def _check_same(sample: Mapping[str, Any], number: int, digest: str) -> None:
-    if sample_digest(sample) != digest:
-        raise ValueError(
-            f"sample {number} is not the one that was measured before; go on with the same samples, or choose another "
-            "file"
-        )
 
 
 def _result(

@@ -14,7 +14,7 @@ from typing import Any
 
 from dop_compile.policy_json import write_atomic
 
-__all__ = ["Progress", "check_header"]
+__all__ = ["Progress", "check_header", "check_sample"]
 
 
 def check_header(file: Path, header: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -25,6 +25,15 @@ def check_header(file: Path, header: dict[str, Any], expected: dict[str, Any]) -
         raise ValueError(
             f"{file} belongs to another measurement ({', '.join(different)} differ); go on with the settings it was "
             "begun with, choose another file, or remove it"
+        )
+
+
+def check_sample(number: int, digest: str, measured: str) -> None:
+    """Raises ValueError where a sample's digest is not that of the one that was measured under its number."""
+    if digest != measured:
+        raise ValueError(
+            f"sample {number} is not the one that was measured before; go on with the same samples, or choose another "
+            "file"
         )
 
 

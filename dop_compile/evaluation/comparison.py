@@ -20,9 +20,15 @@ from dop_compile.reports.executed import Prompt, layer_costs
 from dop_compile.search.meter import ANSWERS, model_inputs, sample_digest
 from dop_compile.search.metrics import is_right
 
-__all__ = ["Comparison"]
+__all__ = ["Comparison", "question_digest"]
 
 Sample = Mapping[str, Any]
+
+
+def question_digest(methods: Sequence[Method], sample: Sample, number: int) -> str:
+    """SHA-256 of a sample, and of what methods have in its place."""
+    own = [sample_digest(method.samples[number]) for method in methods if method.samples is not None]
+    return hashlib.sha256("".join([sample_digest(sample), *own]).encode()).hexdigest()
 
 
 class Comparison:
@@ -59,11 +65,6 @@ class Comparison:
     def memory(self) -> str:
         """What peak memory is, in words."""
         return self._asker.memory.what
-
-    def digest(self, sample: Sample, number: int) -> str:
-        """Of a sample, and of what methods have in its place."""
-        own = [sample_digest(method.samples[number]) for method in self._methods if method.samples is not None]
-        return hashlib.sha256("".join([sample_digest(sample), *own]).encode()).hexdigest()
 
     def runs(self, sample: Sample, number: int, counts: tuple[int, int, int]) -> list[dict[str, Any]]:
         """A run per method, as JSON values.

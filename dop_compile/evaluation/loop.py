@@ -9,7 +9,7 @@ from typing import Any
 from tqdm import tqdm
 
 from dop_compile.search.processes import Team, gather
-from dop_compile.search.progress import Progress
+from dop_compile.search.progress import Progress, check_sample
 
 __all__ = ["measured_rows"]
 
@@ -38,11 +38,8 @@ def measured_rows(
     """
     finished = set(progress.rows)
     for number in finished:
-        if number % team.processes == team.rank and digest(samples[number], number) != progress.rows[number]["digest"]:
-            raise ValueError(
-                f"sample {number} is not the one that was measured before; go on with the same samples, or choose "
-                "another file"
-            )
+        if number % team.processes == team.rank:
+            check_sample(number, digest(samples[number], number), progress.rows[number]["digest"])
     todo = [number for number in range(len(samples)) if number not in finished]
     with tqdm(
         desc=what, total=len(samples), initial=len(finished), leave=False, disable=not team.leader, file=sys.stderr

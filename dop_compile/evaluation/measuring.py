@@ -9,6 +9,7 @@ Per sample all methods answer one after the other, so that a machine that slows 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from dop_compile.compiler import dop_compile
 from dop_compile.evaluation.answers import prompt_counts
-from dop_compile.evaluation.comparison import Comparison
+from dop_compile.evaluation.comparison import Comparison, question_digest
 from dop_compile.evaluation.environment import device_name, environment
 from dop_compile.evaluation.loop import measured_rows
 from dop_compile.evaluation.methods import ORIGINAL, Method
@@ -29,7 +30,7 @@ from dop_compile.fingerprint import model_fingerprint
 from dop_compile.policy import Policy
 from dop_compile.search.meter import TASK, model_inputs, sample_digest
 from dop_compile.search.processes import Team, barrier
-from dop_compile.search.progress import Progress, check_header
+from dop_compile.search.progress import Progress, check_header, check_sample
 
 __all__ = ["check_tasks", "count_tokens", "evaluate"]
 
@@ -109,7 +110,7 @@ def evaluate(
         tasks: of each sample, where samples do not name theirs. Without any, all are of the task "all".
         backend: of `dop_compile`, for the pruned models; the original runs as it is.
         resume: where the result is saved; every finished sample is kept beside it, and a later call goes on there. A
-            result that is there already is returned.
+            result of these samples that is there already is returned.
         settings: of `generate`, beside greedy decoding (such as `max_new_tokens`), as JSON values.
 
     Raises:
@@ -129,9 +130,9 @@ def evaluate(
     path = None if resume is None else Path(resume)
     progress = Progress(path, header, team.rank, writes=team.writes)
     barrier()  # all have read what is there before anybody writes
+    digest = functools.partial(question_digest, chosen)
     if path is not None and path.exists():
-        done = Evaluation.load(path)
-        check_header(path, dict(done.header), header)
+        done = _finished(path, header, samples, digest)
         if team.leader:
             progress.remove()
         return done
@@ -142,7 +143,7 @@ def evaluate(
         task = tasks[number] if tasks is not None else str(sample.get(TASK, ""))
         return {"task": task, "runs": comparison.runs(sample, number, known[number])}
 
-    rows = measured_rows(team, progress, samples, comparison.digest, measure, "answering")
+    rows = measured_rows(team, progress, samples, digest, measure, "answering")
     per_sample = [read_runs(row["runs"]) for row in rows]
     result = Evaluation(
         header=header,
@@ -153,6 +154,7 @@ def evaluate(
             Measured(method.name, method.budget, method.label, method.policy, tuple(runs[i] for runs in per_sample))
             for i, method in enumerate(chosen)
         ),
+        digests=tuple(row["digest"] for row in rows),
     )
     if path is not None:
         if team.leader:
@@ -160,6 +162,22 @@ def evaluate(
             progress.remove()
         barrier()
     return result
+
+
+def _finished(
+    path: Path, header: dict[str, Any], samples: Sequence[Sample], digest: Callable[[Sample, int], str]
+) -> Evaluation:
+    """The result at `path`, if it is that of this evaluation."""
+    found = Evaluation.load(path)
+    check_header(path, dict(found.header), header)
+    if found.digests is None:
+        raise ValueError(
+            f"{path} does not say which samples it is of, as an earlier release saved it; choose another file, or "
+            "remove it to evaluate again"
+        )
+    for number, known in enumerate(found.digests):
+        check_sample(number, digest(samples[number], number), known)
+    return found
 
 
 def _with_original(methods: Sequence[Method]) -> tuple[Method, ...]:

@@ -20,7 +20,8 @@ from dop_compile.policy_json import choice, parse, write_atomic
 __all__ = ["Evaluation", "Measured", "Row", "Run"]
 
 FORMAT = "dop_compile.evaluation"
-VERSION = 1
+VERSION = 2
+"""Version 1 did not say of which samples a result is."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,8 @@ class Evaluation:
         tasks: of each sample.
         counts: system, visual and text tokens of each sample, before reduction.
         methods: with their runs.
+        digests: SHA-256 of each sample's inputs and answers, and of what methods have in their place; None in results
+            of format version 1, which can be read and not gone on with.
     """
 
     header: Mapping[str, Any]
@@ -115,6 +118,7 @@ class Evaluation:
     tasks: tuple[str, ...]
     counts: tuple[tuple[int, int, int], ...]
     methods: tuple[Measured, ...]
+    digests: tuple[str, ...] | None = None
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -213,6 +217,7 @@ class Evaluation:
             "summary": [dataclasses.asdict(row) for row in self.rows()],
             "tasks": self.tasks,
             "counts": self.counts,
+            "digests": self.digests,
             "methods": [_method_document(method) for method in self.methods],
         }
         return json.dumps(document, indent=1, allow_nan=False)
@@ -228,14 +233,15 @@ class Evaluation:
             document = parse(text)
             if not isinstance(document, dict) or document.get("format") != FORMAT:
                 raise ValueError("format: this is not a file of an evaluation")
-            if document.get("version") != VERSION:
-                raise ValueError(f"version: this release reads version {VERSION}; evaluate again")
+            if document.get("version") not in (1, VERSION):
+                raise ValueError(f"version: this release reads versions 1 and {VERSION}; evaluate again")
             found = cls(
                 document["header"],
                 document["environment"],
                 tuple(document["tasks"]),
                 tuple((system, visual, text) for system, visual, text in document["counts"]),
                 tuple(map(_read_method, document["methods"])),
+                None if document["version"] == 1 else _read_digests(document["digests"]),
             )
             found.check()
             return found
@@ -250,7 +256,10 @@ class Evaluation:
             raise ValueError(f"methods: expected {ORIGINAL!r} first, got {', '.join(self.labels) or 'none'}")
         if len(set(self.labels)) != len(self.labels):
             raise ValueError(f"methods: expected labels that differ, got {', '.join(self.labels)}")
-        for name, size in (("counts", len(self.counts)), *((m.label, len(m.runs)) for m in self.methods)):
+        sizes = {"counts": len(self.counts), **{method.label: len(method.runs) for method in self.methods}}
+        if self.digests is not None:
+            sizes["digests"] = len(self.digests)
+        for name, size in sizes.items():
             if size != len(self.tasks) or not size:
                 raise ValueError(f"{name}: expected one entry for each of {len(self.tasks)} samples, got {size}")
 
@@ -283,6 +292,14 @@ def _read_method(document: Mapping[str, Any]) -> Measured:
         None if policy is None else Policy.from_json(json.dumps(policy)),
         read_runs(document["runs"]),
     )
+
+
+def _read_digests(values: Any) -> tuple[str, ...] | None:
+    if values is None:
+        return None
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise TypeError("digests: expected a list of texts, or null")
+    return tuple(values)
 
 
 def read_runs(documents: Sequence[Mapping[str, Any]]) -> tuple[Run, ...]:

@@ -236,7 +236,14 @@ def test_interrupted_it_goes_on_where_it_was(found: Evaluation, tmp_path: Path) 
         [vars(method.runs[number]) for method in result.methods] for number in range(2)
     ], "finished samples are not measured again"
     assert [file.name for file in path.parent.iterdir()] == ["e.json"]
-    assert worker.compare(Interrupted(samples), path) == Evaluation.load(path) == result
+
+
+def test_a_finished_result_is_returned_and_nothing_is_asked_again(
+    found: Evaluation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found.save(tmp_path / "e.json")
+    monkeypatch.setattr(measuring, "Comparison", None)  # would fail if it were called
+    assert worker.compare(worker.questions(), tmp_path / "e.json") == found
 
 
 def test_another_evaluation_is_refused_by_name(tmp_path: Path) -> None:
@@ -268,6 +275,45 @@ def test_another_sample_is_refused(tmp_path: Path) -> None:
         worker.compare(Interrupted(samples), path, counts=((1, 99, 3),) * 5)
     with pytest.raises(ValueError, match="sample 0 is not the one"):
         worker.compare(samples[::-1], path)
+
+
+def test_other_samples_of_the_same_number_are_refused(found: Evaluation, tmp_path: Path) -> None:
+    samples, path = worker.questions(), tmp_path / "e.json"
+    found.save(path)
+    before = path.read_bytes()
+    pixels = samples[3]["pixel_values"]
+    for number, other in (
+        (0, samples[::-1]),
+        (2, [*samples[:2], *samples[:3]]),
+        (3, [*samples[:3], {**samples[3], "pixel_values": pixels + 1}, samples[4]]),
+        (4, [*samples[:4], {**samples[4], "answers": ["another"]}]),
+    ):
+        with pytest.raises(ValueError, match=f"sample {number} is not the one that was measured before"):
+            worker.compare(other, path)
+    assert path.read_bytes() == before
+
+
+def test_other_pictures_of_a_method_are_refused(tmp_path: Path) -> None:
+    samples, path = worker.questions()[:2], tmp_path / "e.json"
+    own = [{name: value for name, value in sample.items() if name != "answers"} for sample in worker.questions()[2:]]
+    first, other = (Method("resize", 0.5, None, few, ((1, 2, 3), (1, 2, 4))) for few in (own[:2], own[1:]))
+    finished = worker.compare(samples, path, methods=[first])
+    assert worker.compare(samples, path, methods=[first]) == finished
+    with pytest.raises(ValueError, match="sample 0 is not the one that was measured before"):
+        worker.compare(samples, path, methods=[other])
+
+
+def test_a_result_that_does_not_say_of_which_samples_it_is_is_not_gone_on_with(
+    found: Evaluation, tmp_path: Path
+) -> None:
+    """Files of the first version can be read, and no more."""
+    document = json.loads(found.to_json()) | {"version": 1}
+    del document["digests"]
+    path = tmp_path / "e.json"
+    path.write_text(json.dumps(document))
+    assert Evaluation.load(path).methods == found.methods
+    with pytest.raises(ValueError, match=r"e\.json does not say which samples it is of.* choose another file"):
+        worker.compare(worker.questions(), path)
 
 
 def test_counted_tokens_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,6 +54,7 @@ def result() -> Evaluation:
             measured("random 50%", "nyyn", 0.5, changed=True, flops=500, executed_flops=300, decode_ms=None),
             measured("random 30%", "nnnn", 0.3, flops=300, memory_bytes=None),
         ),
+        ("a", "b", "c", "d"),
     )
 
 
@@ -128,7 +129,11 @@ def test_other_files(result: Evaluation, tmp_path: Path) -> None:
     method = document["methods"][0]
     for change, message in (
         ({"format": "x"}, "not a file of an evaluation"),
-        ({"version": 9}, "reads version 1"),
+        ({"version": 9}, "reads versions 1 and 2"),
+        ({"digests": ["a"]}, "digests: expected one entry for each of 4 samples, got 1"),
+        ({"digests": []}, "digests: expected one entry for each of 4 samples, got 0"),
+        ({"digests": [1, 2, 3, 4]}, "digests: expected a list of texts"),
+        ({"digests": "abcd"}, "digests: expected a list of texts"),
         ({"methods": []}, "expected 'original' first"),
         ({"methods": [method, method]}, "labels that differ"),
         ({"methods": [{**method, "runs": method["runs"][1:]}]}, "one entry for each of 4"),
@@ -138,6 +143,15 @@ def test_other_files(result: Evaluation, tmp_path: Path) -> None:
         path.write_text(json.dumps({**document, **change}))
         with pytest.raises(ValueError, match=rf"e\.json: .*{message}"):
             Evaluation.load(path)
+    without = {name: value for name, value in document.items() if name != "digests"}
+    path.write_text(json.dumps(without))
+    with pytest.raises(ValueError, match="digests: the field is missing"):
+        Evaluation.load(path)
+    path.write_text(json.dumps({**without, "version": 1}))
+    old = Evaluation.load(path)
+    assert old == dataclasses.replace(result, digests=None)
+    old.save(path)
+    assert Evaluation.load(path) == old, "what is not known is not known afterwards either"
     del document["tasks"]
     path.write_text(json.dumps(document))
     with pytest.raises(ValueError, match="tasks: the field is missing"):
