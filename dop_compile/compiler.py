@@ -7,6 +7,7 @@ policy   --normalise--> keep table (group, layer, module)
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -100,6 +101,7 @@ class CompiledState:
         copies = copy_path(model, self.decoder_path)
         block_path(copies, self.decoder_path)
         self.base = copies[0]
+        self.base.generation_config = copy.deepcopy(model.generation_config)  # to be set without changing the original
         self.original = OriginalFollower(model, copies, self.decoder_path)
         self.tiers = dict(tiers)
         self.token_groups = token_groups

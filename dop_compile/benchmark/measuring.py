@@ -9,6 +9,7 @@ A batch is the prompt that often, so that its rows have equal lengths. Every ans
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -77,7 +78,12 @@ def bench(
         asker = Asker(model, compiled, {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens})
         where = {**environment(model.device), "memory": asker.memory.what}
         counts = prompt_counts(compiled, inputs)
-        costs = {name: _cost(compiled, name, prompt_counts(compiled, own)) for name, own in own_inputs.items()}
+        whole_cost = _cost(compiled, FULL, counts)
+        costs = {
+            # Smaller pictures, too, are compared with the original's prompt
+            name: replace(_cost(compiled, name, prompt_counts(compiled, own)), original_flops=whole_cost.original_flops)
+            for name, own in own_inputs.items()
+        }
         for batch in batches:
             rows = {name: repeated(own, batch) for name, own in own_inputs.items()}
             whole = repeated(inputs, batch)

@@ -7,6 +7,7 @@ choice begins with the shorter one. On a GPU the steps are compiled, since there
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -76,7 +77,21 @@ def _step(
 
 @functools.cache
 def _compiled_step() -> Callable[..., Any]:
-    return torch.compile(_step, dynamic=True)
+    """`_step` compiled; on a machine without a compiler it runs as it is, after a warning."""
+    compiled = torch.compile(_step, dynamic=True)
+    works = True
+
+    def step(*args: Tensor) -> Any:
+        nonlocal works
+        if works:
+            try:
+                return compiled(*args)
+            except torch._dynamo.exc.BackendCompilerFailed as error:
+                works = False
+                warnings.warn(f"greedy selection runs uncompiled, and slower: {error}", RuntimeWarning, stacklevel=4)
+        return _step(*args)
+
+    return step
 
 
 def farthest_points(distance: Tensor, count: int) -> Tensor:

@@ -75,6 +75,15 @@ def test_parts_of_an_answer(result: Benchmark) -> None:
         assert setting.tokens_per_second(ORIGINAL) == setting.batch * (NEW - 1)
 
 
+def test_smaller_pictures_are_compared_with_the_originals_prompt(row: Any) -> None:
+    fewer = make_batch("llava", [[("text", 3), ("text", 4)]]).inputs
+    found = bench(row.model, TIERS, row.inputs, tier_inputs={"joint": fewer}, rounds=1, new_tokens=1)
+    small = {contender.name: contender for contender in found.settings[0].contenders}["joint"]
+    assert small.eq11_ratio == pytest.approx(7 / 16, abs=0.02)
+    assert small.executed_ratio is not None
+    assert small.executed_ratio < small.eq11_ratio
+
+
 def test_cache_bytes_are_those_of_explain(row: Any, result: Benchmark) -> None:
     compiled = dop_compile(row.model, {FULL: Policy.full(LAYERS), **TIERS}, backend="eager")
     for setting in result.settings:

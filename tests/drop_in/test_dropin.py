@@ -193,3 +193,6 @@ def test_generation_config_is_followed() -> None:
     settings = GenerationConfig(max_new_tokens=5, do_sample=False, repetition_penalty=1.3, pad_token_id=0)
     expected = batch.model.generate(**batch.inputs, generation_config=settings)
     assert torch.equal(compiled.generate(**batch.inputs, generation_config=settings), expected)
+    compiled.generation_config.max_new_tokens = 3
+    assert batch.model.generation_config.max_new_tokens != 3
+    assert compiled.generate(**batch.inputs).shape[1] == batch.inputs["input_ids"].shape[1] + 3

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
+from dop_compile.reducers import greedy
 from dop_compile.reducers.greedy import farthest_points, greedy_map
 from dop_compile.reducers.numbers import cosine
 
@@ -22,6 +25,21 @@ def test_compiled_steps_choose_the_same() -> None:
     for count in (1, 7, 30):
         expected = greedy_map(similarity, quality, count, compiled=False)
         assert torch.equal(greedy_map(similarity, quality, count, compiled=True), expected)
+
+
+def test_without_a_compiler_it_says_so_and_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("no C compiler")
+
+    compile = functools.partial(torch.compile, backend=broken)
+    monkeypatch.setattr(greedy.torch, "compile", compile)
+    monkeypatch.setattr(greedy, "_compiled_step", functools.cache(greedy._compiled_step.__wrapped__))
+    similarity, quality = kernel()
+    with pytest.warns(RuntimeWarning, match=r"(?s)runs uncompiled, and slower: .*no C compiler") as said:
+        found = [greedy_map(similarity, quality, 7, compiled=True) for _ in range(2)]
+    assert len(said) == 1
+    assert torch.equal(found[0], greedy_map(similarity, quality, 7, compiled=False))
+    assert torch.equal(*found)
 
 
 def test_a_longer_choice_begins_with_the_shorter_one() -> None:

@@ -22,7 +22,7 @@ from lmms_eval.api.model import lmms
 from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from loguru import logger
 from tqdm import tqdm
-from transformers import AutoConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers import AutoConfig, BatchFeature, LogitsProcessorList, StoppingCriteriaList
 
 from dop_compile.lmms_plugin.arguments import (
     batch_size_of,
@@ -193,7 +193,8 @@ class _Base(lmms):  # type: ignore[misc]
         return list(texts)
 
     def _inputs(self, conversations: Sequence[Conversation]) -> Any:
-        return self.reader(conversations).to(self._device, self._model.dtype)
+        inputs = self.reader(conversations).to(self._device)
+        return inputs.to(self._model.dtype) if isinstance(inputs, BatchFeature) else inputs
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[Any]:
         """Refused."""
