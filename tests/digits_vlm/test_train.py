@@ -68,6 +68,7 @@ def test_steps_of_a_stage_to_come_may_change(tmp_path: Path) -> None:
         train.Training(options("llava", tower_steps=2)).resume(path)
 
 
+@pytest.mark.conformance
 def test_two_processes_average_their_gradients(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("localhost", 0))

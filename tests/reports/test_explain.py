@@ -22,7 +22,7 @@ from tests.strategies import policies
 SPLIT = {"mha_query_depth": 1, "mha_key_value_depth": 3, "mlp_depth": 1}
 NO_KEYS = Policy.from_operations(LAYERS, [(group, 2, "mha_key_value") for group in ("system", "visual", "text")])
 TEXT_ONLY = ("llama", "qwen2")
-DRAWN = settings(deadline=None, max_examples=25)  # every example is compiled
+DRAWN = settings(deadline=None, max_examples=12)  # every example is compiled
 COUNTS = st.tuples(st.integers(0, 6), st.integers(0, 9), st.integers(2, 7))
 
 

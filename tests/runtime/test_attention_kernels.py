@@ -92,9 +92,11 @@ def check(name: str, implementation: str, *, briefly: bool = False) -> None:
 
 
 @pytest.mark.usefixtures("unfused")
-@pytest.mark.parametrize("name", ["llama", "llava", "qwen2_5_vl", "cohere2_vision", "gemma3"])
+@pytest.mark.parametrize(
+    "name", ["llama", "qwen2_5_vl", "gemma3", pytest.param("llava", marks=pytest.mark.conformance)]
+)
 def test_flex_attention(name: str) -> None:
-    check(name, "flex_attention", briefly=name != "llama")
+    check(name, "flex_attention", briefly=name != "llava")
 
 
 @pytest.mark.usefixtures("unfused")
@@ -133,7 +135,10 @@ def test_flex_attention_compiled() -> None:
 # FlashAttention.
 
 
-@pytest.mark.parametrize("name", ["llama", "llava", "qwen2_5_vl", "cohere2_vision"])
+@pytest.mark.parametrize(
+    "name",
+    ["llava", "cohere2_vision", *(pytest.param(n, marks=pytest.mark.conformance) for n in ("llama", "qwen2_5_vl"))],
+)
 def test_flash_attention(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, "flash_attention_2")
     check(name, "flash_attention_2")

@@ -94,6 +94,7 @@ def test_another_measurement_is_refused_by_name(tmp_path: Path) -> None:
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
+@pytest.mark.conformance
 def test_two_processes_give_what_one_gives(tmp_path: Path) -> None:
     ranks = [
         worker.processes().Process(target=worker.measure_joint_as_rank, args=(n, 2, 3, tmp_path)) for n in range(2)

@@ -15,6 +15,7 @@ from tests.search import worker
 from tests.support import shared_model
 
 
+@pytest.mark.conformance
 def test_a_tensor_parallel_model_is_measured_by_all_together(tmp_path: Path) -> None:
     shared_model("llava").save_pretrained(tmp_path / "model")
     ranks = [
