@@ -129,7 +129,6 @@ class CompiledState:
 
     def program(self, keep: KeepTable, universe: Universe, inputs: DecoderInputs) -> Program:
         """The program for a keep table and a kind of request; built on first use."""
-        self._follow_changes()
         key = (keep, universe, inputs)
         program = self._programs.get(key)
         if program is None:
@@ -165,8 +164,10 @@ class CompiledState:
         graph.junctions = []
         return graph
 
-    def _follow_changes(self) -> None:
+    def follow_changes(self) -> None:
         """Forget programs that were built for modules since replaced, hooked, moved or switched to training.
+
+        Asked for once per call, and once per `generate`: it looks at every module.
 
         Raises:
             UnsupportedUsageError: the model is trained with gradient checkpointing.

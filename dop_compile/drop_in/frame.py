@@ -42,6 +42,7 @@ class Frame:
         self.state = state
         self.session = session
         state.original.update()
+        state.follow_changes()
         self.chain = copy_path(root, state.decoder_path)
         for module in self.chain:
             vars(module).pop("forward", None)

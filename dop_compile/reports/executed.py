@@ -235,6 +235,7 @@ def resumed_flops(state: CompiledState, policy: Policy, prompt: Prompt, dims: De
 
 def _run(state: CompiledState, policy: Policy, prompt: Prompt, dims: DecoderDims | None, first_layer: int = 0) -> _Run:
     counter = _Counter(policy, prompt)
+    state.follow_changes()
     inputs = default_inputs(state.decoder, cached=prompt.use_cache, first_layer=first_layer)
     program = state.program(counter.keep, counter.universe, inputs)
     dtype: Any = state.decoder.dtype
