@@ -18,9 +18,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from dop_compile.costs import DecoderDims, prefill_flops
-from dop_compile.drop_in.frame import CALL_ARGUMENTS, Frame, Session
+from dop_compile.drop_in.frame import CALL_ARGUMENTS, Frame, Session, presented_as
+from dop_compile.errors import UnsupportedUsageError
 from dop_compile.policy import Policy
 from dop_compile.reports.executed import Prompt, resumed_flops
 from dop_compile.runtime.decoder import run_decoder
@@ -48,7 +50,8 @@ class Replay:
         rows: how many last rows of logits are wanted.
 
     Raises:
-        UnsupportedUsageError, ValueError: as the compiled model's `forward`.
+        UnsupportedUsageError, ValueError: as the compiled model's `forward`; no part of the model makes the logits of
+            the decoder's output alone.
     """
 
     def __init__(
@@ -73,6 +76,7 @@ class Replay:
             output = recorder.forward(**self._inputs, **keep, use_cache=False)
         self.original: Tensor = output.logits[:, -rows:]
         """(batch, rows, vocabulary) logits of the untouched model."""
+        recorder.check_logits(output.logits)
         assert recorder.call is not None
         self._call = replace(recorder.call, rows=rows)
         self._decoder, self._arguments = recorder.decoder, dict(recorder.arguments)
@@ -123,21 +127,50 @@ class Replay:
         return resumed_flops(self._compiled.dop, policy, prompt, dims, self.first_layer(policy))
 
     def _head(self, hidden: Tensor, kind: type[Any]) -> Tensor:
-        """What the outer model makes of its decoder's output."""
-        frame = _Stub(self._compiled, Session(self._compiled.dop_tier), hidden, kind)
-        logits: Tensor = frame.forward(inputs_embeds=hidden, use_cache=False).logits
-        return logits
+        """What the model makes of its decoder's output."""
+        return _Stub(self._compiled, Session(self._compiled.dop_tier), hidden, kind).logits()
 
 
 def _parameters(model: Any) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(model.forward).parameters
 
 
-class _Recorder(Frame):
-    """A call whose decoder runs as the original does, noting its arguments and residual streams."""
+class _HeadFrame(Frame):
+    """A call that knows its head: the outermost part on the path whose forward needs no more than `inputs_embeds`.
+
+    It is the model itself but for those that ask for pictures (BLIP-2), of which it is the language model inside.
+    """
+
+    def __init__(self, compiled: Any, session: Session):
+        super().__init__(compiled.dop, compiled, session)
+        self.head, self.head_forward = self.root, self.state.model_class.forward
+        parts = [m for m in self.chain[1:-1] if isinstance(m, PreTrainedModel) and m.can_generate()]
+        for part in parts:
+            if _needed(self.head_forward):
+                self.head, self.head_forward = part, type(part).forward
+        if _needed(self.head_forward):
+            raise UnsupportedUsageError(
+                f"{self.state.model_class.__name__} cannot be run under many policies at the cost of their decoders "
+                f"alone: its forward asks for {', '.join(_needed(self.state.model_class.forward))}, and no part of it "
+                "makes logits without; compile each policy as a tier and compare those"
+            )
+
+
+def _needed(forward: Callable[..., Any]) -> list[str]:
+    """Names of the arguments without a default that are not the decoder's input."""
+    _, *parameters = inspect.signature(forward).parameters.values()
+    named = (p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
+    return [p.name for p in named if p.default is p.empty and p.name != "inputs_embeds"]
+
+
+class _Recorder(_HeadFrame):
+    """A call whose decoder runs as the original does, noting its arguments, residual streams and its head's logits."""
 
     def __init__(self, compiled: Any, session: Session, depths: Sequence[int]):
-        super().__init__(compiled.dop, compiled, session)
+        super().__init__(compiled, session)
+        if self.head is not self.root:
+            self.head.forward = presented_as(self.head_forward, self._noting_logits(self.head.forward))
+        self._logits: Tensor | None = None
         self.call: Call | None = None
         self.arguments: dict[str, Any] = {}
         self.streams: dict[int, Tensor] = {}
@@ -145,6 +178,25 @@ class _Recorder(Frame):
 
     def vision_fields(self, policy: Policy) -> frozenset[str]:
         return vision_fields(policy)  # the policies that will be run may reduce tokens where this one does not
+
+    def _noting_logits(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            output = function(*args, **kwargs)
+            self._logits = output[0] if isinstance(output, tuple) else output.logits
+            return output
+
+        return forward
+
+    def check_logits(self, logits: Tensor) -> None:
+        """UnsupportedUsageError where the model's logits are not those that its head makes."""
+        own = self._logits
+        if own is None or (own.dtype == logits.dtype and torch.equal(own.to(logits.device), logits)):
+            return
+        name = self.state.model_class.__name__
+        raise UnsupportedUsageError(
+            f"{name} changes the logits of its {type(self.head).__name__}, which alone goes on from the decoder's "
+            "output; compile each policy as a tier and compare those"
+        )
 
     def run_decoder(self, call: Call, kwargs: dict[str, Any]) -> Any:
         self.call, self.arguments = call, kwargs
@@ -156,15 +208,21 @@ class _Recorder(Frame):
             return type(self.decoder).forward(self.decoder, **plain)
 
 
-class _Stub(Frame):
-    """A call whose decoder returns what it was given."""
+class _Stub(_HeadFrame):
+    """A call of the head whose decoder returns what it was given."""
 
     def __init__(self, compiled: Any, session: Session, hidden: Tensor, kind: type[Any]):
-        super().__init__(compiled.dop, compiled, session)
+        super().__init__(compiled, session)
+        self._hidden = hidden
         self._result = (hidden, None) if issubclass(kind, tuple) else kind(last_hidden_state=hidden)
 
     def run_decoder(self, call: Call, kwargs: dict[str, Any]) -> Any:
         return self._result
+
+    def logits(self) -> Tensor:
+        arguments = {"inputs_embeds": self._hidden, "use_cache": False}
+        logits: Tensor = self._run(self.head, self.head_forward, (), arguments).logits
+        return logits
 
 
 @contextmanager
