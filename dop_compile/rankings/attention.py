@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from dop_compile.rankings.base import best
-from dop_compile.rankings.view import LayerView
+from dop_compile.rankings.view import LayerView, slots_of
 
 __all__ = ["LastToken", "Product", "TextRaters"]
 
@@ -36,19 +35,21 @@ class TextRaters:
     reads_stream = False
 
     def __call__(self, view: LayerView, counts: Sequence[int]) -> Tensor:
-        text = view.group("text")
-        return best(view.received(text, self.weights(view, text.to(view.device))), view.candidates, counts)
+        rating = view.once("text_raters", lambda: self.weights(view))
+        return best(view.received(view.group("text"), rating), view.candidates, counts)
 
     @staticmethod
-    def weights(view: LayerView, text: Tensor) -> Tensor:
+    def weights(view: LayerView) -> Tensor:
         """(batch, slots) 1 for tokens that rate, else 0. All visual tokens that entered refer, also those that left."""
-        embeds = view.embeds.float()
-        products = embeds @ embeds.transpose(1, 2)
-        relation = products.masked_fill(~text[:, None], float("-inf")).softmax(dim=2).nan_to_num()
-        visual = view.entered.to(view.device).float()
-        relevance = torch.einsum("bv,bvt->bt", visual, relation) / visual.sum(dim=1, keepdim=True).clamp(min=1)
-        mean = relevance.sum(dim=1, keepdim=True) / text.sum(dim=1, keepdim=True).clamp(min=1)
-        return ((relevance >= mean) & text).float()
+        words, is_text = (part.to(view.device) for part in slots_of(view.group("text")))
+        patches, is_visual = (part.to(view.device) for part in slots_of(view.entered))
+        text, visual = (_rows(view.embeds, slots).float() for slots in (words, patches))
+        products = (visual @ text.transpose(1, 2)).masked_fill(~is_text[:, None], float("-inf"))
+        shares = products.softmax(dim=2).masked_fill(~(is_visual[:, :, None] & is_text[:, None]), 0.0)
+        relevance = shares.sum(dim=1) / is_visual.sum(dim=1, keepdim=True).clamp(min=1)
+        mean = relevance.sum(dim=1, keepdim=True) / is_text.sum(dim=1, keepdim=True).clamp(min=1)
+        rating = ((relevance >= mean) & is_text).float()
+        return rating.new_zeros(view.embeds.shape[:2]).scatter_add(1, words, rating)
 
 
 class Product:
@@ -66,3 +67,7 @@ class Product:
     def masses(view: LayerView) -> tuple[Tensor, Tensor]:
         """(batch, slots) attention received from visual and from text tokens."""
         return view.received(view.group("visual")), view.received(view.group("text"))
+
+
+def _rows(values: Tensor, slots: Tensor) -> Tensor:
+    return values.gather(1, slots[:, :, None].expand(-1, -1, values.shape[2]))

@@ -15,6 +15,7 @@ from dop_compile.rankings import criterion
 from dop_compile.rankings.view import LayerView
 from dop_compile.runtime.layout import TokenLayout
 from dop_compile.runtime.masks import MaskSelector
+from dop_compile.runtime.spans import SELECTION, span
 from dop_compile.tokens import TokenSet
 
 __all__ = ["CallRankings", "observing"]
@@ -58,6 +59,7 @@ class CallRankings:
         self._ranking, self._layout, self._selector = ranking, layout, selector
         self._embeds, self._past_slots = embeds, past_slots
         self._newlines = newlines
+        self._memo: dict[str, Tensor] = {}
         self._entered = self._left()
 
     def _left(self) -> Tensor:
@@ -88,24 +90,25 @@ class CallRankings:
         kept = torch.zeros_like(left)
         if any(counts):
             query, key, value = (tensor.detach() for tensor in tensors)
-            view = LayerView(
-                layout,
-                module,
-                query,
-                key,
-                value,
-                mask,
-                *sets,
-                self._selector.entries(rule.layer, sets[1]),
-                self._past_slots,
-                settings,
-                self._embeds.detach(),
-                self._entered,
-                left,
-                None if stream is None else stream.detach(),
-                held,
-            )
-            with torch.no_grad():
+            with span(SELECTION), torch.no_grad():
+                view = LayerView(
+                    layout,
+                    module,
+                    query,
+                    key,
+                    value,
+                    mask,
+                    *sets,
+                    self._selector.entries(rule.layer, sets[1]),
+                    self._past_slots,
+                    settings,
+                    self._embeds.detach(),
+                    self._entered,
+                    left,
+                    None if stream is None else stream.detach(),
+                    held,
+                    self._memo,
+                )
                 if observe is not None:
                     observe(stage, view)
                 kept = self._criterion(view, counts).cpu()

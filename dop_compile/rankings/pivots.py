@@ -38,14 +38,18 @@ class Pivots:
         kept = torch.zeros_like(view.candidates)
         norms = view.new_keys().float().abs().sum(dim=2)
         states = torch.nn.functional.normalize(view.states().float(), dim=2)
-        text = view.group("text").to(view.device)
-        for row, count in enumerate(counts):
-            kept[row] = self._row(norms[row], states[row], view.candidates[row], text[row], count)
+        text = view.group("text")
+        texts, words = text.to(view.device), text.sum(dim=1).tolist()
+        # All numbers are the CPU's, so that an accelerator is not waited for
+        for row, (count, word_count) in enumerate(zip(counts, words, strict=True)):
+            text_pivots = _highest(norms[row], texts[row], min(self.text, word_count))
+            kept[row] = self._row(norms[row], states[row], view.candidates[row], text_pivots, count)
         return kept
 
-    def _row(self, norms: Tensor, states: Tensor, candidates: Tensor, text: Tensor, count: int) -> Tensor:
+    def _row(self, norms: Tensor, states: Tensor, candidates: Tensor, text_pivots: Tensor, count: int) -> Tensor:
+        """(slots,) bool: `count` of the candidates, of which there are as many at least."""
         visual_pivots = _highest(norms, candidates, min(self.visual, count))
-        pivots = torch.cat([visual_pivots, _highest(norms, text, self.text)])
+        pivots = torch.cat([visual_pivots, text_pivots])
         left = candidates.clone()
         left[visual_pivots] = False
         missing = count - len(visual_pivots)
@@ -62,6 +66,5 @@ class Pivots:
 
 
 def _highest(scores: Tensor, among: Tensor, count: int) -> Tensor:
-    """Indices of the highest scores among some tokens; equal ones in order."""
-    order = scores.masked_fill(~among, float("-inf")).argsort(descending=True, stable=True)
-    return order[: min(count, int(among.sum()))]
+    """Indices of the highest scores among some tokens, no fewer than `count`; equal ones in order."""
+    return scores.masked_fill(~among, float("-inf")).argsort(descending=True, stable=True)[:count]

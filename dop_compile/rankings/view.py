@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -16,11 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from dop_compile.errors import UnsupportedUsageError
+from dop_compile.runtime.block_masks import BlockMask
 from dop_compile.runtime.cache import Entries
+from dop_compile.runtime.flash import FlashTokens
 from dop_compile.runtime.layout import NO_TOKEN, TokenLayout
 from dop_compile.tokens import TokenSet
 
-__all__ = ["LayerView", "eager_attention"]
+__all__ = ["LayerView", "eager_attention", "slots_of"]
 
 ROWS_AT_ONCE = 256
 _NOT_OF_EAGER = ("dropout", "is_causal", "sliding_window")
@@ -41,13 +43,15 @@ class LayerView:
         module: the layer's attention module.
         query: (batch, heads, queries, head dimension), laid out as `queries`.
         key, value: (batch, KV heads, entries, head dimension): past entries, then those of `keys`.
-        mask: what the layer's kernel was given: (batch, 1, queries, entries), (batch, columns) of padding, or None.
+        mask: what the layer's kernel was given: (batch, 1, queries, entries), FlexAttention's function of queries and
+            entries, FlashAttention's runs, (batch, columns) of padding, or None.
         entries: what the layer holds, the call's own keys included.
         past_slots: slots before the call.
         settings: the kernel's keyword arguments.
         embeds: (batch, slots, hidden), what entered the decoder.
         entered, left: (batch, slots) bool, on the CPU: the visual tokens that entered, and those that are left.
         stream: (batch, held, hidden) residual stream behind the layer, laid out as `held`; None if not asked for.
+        memo: what `once` has computed; shared by the stages of a call.
     """
 
     layout: TokenLayout
@@ -66,6 +70,7 @@ class LayerView:
     left: Tensor
     stream: Tensor | None = None
     held: TokenSet | None = None
+    memo: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:
@@ -92,23 +97,31 @@ class LayerView:
         last = torch.where(members, slots, -1).amax(dim=1, keepdim=True)
         return (slots == last) & members
 
-    def received(self, rows: Tensor, weights: Tensor | None = None) -> Tensor:
-        """(batch, slots) float32: attention that each slot receives from `rows`, mean over heads, summed over rows.
+    def once(self, name: str, make: Callable[[], Tensor]) -> Tensor:
+        """What is the same in all stages of a call, by name."""
+        if name not in self.memo:
+            self.memo[name] = make()
+        return self.memo[name]
+
+    def received(self, rows: Tensor, weights: Tensor | None = None, *, heads: str = "mean") -> Tensor:
+        """(batch, slots) float32: attention that each slot receives from `rows`, summed over rows.
 
         Args:
             rows: (batch, slots) bool, on the CPU, tokens that are queries of the layer.
             weights: (batch, slots), a weight of each row.
+            heads: of an attention weight, the `mean` over the heads or their `max`.
         """
-        width = max(int(rows.sum(dim=1).max()), 1)
-        slots = torch.argsort(rows.to(torch.int8), dim=1, stable=True)[:, rows.shape[1] - width :]
-        weight = rows.gather(1, slots).to(self.device, torch.float32)
+        slots, valid = slots_of(rows)
+        weight = valid.to(self.device, torch.float32)
         if weights is not None:
             weight = weight * weights.float().gather(1, slots.to(self.device))
         places = self.layout.positions(self.queries).gather(1, slots)
         total = weight.new_zeros(weight.shape[0], self.key.shape[2])
-        for start in range(0, width, ROWS_AT_ONCE):
+        for start in range(0, slots.shape[1], ROWS_AT_ONCE):
             part = slice(start, start + ROWS_AT_ONCE)
-            attention = self._attention(slots[:, part].to(self.device), places[:, part].to(self.device))
+            attention = self._attention(slots[:, part].to(self.device), places[:, part].to(self.device), heads)
+            # Rows that only fill the grid, such as padding, may hold NaN, which a weight of 0 does not take out
+            attention = attention.masked_fill((weight[:, part] == 0)[:, :, None], 0.0)
             total += torch.einsum("br,bre->be", weight[:, part], attention)
         return self.on_slots(total[:, -self._new_entries :, None]).squeeze(-1)
 
@@ -142,19 +155,24 @@ class LayerView:
         spread = values.new_zeros(values.shape[0], self.layout.length, values.shape[2])
         return spread.scatter_add(1, slots[..., None].expand_as(values), values)
 
-    def _attention(self, slots: Tensor, places: Tensor) -> Tensor:
-        """(batch, rows, entries) float32 weights, mean over heads, of queries at `places` of their grid."""
+    def _attention(self, slots: Tensor, places: Tensor, heads: str) -> Tensor:
+        """(batch, rows, entries) float32 weights of queries at `places` of their grid; `heads` as in `received`."""
         eager = eager_attention(self.module)
         assert eager is not None
         query = self.query.gather(2, places[:, None, :, None].expand(-1, self.query.shape[1], -1, self.query.shape[3]))
         mask = self._mask(slots, places)
         settings = {name: value for name, value in self.settings.items() if name not in _NOT_OF_EAGER}
         weights: Tensor = eager(self.module, query, self.key, self.value, mask, dropout=0.0, **settings)[1]
-        return weights[..., : self.key.shape[2]].float().mean(dim=1)
+        weights = weights[..., : self.key.shape[2]].float()
+        return weights.amax(dim=1) if heads == "max" else weights.mean(dim=1)
 
     def _mask(self, slots: Tensor, places: Tensor) -> Tensor:
         """(batch, 1, rows, entries), 0 where a row sees an entry and the lowest number elsewhere."""
         mask, lowest = self.mask, torch.finfo(self.query.dtype).min
+        if isinstance(mask, BlockMask):
+            return _additive(self._of_function(mask, places), self.query, lowest)
+        if isinstance(mask, FlashTokens):
+            mask = mask.padding
         if isinstance(mask, Tensor) and mask.dim() == 4:
             mask = mask.expand(slots.shape[0], -1, -1, -1)
             rows = mask.gather(2, places[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
@@ -176,6 +194,28 @@ class LayerView:
         if self.entries.valid is not None:
             visible = visible & self.entries.valid[:, None]
         return _additive(visible[:, None], self.query, lowest)
+
+    def _of_function(self, mask: BlockMask, places: Tensor) -> Tensor:
+        """(batch, 1, rows, entries) bool, by the function of a mask, which knows padding and gaps."""
+        size = (*places.shape, self.key.shape[2])
+        rows, entries = torch.arange(size[0], device=places.device), torch.arange(size[2], device=places.device)
+        visible: Tensor = mask.mask_mod(
+            rows[:, None, None].expand(size),
+            rows.new_zeros(()).expand(size),
+            places[:, :, None].expand(size),
+            entries.expand(size),
+        )
+        return visible.expand(size)[:, None]
+
+
+def slots_of(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Slots of some tokens, right-aligned per row, and which are such tokens: (batch, count), from (batch, slots) bool.
+
+    All on the CPU; `count` is the largest number in a row, and at least one.
+    """
+    width = max(int(tokens.sum(dim=1).max()), 1)
+    slots = torch.argsort(tokens.to(torch.int8), dim=1, stable=True)[:, tokens.shape[1] - width :]
+    return slots, tokens.gather(1, slots)
 
 
 def _additive(visible: Tensor, like: Tensor, lowest: float) -> Tensor:
