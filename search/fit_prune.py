@@ -1,8 +1,13 @@
 """FitPrune (arXiv 2409.10197): how many visual tokens may leave after each layer, fitted to attention of a few samples.
 
 In every layer of the original, visual tokens are sorted by the attention that they receive from visual tokens times
-that from text tokens. A layer may lose tokens as long as those that leave hold no more than a share alpha of either
-attention; a token that has left stays away. The largest alpha whose FLOPs meet the budget is found by bisection.
+that from text tokens, either the max over heads, summed over the tokens that attend. A layer may lose tokens as long as
+those that leave hold no more than a share alpha of either attention; a token that has left stays away. The smallest
+alpha whose FLOPs meet the budget is found by bisection.
+
+The authors' code fits otherwise: it sorts by either attention apart, takes away what is lowest in both orders, and runs
+each next layer on the tokens that are left by then. Here there is one order, that by which the policy ranks, and all
+attention is the original's.
 """
 
 from __future__ import annotations
@@ -36,7 +41,7 @@ Counts = Sequence[tuple[int, int, int]]
 
 @dataclass(frozen=True)
 class AttentionShares:
-    """What visual tokens hold of the attention on them, per layer, mean over samples.
+    """What visual tokens hold of the attention on them (max over heads), per layer, mean over samples.
 
     Args:
         own, cross: (layers - 1, grid) share of the attention from visual and from text tokens that the lowest ranked

@@ -53,7 +53,7 @@ class TextRaters:
 
 
 class Product:
-    """Attention from visual tokens times that from text tokens, each summed over its queries (FitPrune)."""
+    """Attention from visual tokens times that from text tokens, max over heads, summed over the queries (FitPrune)."""
 
     raters = frozenset({"text", "visual"})
     keys = frozenset({"visual"})
@@ -66,7 +66,8 @@ class Product:
     @staticmethod
     def masses(view: LayerView) -> tuple[Tensor, Tensor]:
         """(batch, slots) attention received from visual and from text tokens."""
-        return view.received(view.group("visual")), view.received(view.group("text"))
+        visual, text = (view.received(view.group(name), heads="max") for name in ("visual", "text"))
+        return visual, text
 
 
 def _rows(values: Tensor, slots: Tensor) -> Tensor:

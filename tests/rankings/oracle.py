@@ -123,6 +123,11 @@ def _received(seen: Seen, query: int, key: int) -> float:
     return sum(float(head[query, key]) for head in seen.weights) / len(seen.weights)
 
 
+def _strongest(seen: Seen, query: int, key: int) -> float:
+    assert seen.weights is not None
+    return max(float(head[query, key]) for head in seen.weights)
+
+
 def last_token(seen: Seen, visual: list[int], left: list[int], count: int, options: dict[str, Any]) -> set[int]:
     last = max(index for index, group in enumerate(seen.groups) if group != "output")
     return set(_highest({n: _received(seen, last, visual[n]) for n in left}, count))
@@ -131,8 +136,8 @@ def last_token(seen: Seen, visual: list[int], left: list[int], count: int, optio
 def product(seen: Seen, visual: list[int], left: list[int], count: int, options: dict[str, Any]) -> set[int]:
     scores = {}
     for n in left:
-        own = sum(_received(seen, visual[other], visual[n]) for other in left)
-        cross = sum(_received(seen, text, visual[n]) for text in _texts(seen))
+        own = sum(_strongest(seen, visual[other], visual[n]) for other in left)
+        cross = sum(_strongest(seen, text, visual[n]) for text in _texts(seen))
         scores[n] = own * cross
     return set(_highest(scores, count))
 

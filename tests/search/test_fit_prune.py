@@ -42,8 +42,8 @@ def test_shares_are_those_of_full_maps() -> None:
                 text = torch.arange(int(visual[0]), inputs["input_ids"].shape[1])
                 text = text[~torch.isin(text, visual)]
                 for layer, attention in enumerate(maps[:-1]):
-                    mean = attention[0].double().mean(0)
-                    own, cross = mean[visual][:, visual].sum(0).numpy(), mean[text][:, visual].sum(0).numpy()
+                    most = attention[0].double().amax(0)
+                    own, cross = most[visual][:, visual].sum(0).numpy(), most[text][:, visual].sum(0).numpy()
                     order = np.argsort(own * cross, kind="stable")
                     for number, mass in enumerate((own, cross)):
                         for place, fraction in enumerate(np.linspace(0, 1, GRID)):
