@@ -133,6 +133,11 @@ class Family:
             for tower in (self._join([row]) for row in self._rows(model, rows, seed)[1])
         ]
 
+    def item_sizes(self, model: nn.Module, rows: Sequence[Sequence[Segment]], seed: int = 0) -> list[list[int]]:
+        """Per row, the placeholders of each image and video of the batch that `make_inputs` makes."""
+        visuals = self._rows(model, rows, seed)[1]
+        return [[sum(number in (IMAGE, VIDEO) for number in visual.ids) for visual in row] for row in visuals]
+
     def _join(self, visuals: list[list[Visual]]) -> dict[str, Tensor]:
         return _join_per_row(visuals) if self.tower_per_row else _join([v for row in visuals for v in row])
 

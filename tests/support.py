@@ -48,13 +48,14 @@ def compile_eagerly(model: nn.Module, policy: Policy | dict[str, Policy], **argu
 @dataclass(frozen=True)
 class Batch:
     """One batch for one model. `groups` (batch, tokens) are those of a text-only model; `towers` are each row's own
-    images and videos."""
+    images and videos, and `sizes` how many placeholders each of these has."""
 
     family: Family
     model: nn.Module = field(repr=False)
     inputs: dict[str, Tensor]
     groups: Tensor | None = None
     towers: list[dict[str, Tensor]] | None = None
+    sizes: list[list[int]] | None = None
 
     @property
     def mask(self) -> Tensor:
@@ -82,6 +83,17 @@ class Batch:
     def counts(self) -> list[int]:
         return self.visual.sum(1).tolist()
 
+    @property
+    def items(self) -> Tensor | None:
+        """(batch, tokens) number of the image or video that each placeholder belongs to, -1 elsewhere."""
+        if self.sizes is None:
+            return None
+        items = torch.full_like(self.inputs["input_ids"], -1)
+        sizes = torch.tensor([size for row in self.sizes for size in row], dtype=torch.long)
+        places = torch.isin(self.inputs["input_ids"], torch.tensor([IMAGE, VIDEO])) & self.mask
+        items[places] = torch.arange(len(sizes)).repeat_interleave(sizes)
+        return items
+
     def random_kept(self, count: int, seed: int = 0) -> list[list[int]]:
         """Per row up to `count` ordinals of visual tokens, ascending."""
         draw = random.Random(seed)
@@ -108,7 +120,9 @@ def make_batch(
         groups[0] = 0
     # Those of the fast set are found by counting, also where a test changes the inputs
     known = family.is_text_only or family.name in FAMILIES
-    return Batch(family, model, inputs, groups, None if known else family.make_towers(model, rows, seed))
+    towers = None if known else family.make_towers(model, rows, seed)
+    sizes = None if family.is_text_only else family.item_sizes(model, rows, seed)
+    return Batch(family, model, inputs, groups, towers, sizes)
 
 
 # Comparisons. `scale` of every error is the largest number of the reference.
@@ -204,15 +218,20 @@ def random_operations(
 
 def uniform_kept(batch: Batch, count: int) -> list[list[int]]:
     """What a uniform stride keeps: images share `count` by largest remainder, each takes the middles of stretches."""
-    placeholders = (
-        batch.visual
-        if batch.groups is not None
-        else torch.isin(batch.inputs["input_ids"], torch.tensor([IMAGE, VIDEO]))
-    )
+    items = batch.items
+    if items is None:  # runs of visual tokens
+        places = batch.visual
+        if batch.groups is None:
+            places = torch.isin(batch.inputs["input_ids"], torch.tensor([IMAGE, VIDEO]))
+        starts = places & ~torch.nn.functional.pad(places, (1, -1))
+        items = torch.where(places, starts.cumsum(1), -1)
     kept = []
-    for row, counted in zip(placeholders.tolist(), batch.visual.tolist(), strict=True):
-        runs = itertools.groupby(zip(row, counted, strict=True), key=lambda pair: pair[0])
-        sizes = [sum(is_counted for _, is_counted in run) for is_visual, run in runs if is_visual]
+    for row, counted in zip(items.tolist(), batch.visual.tolist(), strict=True):
+        by_item: dict[int, int] = {}
+        for item, is_counted in zip(row, counted, strict=True):
+            if item >= 0:
+                by_item[item] = by_item.get(item, 0) + is_counted
+        sizes = list(by_item.values())
         total = sum(sizes)
         shares = [Fraction(min(count, total) * size, total) for size in sizes]
         quotas = [int(share) for share in shares]

@@ -267,7 +267,7 @@ def test_replay_and_search(method: str) -> None:
     replay = Replay(compile_eagerly(batch.model, base), batch.inputs)
     expected = compile_eagerly(batch.model, policy)(**batch.inputs, logits_to_keep=1).logits
     assert_close(replay.logits(policy), expected)
-    with pytest.raises(ValueError, match=r"vision tower was not seen .*recorded for another reducer"):
+    with pytest.raises(ValueError, match=r"features was not recorded for the reducer of this call"):
         Replay(compile_eagerly(batch.model, Policy.full(4)), batch.inputs).logits(policy.replace(reducer="trim"))
     found = measure_divergences(
         batch.model, [batch.inputs], axes=["visual_tokens"], points={"visual_tokens": [0.5]}, reducer=method

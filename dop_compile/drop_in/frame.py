@@ -111,15 +111,15 @@ class Frame:
         return forward
 
     def _watch_vision(self, noted: list[TokenFeatures]) -> None:
-        """Note in a list what the session's reducer wants to know about the vision tower."""
+        """Note in a list what the vision tower returns, and what the session's reducer wants to know about it."""
         wanted = self.vision_fields(self.session.policy or self.state.tiers[self.session.tier])
-        if wanted:
+        if wanted is not None:
             watch_vision(self.chain, self.state.decoder_path, wanted, noted.append)
 
-    def vision_fields(self, policy: Policy) -> frozenset[str]:
-        """What the policy's reducer wants to know about the vision tower in this session."""
+    def vision_fields(self, policy: Policy) -> frozenset[str] | None:
+        """What the policy's reducer wants to know about the vision tower in this session; None if it is not asked."""
         reduces = policy.visual_tokens is not None or policy.salient_fraction is not None
-        return vision_fields(policy) if reduces else frozenset()
+        return vision_fields(policy) if reduces else None
 
     def run_decoder(self, call: Call, kwargs: dict[str, Any]) -> Any:
         """The decoder's forward in this session, with its arguments by name."""

@@ -1,4 +1,4 @@
-"""How the images or frames of one sample share its visual tokens."""
+"""How the images, videos or frames of one sample share its visual tokens."""
 
 from collections.abc import Sequence
 
@@ -14,7 +14,7 @@ def quotas(total: int, segment_sizes: Sequence[int]) -> list[int]:
 
     Args:
         total: tokens to keep.
-        segment_sizes: tokens of each image or frame.
+        segment_sizes: tokens of each image, video or frame.
 
     Returns:
         Tokens to keep of each, summing to min(total, sum(segment_sizes)).

@@ -37,6 +37,8 @@ class Prompt:
         output: (tokens,) bool, what was generated after the prompt and is computed again with it.
         vision: what is known about the vision tower's work on it; None where the caller said which tokens are visual.
         input_ids: (batch, tokens), if the caller passed them.
+        items: (batch, tokens) int64, the image or video that each placeholder belongs to, -1 where that is not known;
+            None: what `vision` knows.
     """
 
     embeds: Tensor
@@ -47,6 +49,7 @@ class Prompt:
     output: Tensor | None = None
     vision: PromptVision | None = None
     input_ids: Tensor | None = None
+    items: Tensor | None = None
 
 
 def call_groups(policy: Policy) -> tuple[str, ...]:
@@ -102,10 +105,18 @@ def make_reducer(policy: Policy, given: Sequence[Any] | None, batch: int) -> Red
     return create(policy.reducer, policy.options)
 
 
-def _segments(columns: Tensor, visual: Tensor) -> Tensor:
-    """Number of the contiguous run of placeholders that each column belongs to: one image, or one video."""
-    starts = visual & ~torch.cat([torch.zeros(1, dtype=torch.bool, device="cpu"), visual[:-1]])
-    return (starts.cumsum(0) - 1)[columns]
+def _segments(columns: Tensor, visual: Tensor, items: Tensor | None) -> Tensor:
+    """Number, from 0 in order of appearance, of the image or video that each column belongs to.
+
+    Where the row's `items` (tokens,) are -1 or None, a contiguous run of placeholders is taken for one.
+    """
+    items = torch.full_like(visual, -1, dtype=torch.long) if items is None else items
+    unknown = visual & (items < 0)
+    starts = unknown & ~torch.cat([torch.zeros(1, dtype=torch.bool, device="cpu"), unknown[:-1]])
+    names, own = torch.where(unknown, items.max() + starts.cumsum(0), items)[columns].unique(return_inverse=True)
+    places = torch.arange(len(own), device="cpu")
+    first = torch.full_like(names, len(own)).scatter_reduce(0, own, places, "amin")
+    return first.argsort().argsort()[own]
 
 
 def _contexts(prompt: Prompt, counted: Tensor, reducer: Reducer) -> list[VisualContext]:
@@ -122,12 +133,13 @@ def _contexts(prompt: Prompt, counted: Tensor, reducer: Reducer) -> list[VisualC
     text = prompt.valid & ~prompt.visual
     if prompt.output is not None:
         text = text & ~prompt.output
+    items = vision.items if prompt.items is None and vision is not None else prompt.items
     rows = counted.any(dim=1).nonzero().squeeze(1).tolist()
     visual_rows, text_rows = (_rows(prompt.embeds.detach(), mask, rows) for mask in (counted, text))
     contexts = []
     for row, projected, others in zip(rows, visual_rows, text_rows, strict=True):
         columns = counted[row].nonzero().squeeze(1)
-        segments = _segments(columns, prompt.visual[row])
+        segments = _segments(columns, prompt.visual[row], None if items is None else items[row])
         fields: dict[str, Any] = {}
         if vision is not None:
             fields = vision.fields(row, columns, segments, wanted)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from dop_compile.drop_in.model_path import shallow_copy
+from dop_compile.vision.items import feature_parts
 from dop_compile.vision.rows import attention_rows
 from dop_compile.vision.tap import Observed, Tower, VisionModules
 
@@ -36,12 +37,14 @@ class TokenFeatures:
 
     Args:
         rows: (tokens, hidden) as they are scattered into the prompt.
+        sizes: rows of each image or video, in order; () where that is not known.
         features, cls_attention, keys, project: as in `VisualContext`; rows of newlines have no meaning.
         tiles: (tokens,) int64 on the CPU.
         shapes: (height, width) in tokens of each tile, None where it is no rectangle of tokens.
     """
 
     rows: Tensor
+    sizes: tuple[int, ...] = ()
     features: Tensor | None = None
     cls_attention: Tensor | None = None
     keys: Tensor | None = None
@@ -53,19 +56,30 @@ class TokenFeatures:
 
 @torch.no_grad()
 def token_features(
-    wanted: frozenset[str], observed: Observed, output: Any, grid: Tensor | None, modules: VisionModules
-) -> TokenFeatures:
-    """The wanted fields of one call of a feature method.
+    wanted: frozenset[str],
+    observed: Observed,
+    output: Any,
+    sizes: tuple[int, ...],
+    grid: Tensor | None,
+    modules: VisionModules,
+) -> TokenFeatures | None:
+    """The wanted fields of one call of a feature method; None if it returned no features as they enter the decoder.
 
     Args:
         wanted: names of fields.
         observed: what passed during the call.
         output: what the method returned.
+        sizes: see `item_sizes`.
         grid: (images, 3) patches of each image or video, of models that are told.
         modules: where it passed.
     """
-    rows, owner = _flat(output), modules.owner
-    result = TokenFeatures(rows)
+    parts, owner = feature_parts(output), modules.owner
+    if parts is None:
+        return None
+    rows = torch.cat([part.reshape(-1, part.shape[-1]) for part in parts]).detach()
+    result = TokenFeatures(rows, sizes if sum(sizes) == len(rows) else ())
+    if not wanted:
+        return result
     try:
         if modules.projector is None:
             raise _Unknown("no projector was found between vision tower and decoder")
@@ -103,13 +117,6 @@ def token_features(
 
 class _Unknown(Exception):
     """Something that cannot be told; the message says why, for users."""
-
-
-def _flat(output: Any) -> Tensor:
-    """(tokens, hidden) of what a feature method returned."""
-    pooled = getattr(output, "pooler_output", output)
-    parts = [pooled] if isinstance(pooled, Tensor) else list(pooled)
-    return torch.cat([part.reshape(-1, part.shape[-1]) for part in parts]).detach()
 
 
 # Rows of the projector to tokens.

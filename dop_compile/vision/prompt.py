@@ -1,7 +1,8 @@
 """What a call's reducer wants to know about the vision tower, per position of the prompt.
 
 A frame's feature methods are watched while Hugging Face's forward calls them; afterwards each visual position of the
-prompt is matched with a row of what they returned. Nothing is watched for reducers that want nothing.
+prompt is matched with a row of what they returned: so it is known of which image or video it is. What passes inside the
+tower is noted only for reducers that want to know it.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import functools
 import inspect
 import itertools
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -20,7 +22,8 @@ from dop_compile.policy import Policy
 from dop_compile.reducers import Reducer, create, fitting, needs
 from dop_compile.runtime.spans import SELECTION, span
 from dop_compile.vision.features import TokenFeatures, token_features
-from dop_compile.vision.tap import FEATURE_METHODS, Tower, VisionModules, observing
+from dop_compile.vision.items import has_items, item_sizes
+from dop_compile.vision.tap import FEATURE_METHODS, Observed, Tower, VisionModules, observing
 
 __all__ = ["VISION_FIELDS", "PromptVision", "vision_fields", "watch_vision"]
 
@@ -63,6 +66,7 @@ def _watched(
     busy: set[nn.Module],
 ) -> Callable[..., Any]:
     signature = inspect.signature(method)
+    apart = has_items(*(kind.__name__ for kind in type(modules.owner).__mro__))
 
     @functools.wraps(method)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -73,13 +77,16 @@ def _watched(
         attentions = _layers(modules, named) if wanted & {"cls_attention", "keys"} else {}
         busy.add(modules.owner)
         try:
-            with observing(modules, attentions) as observed:
+            with observing(modules, attentions) if wanted else nullcontext(Observed()) as observed:
                 output = method(modules.owner, *args, **kwargs)
         finally:
             busy.discard(modules.owner)
         grid = next((value for name, value in named.items() if name.endswith("_grid_thw")), None)
         with span(SELECTION):
-            note(token_features(wanted, observed, output, grid, modules))
+            sizes = item_sizes(output, named) if apart else ()
+            found = token_features(wanted, observed, output, sizes, grid, modules)
+        if found is not None:
+            note(found)
         return output
 
     return call
@@ -101,6 +108,10 @@ def _layers(modules: VisionModules, named: dict[str, Any]) -> dict[Tower, int]:
 class PromptVision:
     """The tokens of one prompt's images and videos, by position.
 
+    Attributes:
+        items: (batch, tokens) int64 on the CPU, the image or video that each position belongs to; -1 where that is not
+            known, and where there is none.
+
     Args:
         parts: one per call of a feature method.
         masks: (batch, tokens) or (batch, tokens, hidden) bool: placeholders, as the model found them.
@@ -111,6 +122,7 @@ class PromptVision:
     def __init__(self, parts: Sequence[TokenFeatures], masks: Sequence[Tensor], embeds: Tensor, model: str):
         self._model = model
         self._row = torch.full(embeds.shape[:2], -1, device="cpu")
+        self.items = torch.full_like(self._row, -1)
         self._missing: dict[str, str] = {}
         placed: list[TokenFeatures] = []
         for part in parts:
@@ -118,6 +130,11 @@ class PromptVision:
             if rows is not None:
                 first = sum(len(other.rows) for other in placed)
                 self._row = torch.where(rows >= 0, rows + first, self._row)
+                if part.sizes:
+                    before = sum(len(other.sizes) for other in placed)
+                    sizes = torch.tensor(part.sizes, device="cpu")
+                    numbers = before + torch.arange(len(sizes), device="cpu").repeat_interleave(sizes)
+                    self.items = torch.where(rows >= 0, numbers[rows.clamp(min=0)], self.items)
                 placed.append(part)
                 self._missing |= part.missing
         self._shapes = tuple(shape for part in placed for shape in part.shapes)
@@ -157,7 +174,7 @@ class PromptVision:
 
     def _why_not(self, name: str, known: bool) -> str | None:
         if not known:
-            return "the vision tower was not seen (features passed in ready-made, or recorded for another reducer)"
+            return "the vision tower was not seen (features passed in ready-made)"
         if name in self._missing:
             return self._missing[name]
         there = {*self._table, *(("project",) if self._project is not None else ()), "grid"}
