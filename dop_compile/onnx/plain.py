@@ -19,6 +19,7 @@ from dop_compile.onnx.prepare import Prepared, placeholders, prepare, prompt_pos
 from dop_compile.onnx.reduce_graph import GraphReducer
 from dop_compile.onnx.sessions import GraphSession, open_graph
 from dop_compile.reducers import Reducer
+from dop_compile.vision.items import has_items
 
 __all__ = ["PlainPipeline", "vision_items"]
 
@@ -44,14 +45,16 @@ class PlainPipeline:
         """Free a graph that is not needed any more."""
         self._sessions.pop(name, None)
 
-    def embeddings(self, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-        """(batch, tokens, hidden) embeddings, and the (batch, tokens) places of features and of newlines among them."""
+    def embeddings(self, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(batch, tokens, hidden) embeddings, and (batch, tokens) places of features, of newlines among them, and the
+        number of the image or video that each place belongs to, -1 where that is not known."""
         ids = inputs["input_ids"]
         pixels = {g.pixels for g in self.manifest.vision}
         given = any(inputs.get(name) is not None for name in pixels)
         visual = placeholders(self.manifest, ids) if given else torch.zeros_like(ids, dtype=torch.bool)
         embeds = self.session(self.manifest.embed).run({"input_ids": ids.masked_fill(visual, 0)})["embeds"]
-        newlines = torch.zeros_like(visual)
+        newlines, items = torch.zeros_like(visual), torch.full_like(ids, -1)
+        known = 0
         for modality in {graph.modality for graph in self.manifest.vision}:
             parts = self._features(inputs, modality)
             if not parts:
@@ -63,7 +66,11 @@ class PlainPipeline:
                 raise ValueError(f"{int(place.sum())} {modality} placeholders for {len(features)} features")
             embeds[place] = features.to(embeds)
             newlines[place] = torch.cat([rows for _, rows in parts])
-        return embeds, visual, newlines
+            if has_items(self.manifest.model.class_name):
+                sizes = torch.tensor([len(features) for features, _ in parts])
+                items[place] = torch.arange(known, known + len(parts)).repeat_interleave(sizes)
+                known += len(parts)
+        return embeds, visual, newlines, items
 
     def _features(self, inputs: Mapping[str, Any], modality: str) -> list[tuple[Tensor, Tensor]]:
         """Per image, features and which of them are newlines."""
@@ -83,7 +90,7 @@ class PlainPipeline:
     def prepare(self, tier: str, inputs: Mapping[str, Any], visual_indices: Sequence[Any] | None = None) -> Prepared:
         """A left-padded batch, as a processor returns it, for a tier's prefill; `visual_indices` as in `prepare`."""
         info = self.manifest.tiers[tier]
-        embeds, visual, newlines = self.embeddings(inputs)
+        embeds, visual, newlines, items = self.embeddings(inputs)
         positions = prompt_positions(self.model, self.manifest, inputs)
         return prepare(
             info.policy,
@@ -93,6 +100,7 @@ class PlainPipeline:
             positions,
             visual,
             newlines=newlines,
+            items=items,
             visual_indices=visual_indices,
             around=self.reducer(tier),
         )

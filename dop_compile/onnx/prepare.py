@@ -82,6 +82,7 @@ def prepare(
     visual: Tensor,
     *,
     newlines: Tensor | None = None,
+    items: Tensor | None = None,
     visual_indices: Sequence[Any] | None = None,
     around: Callable[[Reducer], Reducer] | None = None,
 ) -> Prepared:
@@ -94,6 +95,8 @@ def prepare(
         positions: from `prompt_positions`.
         visual: (batch, tokens) bool, from `placeholders`.
         newlines: (batch, tokens) bool, which placeholders are row separators.
+        items: (batch, tokens) int64, the image or video that each placeholder belongs to, -1 where that is not known;
+            None: nowhere. There a run of placeholders is taken for one.
         visual_indices: per row, for the reducer "given".
         around: makes the reducer that is asked in place of the policy's (`GraphReducer`).
 
@@ -106,7 +109,7 @@ def prepare(
     visual = visual & valid
     newlines = torch.zeros_like(visual) if newlines is None else newlines & visual
     system = (visual.long().cumsum(1) == 0) & visual.any(1, keepdim=True) & valid
-    prompt = Prompt(embeds, valid, visual, newlines, system)
+    prompt = Prompt(embeds, valid, visual, newlines, system, items=items)
     reducer = make_reducer(policy, visual_indices, len(embeds)) if bool(visual.any()) else None
     if reducer is not None and around is not None:
         reducer = around(reducer)

@@ -73,7 +73,15 @@ def prepared(batch: Batch, policy: Policy, sections: Sequence[SectionInfo], give
     if positions is None or positions.dim() == 2:
         positions = (batch.mask.long().cumsum(1) - 1).clamp(min=0)
     return prepare(
-        policy, sections, seen.embeds, batch.mask, positions, visual, newlines=newlines, visual_indices=given
+        policy,
+        sections,
+        seen.embeds,
+        batch.mask,
+        positions,
+        visual,
+        newlines=newlines,
+        items=batch.items,
+        visual_indices=given,
     )
 
 

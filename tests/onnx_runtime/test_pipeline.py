@@ -84,6 +84,18 @@ def test_the_reducers_graph_serves_prompts_with_one_image(monkeypatch: pytest.Mo
     assert found.generate(one, tier="pruned", max_new_tokens=TOKENS).ids != in_pytorch(one, TOKENS, tier="pruned")
 
 
+def test_images_without_text_between_them() -> None:
+    """Four images share 6 tokens as 2, 2, 1 and 1; a stride through their 64 tokens as one would keep others."""
+    found = pipeline()
+    inputs = found.process([[picture(n) for n in range(4)], [picture(4)]], ["a <image><image><image><image> b ?", "c"])
+    prepared = found._stages.prepare("pruned", inputs)
+    first = (inputs["input_ids"] == 4).long().argmax(1) - inputs["attention_mask"].argmax(1)
+    kept = prepared.inputs["position_ids.visual"] - first[:, None]
+    assert kept.tolist() == [[4, 12, 20, 28, 40, 56], [1, 4, 6, 9, 12, 14]]
+    expected = in_pytorch(inputs, TOKENS, tier="pruned")
+    assert found.generate(inputs, tier="pruned", max_new_tokens=TOKENS).ids == expected
+
+
 def test_numpy_arrays() -> None:
     inputs = batch()
     arrays = {name: value.numpy() for name, value in inputs.items()}
