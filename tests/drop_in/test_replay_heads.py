@@ -89,6 +89,15 @@ def test_the_tower_runs_once() -> None:
         hook.remove()
 
 
+def test_logits_that_are_not_numbers_are_still_the_models() -> None:
+    family = Q_FORMERS["blip2_llama"]
+    batch = make_batch(family, ONE_IMAGE, model=family.build())
+    with torch.no_grad():
+        batch.model.language_model.lm_head.weight[3] = torch.nan  # type: ignore[union-attr,index,operator]
+    replay = Replay(dop_compile(batch.model, Policy.full(family.num_layers), backend="eager"), batch.inputs)
+    assert replay.original.isnan().any()
+
+
 class Cooled(hf.Blip2ForConditionalGeneration):
     """It does something of its own to the logits of its language model."""
 
