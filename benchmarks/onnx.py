@@ -10,8 +10,8 @@ as fast as its FLOPs say where the last column is 1. ONNX Runtime's prefill comp
 Decoding hands caches over as arrays from call to call: `OnnxPipeline`, which keeps them in bound buffers, is faster.
 
 Load time and memory are of fresh processes, one for each row, with the files in the page cache; memory is that after
-one run of every graph: weights, as they are or packed, and buffers. PSS counts pages that processes share in proportion.
-Weights are random, so only time and memory are measured.
+one run of every graph: weights, as they are or packed, and buffers. PSS counts pages that processes share in
+proportion. Weights are random, so only time and memory are measured.
 """
 
 from __future__ import annotations

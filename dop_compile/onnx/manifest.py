@@ -50,8 +50,8 @@ static export (`past_C` a number). Where nothing is stored, keys and values must
   2. image by image through the vision graph of its layout; the features are the embeddings of the row's placeholders
      (`placeholder_ids`) in order. Rows numbered in `VisionGraph.newlines` are never dropped and not counted;
   3. groups: `system` before the first placeholder, `visual` placeholders, `text` the rest; all `text` without any;
-  4. `Tier.reducer` keeps `Tier.policy.visual_tokens`; where `Tier.reducer.graph` is set that graph does it, else the
-     runtime, by the reducer's name and options;
+  4. `Tier.reducer` keeps `Tier.policy.visual_tokens`, of several images each its share; where `Tier.reducer.graph` is
+     set that graph does it for a prompt with one image, else the runtime, by the reducer's name and options;
   5. slots number what is left, per row; kept tokens keep their positions ("original") or close up ("compact").
 The first generated token's position is 1 + the largest position of the row before reduction ("compact": less the number
 of dropped tokens); its slot is the number of slots.
@@ -213,11 +213,11 @@ class Manifest:
             raise ValueError("tiers: expected at least one")
         if self.positions not in POSITIONS:
             raise ValueError(f"positions: expected one of {', '.join(POSITIONS)}, got {self.positions!r}")
-        for name, graph in self.graphs.items():
-            for spec in graph.inputs:
+        for name, described in self.graphs.items():
+            for spec in described.inputs:
                 if len({len(sizes) for sizes in (spec.shape, spec.min, spec.opt, spec.max)}) > 1:
                     raise ValueError(f"graphs.{name}: {spec.name}: shape, min, opt and max differ in length")
-            for tensor in (*graph.inputs, *graph.outputs):
+            for tensor in (*described.inputs, *described.outputs):
                 if tensor.dtype not in DTYPES:
                     raise ValueError(f"graphs.{name}: {tensor.name}: unknown dtype {tensor.dtype!r}")
         for name, tier in self.tiers.items():

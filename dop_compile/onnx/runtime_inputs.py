@@ -22,7 +22,7 @@ hf: Any = transformers
 
 __all__ = ["Reader", "as_batch", "as_images", "generation_settings", "skeleton"]
 
-_UNSUPPORTED = {
+_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "num_beams": (None, 1),
     "guidance_scale": (None, 1.0),
     "stop_strings": (None,),
