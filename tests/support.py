@@ -223,8 +223,8 @@ def uniform_kept(batch: Batch, count: int) -> list[list[int]]:
         places = batch.visual
         if batch.groups is None:
             places = torch.isin(batch.inputs["input_ids"], torch.tensor([IMAGE, VIDEO]))
-        starts = places & ~torch.nn.functional.pad(places, (1, -1))
-        items = torch.where(places, starts.cumsum(1), -1)
+        first = places & ~torch.nn.functional.pad(places, (1, -1))
+        items = torch.where(places, first.cumsum(1), -1)
     kept = []
     for row, counted in zip(items.tolist(), batch.visual.tolist(), strict=True):
         by_item: dict[int, int] = {}

@@ -113,7 +113,8 @@ def _segments(columns: Tensor, visual: Tensor, items: Tensor | None) -> Tensor:
     items = torch.full_like(visual, -1, dtype=torch.long) if items is None else items
     unknown = visual & (items < 0)
     starts = unknown & ~torch.cat([torch.zeros(1, dtype=torch.bool, device="cpu"), unknown[:-1]])
-    names, own = torch.where(unknown, items.max() + starts.cumsum(0), items)[columns].unique(return_inverse=True)
+    numbers = torch.where(unknown, items.max() + starts.cumsum(0), items)
+    names, own = torch.unique(numbers[columns], return_inverse=True)
     places = torch.arange(len(own), device="cpu")
     first = torch.full_like(names, len(own)).scatter_reduce(0, own, places, "amin")
     return first.argsort().argsort()[own]
