@@ -11,16 +11,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
+
 from dop_compile.policy import Policy
-from dop_compile.policy_json import integer
+from dop_compile.policy_json import finite, integer
 from dop_compile.ranking import Ranking, Stage
 
-__all__ = ["dart", "fastv", "pyramiddrop", "sparsevlm"]
+__all__ = ["dart", "fastv", "pyramiddrop", "sparsevlm", "sparsevlm_fractions"]
 
 PUBLISHED_LAYERS = 32
+PUBLISHED_TOKENS = 576
 SPARSEVLM_LAYERS = (2, 6, 15)
-SPARSEVLM_FRACTIONS = (303 / 576, 110 / 576, 36 / 576)
-"""The published schedule for 128 of 576 tokens on average: 303, 110 and 36 stay."""
+SPARSEVLM_SCHEDULES = {64: (66, 30, 17), 128: (303, 110, 36), 192: (300, 200, 110)}
+"""What stays of 576 tokens after each stage, by the number that the publication calls the schedule."""
 
 
 def fastv(num_layers: int, fraction: float = 0.5, *, layers: int | None = None) -> Policy:
@@ -44,13 +47,30 @@ def pyramiddrop(num_layers: int, ratio: float = 0.5, *, stages: int = 3) -> Poli
     return _ranked(layers, Ranking("last_token", tuple(found)))
 
 
-def sparsevlm(num_layers: int, fractions: Sequence[float] = SPARSEVLM_FRACTIONS) -> Policy:
+def sparsevlm_fractions(tokens: float) -> tuple[float, ...]:
+    """SparseVLM's schedule for a number of tokens: the fractions of the visual tokens that stay after each stage.
+
+    Args:
+        tokens: of 576, on average, by the publication's count. 64, 128 and 192 give the published schedules; between
+            them each stage is interpolated, and beyond them all are those of the nearest times one factor, at most 1.
+    """
+    if not finite("tokens", tokens) >= 0:
+        raise ValueError(f"tokens: expected a number of at least 0, got {tokens}")
+    known = sorted(SPARSEVLM_SCHEDULES)
+    nearest = min(max(tokens, known[0]), known[-1])
+    kept = [np.interp(nearest, known, [SPARSEVLM_SCHEDULES[n][stage] for n in known]) for stage in range(3)]
+    return tuple(min(float(count) / PUBLISHED_TOKENS * (tokens / nearest), 1.0) for count in kept)
+
+
+def sparsevlm(num_layers: int, fractions: Sequence[float] | None = None) -> Policy:
     """SparseVLM: after layers 2, 6 and 15 (of 32, from 0), by the attention of the text tokens that rate.
 
     Args:
-        fractions: of the visual tokens that stay after each of the three; the default is the schedule that the
-            publication calls 128 tokens.
+        fractions: of the visual tokens that stay after each of the three (`sparsevlm_fractions`); the default is the
+            schedule that the publication calls 128 tokens.
     """
+    if fractions is None:
+        fractions = sparsevlm_fractions(128)
     layers = integer("num_layers", num_layers, low=len(SPARSEVLM_LAYERS) + 1)
     if len(fractions) != len(SPARSEVLM_LAYERS):
         raise ValueError(f"fractions: expected {len(SPARSEVLM_LAYERS)}, got {len(fractions)}")

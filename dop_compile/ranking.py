@@ -20,13 +20,15 @@ from dop_compile.rankings import criterion
 
 __all__ = ["Ranking", "Stage"]
 
+ROUNDING = 1e-9
+
 
 @dataclass(frozen=True)
 class Stage:
     """How many visual tokens stay after layer `layer` (from 0): so many, or a fraction of those that entered.
 
-    Give `tokens` (an integer >= 0) or `fraction` (0 to 1, rounded half up to whole tokens), not both. Fewer tokens
-    than asked for are all kept.
+    Give `tokens` (an integer >= 0) or `fraction` (0 to 1, rounded down to whole tokens), not both. Fewer tokens than
+    asked for are all kept.
     """
 
     layer: int
@@ -56,7 +58,7 @@ class Stage:
         if self.tokens is not None:
             return min(self.tokens, entered)
         assert self.fraction is not None
-        return math.floor(self.fraction * entered + 0.5)
+        return math.floor(self.fraction * entered + ROUNDING)  # 0.29 of 100 are 29
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 
 from dop_compile import baselines
@@ -11,11 +10,12 @@ from dop_compile.policy import Policy
 __all__ = ["FITPRUNE", "IN_DECODER", "RANKED"]
 
 FITPRUNE = "fitprune"
-_POWERS = [math.log(f, baselines.SPARSEVLM_FRACTIONS[0]) for f in baselines.SPARSEVLM_FRACTIONS]
+LARGEST_SCHEDULE = 1280
+"""More of SparseVLM's tokens than it takes to keep all, and so many that thousandths of it are its 64, 128 and 192."""
 
 
-def _sparsevlm(num_layers: int, first: float) -> Policy:
-    return baselines.sparsevlm(num_layers, [first**power for power in _POWERS])
+def _sparsevlm(num_layers: int, part: float) -> Policy:
+    return baselines.sparsevlm(num_layers, baselines.sparsevlm_fractions(part * LARGEST_SCHEDULE))
 
 
 RANKED: Mapping[str, Callable[[int, float], Policy]] = {
@@ -24,5 +24,7 @@ RANKED: Mapping[str, Callable[[int, float], Policy]] = {
     "sparsevlm": _sparsevlm,
     "dart": baselines.dart,
 }
-"""From a decoder's layers and the fraction of visual tokens, 0 to 1, that the first stage keeps."""
+"""From a decoder's layers and a number from 0 to 1, with which FLOPs grow: the fraction of visual tokens that the first
+stage keeps; of SparseVLM, that of the largest schedule. Between 128 and 192 its first stage keeps fewer (303 to 300 of
+576) while the others keep more: there FLOPs grow but for rounding a sample's own stages to whole tokens."""
 IN_DECODER = (*RANKED, FITPRUNE)

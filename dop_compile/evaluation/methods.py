@@ -177,8 +177,9 @@ class Planner:
     def ranked(self, name: str, budget: float) -> Method:
         """A method that ranks visual tokens inside the decoder, with as many of them as the budget allows.
 
-        The published depths (scaled to the decoder's) and shapes stay; one number, the fraction that the first stage
-        keeps, is made to fit. `fitprune` fits its own to measured attention.
+        The published depths (scaled to the decoder's) and shapes stay; one number is made to fit: the fraction that the
+        first stage keeps, or for `sparsevlm` which of its published schedules it is, or between or beyond which.
+        `fitprune` fits its own to measured attention.
 
         Raises:
             TypeError: `fitprune` without attention shares.

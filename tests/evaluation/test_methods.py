@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -10,9 +11,11 @@ import numpy as np
 import pytest
 
 from dop_compile import Policy
-from dop_compile.costs import prefill_flops
+from dop_compile.costs import DecoderDims, LayerTokens, layer_flops, prefill_flops
 from dop_compile.evaluation import Method, Planner, method_names
+from dop_compile.evaluation.in_decoder import RANKED
 from dop_compile.policy import Operation, Provenance
+from dop_compile.ranking import Ranking, Stage
 from dop_compile.search import AttentionShares, InfeasibleBudgetError, OperationOrder, fit_prune
 from dop_compile.search.greedy_sort import Step
 from tests.search.synthetic import dims_of, make_divergences
@@ -197,6 +200,49 @@ def test_methods_inside_the_decoder_meet_the_budget_by_their_first_fraction(name
             finer = [planner().named(name, b).policy for b in (budget + 0.002, budget + 0.05)]
             assert all(share(other) >= share(method.policy) for other in finer if other is not None)
             assert share(finer[1]) > budget - 0.05  # type: ignore[arg-type]
+
+
+LLAVA = DecoderDims(32, 4096, 32, 128, 32, (11008,) * 32)
+
+
+@pytest.mark.parametrize("schedule", [(66, 30, 17), (303, 110, 36), (300, 200, 110)])
+def test_sparsevlm_at_the_flops_of_a_published_schedule_is_that_schedule(schedule: tuple[int, ...]) -> None:
+    counts = [(35, 576, 60), (35, 576, 90)]
+    plan = planner(dims=LLAVA, counts=counts)
+    stages = tuple(Stage(layer, tokens=kept) for layer, kept in zip((2, 6, 15), schedule, strict=True))
+    published = Policy.full(32).replace(ranking=Ranking("text_raters", stages))
+    method = plan.named("sparsevlm", plan.flops(published))
+    assert method.policy is not None
+    assert method.policy.ranking is not None
+    assert [(stage.layer, stage.count(576)) for stage in method.policy.ranking.stages] == [
+        (stage.layer, stage.count(576)) for stage in stages
+    ]
+
+
+def ranked_flops(name: str, layers: int, visual: int) -> list[int]:
+    """Of each member of a family that a planner looks at, for one sample."""
+    dims = DecoderDims(layers, 4096, 32, 128, 32, (11008,) * layers)
+    return [prefill_flops(dims, RANKED[name](layers, n / 1000), 35, visual, 60) for n in range(1001)]
+
+
+@pytest.mark.parametrize(("layers", "visual"), [(32, 576), (28, 576), (40, 2880), (8, 144), (8, 64)])
+@pytest.mark.parametrize("name", RANKED)
+def test_flops_grow_with_what_is_made_to_fit(name: str, layers: int, visual: int) -> None:
+    costs = ranked_flops(name, layers, visual)
+    assert costs == sorted(costs)
+    assert costs[-1] == prefill_flops(
+        DecoderDims(layers, 4096, 32, 128, 32, (11008,) * layers), Policy.full(layers), 35, visual, 60
+    )
+
+
+@pytest.mark.parametrize("visual", [21, 40, 97, 250])
+def test_rounding_takes_back_one_token_of_sparsevlms_first_stage_at_most(visual: int) -> None:
+    """Of one small picture, between the schedules 128 and 192."""
+    costs = ranked_flops("sparsevlm", 32, visual)
+    first = [layer_flops(LLAVA, LayerTokens(n, n, n), 0) for n in (95 + visual, 94 + visual)]
+    falls = [before - after for before, after in itertools.pairwise(costs) if after < before]
+    assert len(falls) <= 1
+    assert all(fall <= 4 * (first[0] - first[1]) for fall in falls)
 
 
 def test_what_comes_before_the_first_stage_has_to_fit() -> None:

@@ -40,7 +40,7 @@ def test_tokens_of_each_layer(rules: list[dict[str, Any]], visual: int, system: 
         total.append(LayerTokens(count, count, count))
         if layer < len(rules):
             rule = rules[layer]
-            kept = rule["tokens"] if "tokens" in rule else math.floor(rule["fraction"] * visual + 0.5)
+            kept = rule["tokens"] if "tokens" in rule else math.floor(rule["fraction"] * visual + 1e-9)
             left = min(left, kept)
     assert list(policy_tokens(policy, system, visual, text)) == total
     dims = dims_of(6)
@@ -66,9 +66,35 @@ def test_published_shapes() -> None:
     assert of(baselines.fastv(32, 0.25, layers=3)) == [(2, 144)]
     assert of(baselines.pyramiddrop(32)) == [(7, 288), (15, 144), (23, 72)]
     assert of(baselines.sparsevlm(32)) == [(2, 303), (6, 110), (15, 36)]
+    schedules = {64: [66, 30, 17], 128: [303, 110, 36], 192: [300, 200, 110]}
+    for tokens, counts in schedules.items():
+        found = of(baselines.sparsevlm(32, baselines.sparsevlm_fractions(tokens)))
+        assert found == list(zip([2, 6, 15], counts, strict=True))
     assert of(baselines.dart(32, 1 / 9)) == [(1, 64)]
     assert [layer for layer, _ in of(baselines.sparsevlm(4))] == [0, 1, 2]
     assert [layer for layer, _ in of(baselines.pyramiddrop(8))] == [1, 3, 5]
+
+
+def test_whole_tokens_are_rounded_down() -> None:
+    """As PyramidDrop's authors do; a fraction that is meant to be whole tokens is not one fewer for its binary form."""
+    odd = baselines.pyramiddrop(32).ranking
+    assert odd is not None
+    assert [stage.count(575) for stage in odd.stages] == [287, 143, 71]
+    assert [Stage(0, fraction=n / 100).count(100) for n in range(101)] == list(range(101))
+    assert Stage(0, fraction=0.5).count(1) == 0
+
+
+def test_schedules_between_and_beyond_the_published() -> None:
+    def of(tokens: float) -> list[float]:
+        return [576 * fraction for fraction in baselines.sparsevlm_fractions(tokens)]
+
+    assert of(96) == pytest.approx([(66 + 303) / 2, (30 + 110) / 2, (17 + 36) / 2])
+    assert of(144) == pytest.approx([303 - 3 / 4, 110 + 90 / 4, 36 + 74 / 4])
+    assert of(16) == pytest.approx([66 / 4, 30 / 4, 17 / 4])
+    assert of(0) == [0, 0, 0]
+    assert of(288) == pytest.approx([450, 300, 165])
+    assert of(576) == pytest.approx([576, 576, 330])
+    assert of(1280) == [576, 576, 576]
 
 
 def test_fastv_costs_what_its_authors_say() -> None:
@@ -109,6 +135,7 @@ def test_fastv_costs_what_its_authors_say() -> None:
         ),
         (lambda: Policy.from_operations(6, [("visual_until_1", 2, "mlp")]), "expected one of system, visual, text"),
         (lambda: baselines.sparsevlm(8, [0.5]), "expected 3, got 1"),
+        (lambda: baselines.sparsevlm_fractions(-1), "at least 0"),
     ],
 )
 def test_refused(make: Any, message: str) -> None:
@@ -162,7 +189,7 @@ def test_explained() -> None:
 
 def test_a_stage_where_nothing_leaves() -> None:
     """Its group has no token, in the prompt that is explained."""
-    policy = ranked(Stage(0, fraction=0.5), Stage(1, fraction=0.49), Stage(2, fraction=0.2), layers=4)
+    policy = ranked(Stage(0, fraction=0.5), Stage(1, fraction=0.5), Stage(2, fraction=0.2), layers=4)
     found = explain(compile_eagerly(make_batch("llava").model, policy), system=3, visual=20, text=5)
     assert [layer.key_value for layer in found.layers] == [28, 18, 18, 12]
 
