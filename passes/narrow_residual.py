@@ -146,10 +146,11 @@ class _Narrowing:
     def _argument(self, node: fx.Node, user: fx.Node, last: fx.Node) -> fx.Node:
         """What an ordinary node reads in place of a stream value."""
         outside = self.graph.traced.layer_of(user) is None
+        whole_size = user.op == "call_method" and user.target == "size"  # a layer's own are asked of what it works on
         # Where nothing is left to add, the last stream is an earlier one, which layers read for keys and values too
         if node is last and outside and user in self.tail:
             return self._read(self.streams[node], self.graph.universe.requested)
-        if node not in self.streams or (node is self.graph.entry and outside):
+        if node not in self.streams or (node is self.graph.entry and (outside or whole_size)):
             return self.new[node]  # masks and rotary tables take the embeddings as they came
         return self._read(self.streams[node], self.everything)
 

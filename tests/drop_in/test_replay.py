@@ -16,6 +16,7 @@ from dop_compile import Policy, dop_compile
 from dop_compile.costs import prefill_flops
 from dop_compile.drop_in.replay import Replay
 from dop_compile.runtime.cache import PrunedCache
+from tests.conformance.table import EXACT
 from tests.families import FAMILIES, IMAGE, Segment
 from tests.support import (
     MODULES,
@@ -318,3 +319,14 @@ def test_a_deeper_model_than_its_batch(monkeypatch: pytest.MonkeyPatch) -> None:
         Replay(compiled("llava"), batch.inputs, depths=(9,))
     layers: nn.ModuleList = batch.model.get_decoder().layers
     assert not any(layer._forward_pre_hooks for layer in layers)
+
+
+def test_sizes_of_whole_sequences_where_tokens_have_left_at_the_start() -> None:
+    """Llama 4's layers ask for the number of all tokens, though only text enters the layer that is gone on from."""
+    batch = make_batch(EXACT["llama4"], ROW)
+    layers = batch.family.num_layers
+    policy = Policy.depthwise(layers, mha_depth=layers - 1, mlp_depth=layers - 1)
+    model = dop_compile(batch.model, policy, backend="eager", debug=True)
+    with torch.no_grad():
+        expected = model(**batch.inputs, logits_to_keep=1).logits
+    assert_close(Replay(model, batch.inputs, depths=[layers - 1]).logits(policy), expected)
