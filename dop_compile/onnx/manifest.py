@@ -217,7 +217,8 @@ class Manifest:
             for spec in described.inputs:
                 if len({len(sizes) for sizes in (spec.shape, spec.min, spec.opt, spec.max)}) > 1:
                     raise ValueError(f"graphs.{name}: {spec.name}: shape, min, opt and max differ in length")
-            for tensor in (*described.inputs, *described.outputs):
+            tensors: list[InputSpec | OutputSpec] = [*described.inputs, *described.outputs]
+            for tensor in tensors:
                 if tensor.dtype not in DTYPES:
                     raise ValueError(f"graphs.{name}: {tensor.name}: unknown dtype {tensor.dtype!r}")
         for name, tier in self.tiers.items():
