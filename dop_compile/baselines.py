@@ -1,9 +1,9 @@
 """Published policies that drop visual tokens inside the decoder, for a decoder of any depth.
 
 Each is a `Policy` with a `Ranking`: it compiles, caches and explains like any other. Depths are given for the 32 layers
-of the publications and scaled to the decoder's. Kept tokens keep their positions; PyramidDrop re-numbers them, and
-SparseVLM adds tokens that are merged of dropped ones, which is not done here. FitPrune's policy is fitted to samples:
-`dop_compile.search.fit_prune`.
+of the publications and scaled to the decoder's. Kept tokens keep their positions; PyramidDrop and SparseVLM re-number
+them, and SparseVLM adds tokens that are merged of dropped ones, which is not done here. FitPrune's policy is fitted to
+samples: `dop_compile.search.fit_prune`.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ def fastv(num_layers: int, fraction: float = 0.5, *, layers: int | None = None) 
 def pyramiddrop(num_layers: int, ratio: float = 0.5, *, stages: int = 3) -> Policy:
     """PyramidDrop: `ratio` of the visual tokens stay after each of `stages` at even depths (8, 16, 24 of 32).
 
-    Ranked by the attention of the prompt's last token.
+    Ranked by the attention of the prompt's last token in the layer that follows, before it runs, to all tokens left.
     """
     layers = integer("num_layers", num_layers, low=2)
     stages = integer("stages", stages, low=1, high=layers - 1)
     depths = [(number + 1) * layers // (stages + 1) for number in range(stages)]
     found = (Stage(depth - 1, fraction=ratio ** (number + 1)) for number, depth in enumerate(depths))
-    return _ranked(layers, Ranking("last_token", tuple(found)))
+    return _ranked(layers, Ranking("last_token", tuple(found), (("next_layer", True),)))
 
 
 def sparsevlm_fractions(tokens: float) -> tuple[float, ...]:

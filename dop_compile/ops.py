@@ -15,6 +15,7 @@ from torch import Tensor
 
 __all__ = [
     "masked_assign",
+    "preview_cache",
     "rank_tokens",
     "ranked_index",
     "select_attention_mask",
@@ -71,6 +72,12 @@ def zero_keyless(attention: Tensor, visible: Tensor | None) -> Tensor:
 def update_cache(cache: Any, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
     """Store new keys and values of a layer; returns all that the layer holds."""
     result: tuple[Tensor, Tensor] = cache.store(keys, values, layer)
+    return result
+
+
+def preview_cache(cache: Any, keys: Tensor, values: Tensor | None, layer: int) -> tuple[Tensor, Tensor | None]:
+    """All that a layer would hold with new keys and values, which are not stored."""
+    result: tuple[Tensor, Tensor | None] = cache.preview(keys, values, layer)
     return result
 
 

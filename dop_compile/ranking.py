@@ -126,11 +126,13 @@ class Ranking:
                 )
             read = [(group, "mha_key_value") for group in sorted(looks_at.keys)]
             read += [(group, "mha_query") for group in sorted(looks_at.raters)]
+            at = stage.layer + looks_at.reads_next
+            where = "there" if at == stage.layer else f"in layer {at}"
             for group, module in read:
-                if not policy.keeps(group, stage.layer, module):
+                if not policy.keeps(group, at, module):
                     raise ValueError(
                         f"ranking: the stage at layer {stage.layer} reads {module} of {group} tokens, which the policy "
-                        "prunes there; keep it or move the stage"
+                        f"prunes {where}; keep it or move the stage"
                     )
 
     def to_document(self) -> dict[str, Any]:

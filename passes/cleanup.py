@@ -29,7 +29,7 @@ def eliminate_dead_nodes(graph: fx.Graph) -> int:
     return removed
 
 
-_RUNTIME = (ops.update_cache, ops.select_attention_mask)
+_RUNTIME = (ops.update_cache, ops.preview_cache, ops.select_attention_mask)
 _RANDOM = ("dropout", "rand", "bernoulli", "multinomial", "normal")
 
 

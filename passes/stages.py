@@ -2,7 +2,8 @@
 
 Until a stage has run, the tokens that it will drop and those that it will keep are the same to the graph: every token
 set holds all of them or none. A stage that reads attention alone has run once the attention of its layer has, so that
-what drops out is spared the layer's MLP; one that reads the residual stream, once its layer has.
+what drops out is spared the layer's MLP; one that reads the residual stream, or what the next layer makes of it, once
+its layer has.
 """
 
 from __future__ import annotations
@@ -33,19 +34,31 @@ class Stages:
 
     @property
     def reads_stream(self) -> bool:
-        return self.criterion is not None and self.criterion.reads_stream
+        """Whether stages read the stream behind their layer, be it as the next layer's queries and keys."""
+        return self.criterion is not None and (self.criterion.reads_stream or self.criterion.reads_next)
+
+    @property
+    def reads_next(self) -> bool:
+        return self.criterion is not None and self.criterion.reads_next
+
+    def layer(self, stage: int) -> int:
+        """The layer whose queries and keys a stage reads."""
+        return self.stages[stage].layer + self.reads_next
 
     @cached_property
     def junctions(self) -> tuple[int, ...]:
         """For each stage, the number of the junction that it runs in or, reading the stream, behind."""
         numbers = []
-        for stage in self.stages:
+        for stage in range(len(self.stages)):
             of_layer = [
                 number
                 for number, junction in enumerate(self._graph.junctions)
-                if any(block.layer == stage.layer for block in junction.blocks)
+                if any(block.layer == self.layer(stage) for block in junction.blocks)
             ]
-            numbers.append(of_layer[-1 if self.reads_stream else 0])
+            if self.reads_next:  # right before its attention, behind whatever changes the stream between two layers
+                numbers.append(of_layer[0] - 1)
+            else:
+                numbers.append(of_layer[-1 if self.reads_stream else 0])
         return tuple(numbers)
 
     def at(self, number: int) -> int | None:
@@ -53,16 +66,30 @@ class Stages:
         return next((stage for stage, junction in enumerate(self.junctions) if junction == number), None)
 
     def rated(self, stage: int) -> TokenSet:
-        """Tokens whose queries a stage reads."""
+        """Tokens whose queries a stage reads of those that its layer computes."""
         assert self.criterion is not None
+        if self.reads_next:
+            return self._graph.universe.none
         groups = set(self.criterion.raters)
         if "visual" in groups:
             groups |= self._groups(stage)
         return self._graph.universe.groups_set(groups)
 
     def read_from_stream(self, stage: int) -> TokenSet:
-        """Tokens whose states a stage reads: the visual tokens that are left, and the text."""
+        """Tokens whose states a stage reads: the visual tokens that are left, and the text, or what attends next."""
+        if self.reads_next:
+            queries, keys = self.next_sets(stage)
+            return queries | keys
         return self._graph.universe.groups_set({"text", *self._groups(stage)})
+
+    def next_sets(self, stage: int) -> tuple[TokenSet, TokenSet]:
+        """Queries and keys of the next layer if no token left before it."""
+        row, staying = self._graph.keep.layers[self.layer(stage)], self._groups(stage + 1)
+        queries, keys = (
+            self._graph.universe.groups_set(groups | self._groups(stage) if groups & staying else groups)
+            for groups in (row.query, row.key_value)
+        )
+        return queries, keys
 
     def close(self, tokens: TokenSet, number: int, behind: bool = False) -> TokenSet:
         """`tokens` and what cannot be told from them in junction `number`.

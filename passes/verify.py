@@ -32,7 +32,14 @@ from dop_compile.tracing.trace import MASK_BUILDERS
 
 __all__ = ["VERIFY", "check_graph"]
 
-_WITHOUT_TOKENS = (ops.select_attention_mask, ops.update_cache, ops.rank_tokens, ops.ranked_index, *MASK_BUILDERS)
+_WITHOUT_TOKENS = (
+    ops.select_attention_mask,
+    ops.update_cache,
+    ops.preview_cache,
+    ops.rank_tokens,
+    ops.ranked_index,
+    *MASK_BUILDERS,
+)
 _TOKEN_INPUTS = ("inputs_embeds", "position_ids")
 
 

@@ -13,11 +13,20 @@ __all__ = ["LastToken", "Product", "TextRaters"]
 
 
 class LastToken:
-    """Attention from the prompt's last token, mean over heads (FastV, PyramidDrop)."""
+    """Attention from the prompt's last token, mean over heads (FastV, PyramidDrop).
+
+    Args:
+        next_layer: that of the next layer, which the tokens that leave do not take part in (PyramidDrop).
+    """
 
     raters = frozenset({"text"})
     keys = frozenset({"visual"})
     reads_stream = False
+
+    def __init__(self, next_layer: bool = False):
+        if not isinstance(next_layer, bool):
+            raise TypeError(f"last_token: next_layer: expected True or False, got {next_layer!r}")
+        self.reads_next = next_layer
 
     def __call__(self, view: LayerView, counts: Sequence[int]) -> Tensor:
         return best(view.received(view.last), view.candidates, counts)
@@ -26,13 +35,15 @@ class LastToken:
 class TextRaters:
     """Attention from the text tokens that the picture is about (SparseVLM).
 
-    A text token rates if visual tokens refer to it more than to the mean text token: the softmax over text tokens of
-    the products of visual and text embeddings that enter the decoder, mean over visual tokens.
+    A text token rates if visual tokens refer to it no less than to the mean text token: the softmax over text tokens of
+    the products of visual and text embeddings that enter the decoder, mean over visual tokens. In the authors' code it
+    has to be more; here the only text token rates, and so do all where they are alike.
     """
 
     raters = frozenset({"text"})
     keys = frozenset({"visual"})
     reads_stream = False
+    reads_next = False
 
     def __call__(self, view: LayerView, counts: Sequence[int]) -> Tensor:
         rating = view.once("text_raters", lambda: self.weights(view))
@@ -58,6 +69,7 @@ class Product:
     raters = frozenset({"text", "visual"})
     keys = frozenset({"visual"})
     reads_stream = False
+    reads_next = False
 
     def __call__(self, view: LayerView, counts: Sequence[int]) -> Tensor:
         own, cross = self.masses(view)

@@ -20,11 +20,13 @@ class Criterion(Protocol):
         raters: token groups whose queries it reads at the layer (`text`, `visual`).
         keys: token groups whose keys it reads there.
         reads_stream: whether it reads the residual stream behind the layer, and not only its queries and keys.
+        reads_next: whether the queries and keys are those that the next layer makes of all tokens that leave this one.
     """
 
     raters: frozenset[str]
     keys: frozenset[str]
     reads_stream: bool
+    reads_next: bool
 
     def __call__(self, view: LayerView, counts: Sequence[int]) -> Tensor:
         """(batch, slots) bool: `counts[row]` of the row's `view.candidates`."""

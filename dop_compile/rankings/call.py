@@ -99,7 +99,7 @@ class CallRankings:
                     value,
                     mask,
                     *sets,
-                    self._selector.entries(rule.layer, sets[1]),
+                    self._selector.entries(rule.layer + self._criterion.reads_next, sets[1]),
                     self._past_slots,
                     settings,
                     self._embeds.detach(),

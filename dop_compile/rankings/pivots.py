@@ -18,7 +18,7 @@ class Pivots:
 
     Then each pivot in turn, visual ones first, keeps the tokens left that are least similar to it (cosine of their
     states behind the layer): an equal share of what remains to be kept, the first pivots one more where it does not
-    divide.
+    divide. The authors' code takes the cosines of the decoder's final norm of these states; here they are as they are.
 
     Args:
         visual, text: numbers of pivots.
@@ -27,6 +27,7 @@ class Pivots:
     raters = frozenset({"text"})
     keys = frozenset({"visual", "text"})
     reads_stream = True
+    reads_next = False
 
     def __init__(self, visual: int = 4, text: int = 4):
         self.visual = integer("pivots: visual", visual, low=0)

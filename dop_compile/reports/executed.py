@@ -171,15 +171,31 @@ class _Run:
         return () if ranking is None else ranking.groups[stage + 1 :]
 
     def _ranking_flops(self, dims: DecoderDims, layer: int, block: Block) -> int:
-        """Attention rows that a ranking computes again: of the last token, of the text, or of the picture as well."""
-        ranking = self.counter.keep.ranking
-        if ranking is None or self._stage(layer) is None or ranking.criterion == "pivots":
+        """What a ranking computes again: attention rows of the last token, of the text, or of the picture as well.
+
+        One that reads the next layer projects its queries and keys too.
+        """
+        ranking, stage = self.counter.keep.ranking, self._stage(layer)
+        if ranking is None or stage is None or ranking.criterion == "pivots":
             return 0
-        raters = criterion(ranking.criterion, dict(ranking.options)).raters
-        groups = {g for g in self.counter.universe.groups for rater in raters if g.startswith(rater)}
-        rows = self.counter.tokens(self.counter.universe.groups_set(groups) & block.tokens)
+        ranks = criterion(ranking.criterion, dict(ranking.options))
+        queries, keys, projections = block.tokens, block.keys, 0
+        if ranks.reads_next:
+            row = self.counter.keep.layers[layer + 1]
+            queries, keys = self._before_leaving(row.query, stage), self._before_leaving(row.key_value, stage)
+            widths = self.counter.width(queries) * dims.num_heads + self.counter.width(keys) * dims.num_key_value_heads
+            projections = 2 * dims.hidden_size * widths * dims.head_dim
+        groups = {g for g in self.counter.universe.groups for rater in ranks.raters if g.startswith(rater)}
+        rows = self.counter.tokens(self.counter.universe.groups_set(groups) & queries)
         rows = 1 if ranking.criterion == "last_token" else rows
-        return 4 * rows * self.counter.width(block.keys) * dims.num_heads * dims.head_dim
+        return projections + 4 * rows * self.counter.width(keys) * dims.num_heads * dims.head_dim
+
+    def _before_leaving(self, groups: frozenset[str], stage: int) -> TokenSet:
+        """Groups of the layer after a stage, with the tokens that leave there."""
+        ranking = self.counter.keep.ranking
+        assert ranking is not None
+        leaving = {ranking.stages[stage].group} if groups & {"visual", *self._later(stage)} else set()
+        return self.counter.universe.groups_set(groups | leaving)
 
     def _mlp_flops(self, dims: DecoderDims, layer: int, block: Block) -> int:
         return layer_flops(dims, LayerTokens(0, 0, self.counter.width(block.tokens)), layer)

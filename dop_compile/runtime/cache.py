@@ -153,6 +153,14 @@ class PrunedCache(DynamicCache):
         """Append keys and values (batch, heads, entries, head dimension) to a layer; returns all that it holds."""
         return super().update(keys, values, layer)
 
+    def preview(self, keys: Tensor, values: Tensor | None, layer: int) -> tuple[Tensor, Tensor | None]:
+        """What `store` would return, and nothing is stored; without `values`, none."""
+        stored = cast(DynamicLayer, self.layers[layer]) if layer < len(self.layers) else None
+        if stored is None or not stored.is_initialized:
+            return keys, values
+        held = (cast(Tensor, stored.keys), cast(Tensor, stored.values))
+        return torch.cat([held[0], keys], dim=-2), None if values is None else torch.cat([held[1], values], dim=-2)
+
     @property
     def is_initialized(self) -> bool:
         return self.columns_seen > 0

@@ -28,6 +28,7 @@ _RUNTIME_TARGETS = {
     ops.update_cache,
     ops.select_attention_mask,
     ops.zero_keyless,
+    ops.preview_cache,
     ops.rank_tokens,
     ops.ranked_index,
 }

@@ -45,6 +45,13 @@ def test_ranked_tokens_leave_as_full_maps_say(name: str, criterion: str) -> None
     check(EXACT[name], Policy(layers, ranking=Ranking(criterion, tuple(stages))), tokens=2)
 
 
+@FAMILY
+def test_the_next_layers_queries_and_keys_are_made_as_it_makes_them(name: str) -> None:
+    layers = EXACT[name].num_layers
+    stages = tuple(Stage(layer, tokens=5 - 2 * layer) for layer in range(min(layers - 1, 2)))
+    check(EXACT[name], Policy(layers, ranking=Ranking("last_token", stages, (("next_layer", True),))), tokens=2)
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_refused_family_is_refused_for_its_reason(name: str) -> None:
     refusal = REFUSED[name]

@@ -45,7 +45,8 @@ def _row(batch: Batch, policy: Policy, row: Row) -> dict[str, list[int]]:
     assert ranking is not None
     for stage in ranking.stages:
         row = replace(row, leaving=dict(found))
-        seen = _look(batch, policy, row, stage.layer)
+        # Ranked by the next layer: the reference runs that for all tokens that earlier stages left
+        seen = _look(batch, policy, row, stage.layer + dict(ranking.options).get("next_layer", False))
         assert seen.newline is not None
         visual = [i for i, g in enumerate(seen.groups) if g.startswith("visual") and not seen.newline[i]]
         if not visual:

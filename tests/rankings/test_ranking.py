@@ -27,8 +27,10 @@ stages = st.one_of(
 )
 
 
-def ranked(*given: Stage, layers: int = 6, criterion: str = "last_token", **changes: Any) -> Policy:
-    return Policy(layers, ranking=Ranking(criterion, given), **changes)
+def ranked(
+    *given: Stage, layers: int = 6, criterion: str = "last_token", options: tuple[Any, ...] = (), **changes: Any
+) -> Policy:
+    return Policy(layers, ranking=Ranking(criterion, given, options), **changes)
 
 
 @given(st.lists(stages, min_size=1, max_size=5), st.integers(0, 60), st.integers(0, 9), st.integers(0, 9))
@@ -65,6 +67,7 @@ def test_published_shapes() -> None:
     assert of(baselines.fastv(32)) == [(1, 288)]
     assert of(baselines.fastv(32, 0.25, layers=3)) == [(2, 144)]
     assert of(baselines.pyramiddrop(32)) == [(7, 288), (15, 144), (23, 72)]
+    assert baselines.pyramiddrop(32).ranking.options == (("next_layer", True),)  # type: ignore[union-attr]
     assert of(baselines.sparsevlm(32)) == [(2, 303), (6, 110), (15, 36)]
     schedules = {64: [66, 30, 17], 128: [303, 110, 36], 192: [300, 200, 110]}
     for tokens, counts in schedules.items():
@@ -115,7 +118,7 @@ def test_fastv_costs_what_its_authors_say() -> None:
         (lambda: Ranking("last_tokens", (Stage(1, tokens=2),)), "did you mean 'last_token'"),
         (
             lambda: Ranking("last_token", (Stage(1, tokens=2),), (("size", 3),)),
-            "unknown option 'size' of criterion 'last_token'; accepted: none",
+            "unknown option 'size' of criterion 'last_token'; accepted: next_layer",
         ),
         (lambda: Ranking("last_token", (Stage(2, tokens=2), Stage(1, tokens=1))), "increasing layers"),
         (lambda: Ranking("pivots", (Stage(2, tokens=2),), (("text", 0), ("visual", 0))), "at least one pivot"),
@@ -132,6 +135,14 @@ def test_fastv_costs_what_its_authors_say() -> None:
         (
             lambda: ranked(Stage(1, tokens=2), criterion="pivots", pruned=frozenset({("text", 1, "mha_key_value")})),  # type: ignore[arg-type]
             "reads mha_key_value of text tokens",
+        ),
+        (
+            lambda: ranked(
+                Stage(1, tokens=2),
+                options=(("next_layer", True),),
+                pruned=frozenset({("text", 2, "mha_query")}),  # type: ignore[arg-type]
+            ),
+            "the stage at layer 1 reads mha_query of text tokens, which the policy prunes in layer 2",
         ),
         (lambda: Policy.from_operations(6, [("visual_until_1", 2, "mlp")]), "expected one of system, visual, text"),
         (lambda: baselines.sparsevlm(8, [0.5]), "expected 3, got 1"),
@@ -187,6 +198,30 @@ def test_explained() -> None:
         explain(compiled, system=3, visual=20, text=5, rows=6)
 
 
+def test_explained_where_the_next_layer_ranks() -> None:
+    stages = (Stage(0, tokens=6), Stage(1, tokens=2))
+    model = make_batch("llava").model
+    plain, ahead = (
+        explain(compile_eagerly(model, ranked(*stages, layers=4, options=options)), system=3, visual=20, text=5)
+        for options in ((), (("next_layer", True),))
+    )
+    assert [layer.key_value for layer in ahead.layers] == [28, 14, 10, 10]
+    # Those that leave have the MLP of the layer behind them, and queries and keys in the next for the ranking alone
+    assert [layer.mlp for layer in ahead.layers[:3]] == [28, 14, 10]
+    dims = DecoderDims.from_config(model.config)
+    for layer, (before, tokens) in enumerate([(28, 28), (14, 14)]):
+        mlp = LayerTokens(0, 0, ahead.layers[layer].mlp - plain.layers[layer].mlp)
+        heads = dims.num_heads + dims.num_key_value_heads
+        more = layer_flops(dims, mlp, layer) + 2 * dims.hidden_size * tokens * heads * dims.head_dim
+        assert before == ahead.layers[layer].key_value
+        assert ahead.layers[layer].flops == plain.layers[layer].flops + more  # type: ignore[operator]
+
+
+def test_next_layer_is_a_flag() -> None:
+    with pytest.raises(TypeError, match="next_layer: expected True or False, got 1"):
+        ranked(Stage(1, tokens=2), options=(("next_layer", 1),))
+
+
 def test_a_stage_where_nothing_leaves() -> None:
     """Its group has no token, in the prompt that is explained."""
     policy = ranked(Stage(0, fraction=0.5), Stage(1, fraction=0.5), Stage(2, fraction=0.2), layers=4)
@@ -196,9 +231,10 @@ def test_a_stage_where_nothing_leaves() -> None:
 
 def test_a_program_without_a_stages_group() -> None:
     """Passes ask for sets of the groups that a program has."""
-    policy = ranked(Stage(0, fraction=0.5), Stage(1, fraction=0.2), layers=4)
-    batch = make_batch("llava")
-    state = compile_eagerly(batch.model, policy).dop
-    keep = KeepTable.from_policy(policy, ("system", "visual", "visual_until_0", "text"))
-    program = state.program(keep, Universe(keep.groups), default_inputs(state.decoder))
-    assert [str(block.keys) for block in program.blocks if block.kind == "mha"][:2] == ["all", "system_visual_text"]
+    for options in ((), (("next_layer", True),)):
+        policy = ranked(Stage(0, fraction=0.5), Stage(1, fraction=0.2), layers=4, options=options)
+        batch = make_batch("llava")
+        state = compile_eagerly(batch.model, policy).dop
+        keep = KeepTable.from_policy(policy, ("system", "visual", "visual_until_0", "text"))
+        program = state.program(keep, Universe(keep.groups), default_inputs(state.decoder))
+        assert [str(block.keys) for block in program.blocks if block.kind == "mha"][:2] == ["all", "system_visual_text"]

@@ -11,22 +11,31 @@ from dop_compile import Policy, baselines, dop_compile
 from dop_compile.errors import UnsupportedModelError
 from dop_compile.passes import rank_tokens
 from dop_compile.ranking import Ranking, Stage
+from dop_compile.rankings.call import observing
+from tests.families import FAMILIES as ALL_FAMILIES
 from tests.rankings.check import check
 from tests.support import assert_rows_match, compile_eagerly, make_batch
 
 FAMILIES = ("llava", "llava_next", "qwen2_5_vl", "internvl")
-CRITERIA = ("last_token", "text_raters", "product", "pivots")
+CRITERIA = ("last_token", "next_layer", "text_raters", "product", "pivots")
+
+
+def ranking(name: str, *stages: Stage) -> Ranking:
+    """By a criterion; `next_layer` is `last_token` as the next layer sees it."""
+    if name == "next_layer":
+        return Ranking("last_token", stages, (("next_layer", True),))
+    return Ranking(name, stages)
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_what_stays_is_what_full_maps_say(name: str, criterion: str) -> None:
-    check(name, Policy(4, ranking=Ranking(criterion, (Stage(0, fraction=0.7), Stage(2, tokens=2)))))
+    check(name, Policy(4, ranking=ranking(criterion, Stage(0, fraction=0.7), Stage(2, tokens=2))))
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_right_padding(criterion: str) -> None:
-    check("llava", Policy(4, ranking=Ranking(criterion, (Stage(1, fraction=0.5),))), padding="right")
+    check("llava", Policy(4, ranking=ranking(criterion, Stage(1, fraction=0.5))), padding="right")
 
 
 @pytest.mark.parametrize("make", [baselines.fastv, baselines.pyramiddrop, baselines.sparsevlm, baselines.dart])
@@ -35,7 +44,7 @@ def test_published_policies(make: object) -> None:
 
 
 @st.composite
-def rankings(draw: st.DrawFn) -> Policy:
+def ranked_policies(draw: st.DrawFn) -> Policy:
     layers = draw(st.lists(st.integers(0, 2), min_size=1, max_size=3, unique=True).map(sorted))
     fraction, tokens = st.floats(0, 1), st.integers(0, 6)
     stages = [
@@ -44,19 +53,20 @@ def rankings(draw: st.DrawFn) -> Policy:
     ]
     criterion = draw(st.sampled_from(CRITERIA))
     read = {(group, module) for group in ("visual", "text") for module in ("mha_key_value", "mha_query")}
+    read_at = [layer + (criterion == "next_layer") for layer in layers]
     operations = [
         (group, layer, module)
         for group in ("system", "visual", "text")
         for layer in range(4)
         for module in ("mha_query", "mha_key_value", "mlp")
-        if not (layer in layers and (group, module) in read)
+        if not (layer in read_at and (group, module) in read)
     ]
     pruned = draw(st.lists(st.sampled_from(operations), max_size=8, unique=True))
-    return Policy.from_operations(4, pruned).replace(ranking=Ranking(criterion, tuple(stages)))
+    return Policy.from_operations(4, pruned).replace(ranking=ranking(criterion, *stages))
 
 
 @settings(max_examples=15, deadline=None)
-@given(rankings())
+@given(ranked_policies())
 def test_any_ranking_with_any_operations(policy: Policy) -> None:
     check("llava", policy, tokens=2)
 
@@ -80,7 +90,7 @@ def test_one_sample_is_ranked_as_in_a_batch() -> None:
 def test_generated_tokens_do_not_rate(criterion: str) -> None:
     """Without a cache the prompt is ranked anew in every step, as before."""
     batch = make_batch("llava")
-    compiled = compile_eagerly(batch.model, Policy(4, ranking=Ranking(criterion, (Stage(1, tokens=3),))))
+    compiled = compile_eagerly(batch.model, Policy(4, ranking=ranking(criterion, Stage(1, tokens=3))))
     settings = {"max_new_tokens": 4, "do_sample": False}
     with_cache = compiled.generate(**batch.inputs, **settings)
     assert torch.equal(compiled.generate(**batch.inputs, **settings, use_cache=False), with_cache)
@@ -111,10 +121,42 @@ def test_each_turn_ranks_its_own_picture() -> None:
     assert second.logits.shape[1] == tokens
 
 
+@torch.no_grad()
+def test_keys_of_the_next_layer_are_those_that_it_stores() -> None:
+    """Behind what it holds of earlier turns, and of those that leave as well; they are not stored."""
+    batch = make_batch("llava", padding="left")
+    row = {"input_ids": batch.inputs["input_ids"][2:], "pixel_values": batch.inputs["pixel_values"][-1:]}
+    row["input_ids"] = row["input_ids"][:, batch.mask[2]]
+    visual = batch.counts[2]
+    compiled = compile_eagerly(batch.model, Policy(4, ranking=ranking("next_layer", Stage(0, tokens=4))))
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    with observing(lambda _, view: seen.append((view.key, view.left[0]))):
+        first = compiled(**row)
+        before = first.past_key_values.layers[1].keys.clone()
+        second = compiled(**row, past_key_values=first.past_key_values)
+    after, (keys, left) = second.past_key_values.layers[1].keys, seen[1]
+    assert keys.shape[2] == before.shape[2] + row["input_ids"].shape[1]
+    assert after.shape[2] == keys.shape[2] - visual + 4
+    assert torch.equal(keys[:, :, : before.shape[2]], before)
+    # Every stored key is one of those that were ranked by, in their order, and all that are not visual are stored
+    new, stored = keys[0, :, before.shape[2] :], after[0, :, before.shape[2] :]
+    distance = (new[:, :, None] - stored[:, None]).abs().amax(dim=(0, 3))
+    places = distance.argmin(dim=0)
+    assert distance.amin(dim=0).max() < 1e-5
+    assert places.tolist() == sorted(set(places.tolist()))
+    assert set((~left).nonzero()[:, 0].tolist()) <= set(places.tolist())
+
+
+@pytest.mark.parametrize("name", ["cohere2_vision", "gemma3"])
+def test_the_next_layer_may_have_a_window(name: str) -> None:
+    layers = ALL_FAMILIES[name].num_layers
+    check(name, Policy(layers, ranking=ranking("next_layer", *(Stage(n, tokens=7 - n) for n in range(layers - 1)))))
+
+
 @pytest.mark.conformance
 def test_inductor_equals_eager() -> None:
     batch = make_batch("llava")
-    policy = Policy(4, ranking=Ranking("last_token", (Stage(0, fraction=0.5), Stage(2, fraction=0.25))))
+    policy = Policy(4, ranking=ranking("next_layer", Stage(0, fraction=0.5), Stage(2, fraction=0.25)))
     with torch.no_grad():
         expected = compile_eagerly(batch.model, policy)(**batch.inputs).logits
         found = dop_compile(batch.model, policy)(**batch.inputs).logits

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -21,13 +22,15 @@ from tests.families import FAMILIES
 from tests.flash_stand_in import install
 from tests.support import Batch, assert_rows_match, compile_eagerly, make_batch
 
-CRITERIA = ("last_token", "text_raters", "product", "pivots")
+CRITERIA = ("last_token", "next_layer", "text_raters", "product", "pivots")
+NEXT_LAYER = functools.partial(Ranking, "last_token", options=(("next_layer", True),))
 KERNELS = ("flash_attention_2", "flex_attention")
 
 
 def two_stages(name: str, criterion: str, **changes: Any) -> Policy:
     stages = (Stage(0, fraction=0.7), Stage(2, tokens=2))
-    return Policy(FAMILIES[name].num_layers, ranking=Ranking(criterion, stages), **changes)
+    ranking = Ranking(criterion, stages) if criterion != "next_layer" else NEXT_LAYER(stages)
+    return Policy(FAMILIES[name].num_layers, ranking=ranking, **changes)
 
 
 @pytest.mark.parametrize("reducer", [{}, {"visual_tokens": 5, "reducer": "uniform"}], ids=["all", "reduced"])
