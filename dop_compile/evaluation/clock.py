@@ -5,7 +5,7 @@
                           [selection]
 
 vision: all before the decoder: preparing the call, vision tower, projector, merging features into the prompt.
-selection: choosing visual tokens, wherever it is done.
+selection: choosing visual tokens, before the decoder or inside it (but for what PyramidDrop projects for it alone).
 prefill: the decoder on the prompt, and the head on its last row.
 decode: everything after the first forward pass.
 """

@@ -9,7 +9,7 @@ from contextvars import ContextVar
 __all__ = ["SELECTION", "listening", "span"]
 
 SELECTION = "selection"
-"""Choosing visual tokens: what a reducer computes, and what is computed for it alone."""
+"""Choosing visual tokens: what a reducer computes, and what is computed for it alone, and what a ranking computes."""
 
 Listener = Callable[[str, bool], None]
 _listener: ContextVar[Listener | None] = ContextVar("dop_compile_spans", default=None)
