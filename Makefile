@@ -38,7 +38,7 @@ demo: $(VENV)/.installed
 	$(BIN)/dop-compile demo
 
 test: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
 
 # An environment of its own, with the lowest version of transformers. torch is the same: 2.11 has no CPU build that
 # every index offers.
@@ -56,7 +56,7 @@ test-lower: $(LOWER)/.installed
 	OMP_NUM_THREADS=1 $(LOWER)/bin/python -m pytest -n 2 $(LOWER_TESTS) -k "$(LOWER_FAMILIES)" $(PYTEST_ARGS)
 
 conformance: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m conformance tests $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m conformance tests $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

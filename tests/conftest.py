@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from PIL import ImageFile
 
@@ -10,11 +12,19 @@ def pytest_runtest_setup() -> None:
     ImageFile.LOAD_TRUNCATED_IMAGES = False  # importing lmms-eval sets it
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A file's tests in one worker, where they share models; all of ONNX in one, where each is exported once."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            return "onnx" if nodeid.startswith("tests/onnx_") else nodeid.partition("::")[0]
+
+    return Scheduling(config, log)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    for item in items:
-        if item.path.parent.name.startswith("onnx_"):  # by one worker, so that each model is exported once
-            item.add_marker(pytest.mark.xdist_group("onnx"))
     if "conformance" in (config.option.markexpr or ""):
         return
     left_out = [item for item in items if item.get_closest_marker("conformance")]

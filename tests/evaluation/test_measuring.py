@@ -323,6 +323,7 @@ def test_counted_tokens_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert count_tokens(shared_model("llava"), samples, resume=path) == counts
 
 
+@pytest.mark.conformance
 def test_two_processes_give_what_one_gives(found: Evaluation, tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     ranks = [context.Process(target=worker.compare_as_rank, args=(n, 2, tmp_path)) for n in range(2)]
