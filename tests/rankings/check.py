@@ -19,16 +19,17 @@ def check(name: str | Family, policy: Policy, padding: str = "left", tokens: int
     compiled = compile_eagerly(batch.model, policy)
     inputs = batch.inputs | batch.call_arguments()
     one_axis = "mrope" not in str(batch.model.config.get_text_config(decoder=True))
-    if "position_ids" not in inputs and one_axis:  # rotated keys are ranked: rows are alike where positions are
+    rotated = policy.ranking is not None and policy.ranking.criterion == "pivots"
+    if rotated and "position_ids" not in inputs and one_axis:  # rows are alike where positions are
         inputs["position_ids"] = (batch.mask.cumsum(1) - 1).clamp(min=0)
     with torch.no_grad():
         assert_rows_match(compiled(**inputs).logits, expected, batch.mask)
         if padding == "right":
             return
         last = compiled(**inputs, logits_to_keep=1).logits
+        prompt = inputs if rotated else without(batch.inputs, "position_ids") | batch.call_arguments()
         found = compiled.generate(
-            **without(batch.inputs, "position_ids"),
-            **batch.call_arguments(),
+            **prompt,
             max_new_tokens=tokens,
             do_sample=False,
         )
