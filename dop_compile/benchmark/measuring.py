@@ -78,12 +78,10 @@ def bench(
         asker = Asker(model, compiled, {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens})
         where = {**environment(model.device), "memory": asker.memory.what}
         counts = prompt_counts(compiled, inputs)
-        whole_cost = _cost(compiled, FULL, counts)
-        costs = {
-            # Smaller pictures, too, are compared with the original's prompt
-            name: replace(_cost(compiled, name, prompt_counts(compiled, own)), original_flops=whole_cost.original_flops)
-            for name, own in own_inputs.items()
-        }
+        costs = {name: _cost(compiled, name, prompt_counts(compiled, own)) for name, own in own_inputs.items()}
+        # Smaller pictures, too, are compared with the original's prompt
+        flops = costs[FULL].original_flops
+        costs = {name: replace(cost, original_flops=flops) for name, cost in costs.items()}
         for batch in batches:
             rows = {name: repeated(own, batch) for name, own in own_inputs.items()}
             whole = repeated(inputs, batch)

@@ -115,9 +115,8 @@ class Binding:
 
     def run(self) -> None:
         if any(tensor.is_cuda for tensor in self.inputs.values()):
-            torch.cuda.synchronize(
-                next(iter(self.outputs.values())).device
-            )  # what torch has written must be there: ONNX Runtime has a stream of its own
+            device = next(iter(self.outputs.values())).device
+            torch.cuda.synchronize(device)  # what torch has written must be there: ONNX Runtime has its own stream
         try:
             self._session.run_with_iobinding(self._binding)
         except Exception as error:

@@ -44,7 +44,7 @@ class GraphSession:
         options.log_severity_level = 4
         options.intra_op_num_threads = torch.get_num_threads()
         try:
-            self._session = ort.InferenceSession(str(path), options, providers=with_fallback(provider))
+            self._session = ort.InferenceSession(str(path), options, providers=_with_fallback(provider))
         except Exception as error:  # ONNX Runtime's own exceptions have no common class
             raise UnrunnableError(f"{path.name}: {' '.join(str(error).split())[:300]}") from error
         if provider not in (started := self._session.get_providers()):  # ONNX Runtime goes on without it
@@ -62,7 +62,7 @@ class GraphSession:
         return {name: torch.from_numpy(np.asarray(v)) for name, v in zip(self.outputs, found, strict=True)}
 
 
-def with_fallback(provider: str) -> list[str | tuple[str, dict[str, int]]]:
+def _with_fallback(provider: str) -> list[str | tuple[str, dict[str, int]]]:
     """TensorRT leaves what its parser does not know to CUDA; ONNX Runtime adds the processor to any list."""
     names = [provider, "CUDAExecutionProvider"] if provider.startswith("Tensorrt") else [provider]
     if not provider.startswith(GPU) or not torch.cuda.is_available():
