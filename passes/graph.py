@@ -164,6 +164,11 @@ class DecoderGraph:
         """The graph input that ranking nodes act on; made on first use."""
         return self._input("rankings")
 
+    @property
+    def residual_stream(self) -> fx.Node:
+        """The graph input of a graph that begins at a later layer: what enters it; made on first use."""
+        return self._input("residual_stream")
+
     def _input(self, name: str) -> fx.Node:
         found: list[fx.Node] = self.graph.find_nodes(op="placeholder", target=name)
         if not found:

@@ -1,11 +1,12 @@
-"""Begin at a later layer: the residual stream that enters it is the graph's input, all before it goes.
+"""Begin at a later layer: the residual stream that enters it is an input of its own, all before it goes.
 
 Requires: annotated blocks; no cache, since the layers that go would not fill it.
-Ensures:  the first block is the attention of layer `first_layer`, and its stream is `inputs_embeds`.
+Ensures:  the first block is the attention of layer `first_layer`, and its stream is the input `residual_stream`.
 Numerics: exact; the nodes that stay do not change.
 
-Cases: 1. steps that replace the stream before that layer (DeepStack, scaled embeddings) go with it; 2. rotary tables
-and masks, which every layer shares, stay.  Does nothing for `first_layer` 0.
+Cases: 1. steps that replace the stream before that layer (DeepStack, scaled embeddings) go with it; 2. what every layer
+shares stays, and reads `inputs_embeds` as before: rotary tables, masks, what Gemma 4's layers take of the embeddings.
+Does nothing for `first_layer` 0.
 """
 
 from __future__ import annotations
@@ -27,10 +28,11 @@ def _resume(graph: DecoderGraph, report: PassReport) -> None:
     number = next((n for n, step in enumerate(graph.junctions) if any(b.layer >= first for b in step.blocks)), None)
     if number is None:
         raise PassError("resume", f"there is no layer {first}; layers are numbered from 0")
-    given = next(node for node in graph.graph.nodes if node.name == "inputs_embeds")
     report.rewritten = number
     stream = graph.junctions[number].stream
     later = graph.junctions[number:]
+    given = graph.residual_stream
+    given.meta["val"] = stream.meta["val"]
     stream.replace_all_uses_with(given)
     for step in later:
         if step.stream is stream:

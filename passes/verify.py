@@ -40,7 +40,7 @@ _WITHOUT_TOKENS = (
     ops.ranked_index,
     *MASK_BUILDERS,
 )
-_TOKEN_INPUTS = ("inputs_embeds", "position_ids")
+_TOKEN_INPUTS = ("inputs_embeds", "residual_stream", "position_ids")
 
 
 class _Verifier:

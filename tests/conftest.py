@@ -7,6 +7,11 @@ from typing import Any
 import pytest
 from PIL import ImageFile
 
+# Here, since the process that prints does not collect tests where several run them
+from tests.conformance.summary import pytest_terminal_summary
+
+__all__ = ["pytest_terminal_summary"]
+
 
 def pytest_runtest_setup() -> None:
     ImageFile.LOAD_TRUNCATED_IMAGES = False  # importing lmms-eval sets it

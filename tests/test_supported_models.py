@@ -6,7 +6,7 @@ import pytest
 import transformers as hf
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from tests.conformance.checks import check_policy
+from tests.conformance.checks import check_policy, check_prepared
 from tests.conformance.elsewhere import ELSEWHERE
 from tests.conformance.table import EXACT, REFUSED
 from tests.make_table import supported_models_table, table_in_readme
@@ -25,6 +25,12 @@ PARTS = {
 @pytest.mark.parametrize("name", PARTS)
 def test_parts_that_other_families_have(name: str) -> None:
     check_policy(EXACT[name], "given_scattered")
+
+
+@pytest.mark.parametrize("name", ["gemma4", "gemma4_text", "chameleon", "phi4_multimodal"])
+def test_prompts_of_decoders_that_take_more_than_embeddings(name: str) -> None:
+    """Of ids, or of pictures: what they make of them is made once, for whichever layer a run begins at."""
+    check_prepared(EXACT[name])
 
 
 def test_readme_lists_the_families_that_are_tested() -> None:

@@ -22,12 +22,15 @@ from transformers import PreTrainedModel
 
 from dop_compile.costs import DecoderDims, prefill_flops
 from dop_compile.drop_in.frame import CALL_ARGUMENTS, Frame, Session, presented_as
+from dop_compile.drop_in.model_path import placeholder_ids
 from dop_compile.errors import UnsupportedUsageError
 from dop_compile.policy import Policy
 from dop_compile.reports.executed import Prompt, resumed_flops
 from dop_compile.runtime.decoder import run_decoder
+from dop_compile.runtime.merging import merge_images
 from dop_compile.runtime.outer_masks import deferred
 from dop_compile.runtime.slots import Call, token_counts
+from dop_compile.tracing.side_inputs import add_side_inputs
 from dop_compile.tracing.trace import find_layers
 from dop_compile.vision.prompt import vision_fields
 
@@ -82,7 +85,9 @@ class Replay:
         self._decoder, self._arguments = recorder.decoder, dict(recorder.arguments)
         ids = self._arguments.pop("input_ids", None)
         if self._arguments.get("inputs_embeds") is None:  # text-only models leave the embedding to their decoder
-            self._arguments["inputs_embeds"] = self._decoder.get_input_embeddings()(ids).detach()
+            with torch.no_grad():
+                embeds = self._arguments["inputs_embeds"] = self._decoder.get_input_embeddings()(ids)
+                add_side_inputs(self._decoder, ids, embeds, self._arguments)
         self._streams = recorder.streams
 
     @property
@@ -105,11 +110,8 @@ class Replay:
     def logits(self, policy: Policy) -> Tensor:
         """(batch, rows, vocabulary) logits of the last rows under a policy."""
         first = self.first_layer(policy)
-        call = replace(self._call, policy=policy, first_layer=first)
-        arguments = dict(self._arguments)
-        if first:
-            arguments["inputs_embeds"] = self._streams[first]
-        output = run_decoder(self._compiled.dop, self._decoder, call, **arguments)
+        call = replace(self._call, policy=policy, first_layer=first, stream=self._streams.get(first))
+        output = run_decoder(self._compiled.dop, self._decoder, call, **self._arguments)
         hidden: Tensor = (output[0] if isinstance(output, tuple) else output.last_hidden_state)[:, -self._rows :]
         return self._head(hidden, type(output))
 
@@ -128,7 +130,7 @@ class Replay:
 
     def _head(self, hidden: Tensor, kind: type[Any]) -> Tensor:
         """What the model makes of its decoder's output."""
-        return _Stub(self._compiled, Session(self._compiled.dop_tier), hidden, kind).logits()
+        return _Stub(self._compiled, Session(self._compiled.dop_tier, prompt_columns=0), hidden, kind).logits()
 
 
 def _parameters(model: Any) -> Mapping[str, inspect.Parameter]:
@@ -136,7 +138,7 @@ def _parameters(model: Any) -> Mapping[str, inspect.Parameter]:
 
 
 class _HeadFrame(Frame):
-    """A call that knows its head: the outermost part on the path whose forward needs no more than `inputs_embeds`.
+    """A call that knows its head: the outermost part on the path whose forward needs no more than `input_ids`.
 
     It is the model itself but for those that ask for pictures (BLIP-2), of which it is the language model inside.
     """
@@ -157,10 +159,10 @@ class _HeadFrame(Frame):
 
 
 def _needed(forward: Callable[..., Any]) -> list[str]:
-    """Names of the arguments without a default that are not the decoder's input."""
+    """Names of the arguments without a default, but for the prompt."""
     _, *parameters = inspect.signature(forward).parameters.values()
     named = (p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
-    return [p.name for p in named if p.default is p.empty and p.name != "inputs_embeds"]
+    return [p.name for p in named if p.default is p.empty and p.name != "input_ids"]
 
 
 class _Recorder(_HeadFrame):
@@ -199,6 +201,7 @@ class _Recorder(_HeadFrame):
         )
 
     def run_decoder(self, call: Call, kwargs: dict[str, Any]) -> Any:
+        merge_images(self.decoder, call, kwargs)
         self.call, self.arguments = call, kwargs
         plain = dict(kwargs)
         if (masks := deferred(plain.get("attention_mask"))) is not None:
@@ -216,7 +219,7 @@ def _equal(first: Tensor, second: Tensor) -> bool:
 
 
 class _Stub(_HeadFrame):
-    """A call of the head whose decoder returns what it was given."""
+    """A call of the head, with a prompt of as many words without meaning, whose decoder returns what it was given."""
 
     def __init__(self, compiled: Any, session: Session, hidden: Tensor, kind: type[Any]):
         super().__init__(compiled, session)
@@ -227,8 +230,10 @@ class _Stub(_HeadFrame):
         return self._result
 
     def logits(self) -> Tensor:
-        arguments = {"inputs_embeds": self._hidden, "use_cache": False}
-        logits: Tensor = self._run(self.head, self.head_forward, (), arguments).logits
+        placeholders = placeholder_ids(self.root.config)
+        word = next(number for number in range(len(placeholders) + 1) if number not in placeholders)
+        ids = torch.full(self._hidden.shape[:2], word, device=self._hidden.device)
+        logits: Tensor = self._run(self.head, self.head_forward, (), {"input_ids": ids, "use_cache": False}).logits
         return logits
 
 

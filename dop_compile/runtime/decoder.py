@@ -213,6 +213,8 @@ def run_decoder(compiled: Any, decoder: nn.Module, call: Call, **kwargs: Any) ->
         "cache_view": view,
         "masks": selector,
     }
+    if call.stream is not None:
+        values["residual_stream"] = call.stream
     values |= token_inputs
     values |= {f"attention_mask_{key}": value for key, value in (masks or {}).items()}
     values |= {f"packed_{index}": feature for index, feature in enumerate(packed[1])}

@@ -44,7 +44,8 @@ class Call:
         vision: what was seen of the vision tower, one entry per call of a feature method.
         input_ids: (batch, tokens) of the call, if the caller passed them.
         model: the model's name, for messages.
-        first_layer: the layer that the embeddings enter; later than 0, they are a residual stream taken from there.
+        first_layer: the layer to begin at.
+        stream: (batch, tokens, hidden) residual stream that enters it, if it is not the first one.
         done: whether the outer model has called its decoder.
     """
 
@@ -61,6 +62,7 @@ class Call:
     input_ids: Tensor | None = None
     model: str = "this model"
     first_layer: int = 0
+    stream: Tensor | None = None
     done: bool = False
 
 

@@ -26,7 +26,7 @@ class DecoderInputs:
         packed_keys: their keys where they are handed over as a dictionary; None for a list.
         tokens: name, sizes behind (batch, tokens) and dtype of other tensors with a value per token.
         constants: other keyword arguments, all of them plain Python values.
-        first_layer: the layer that `inputs_embeds` enters; later than 0, they are a residual stream taken from there.
+        first_layer: the layer to begin at; later than 0, the residual stream that enters it is an input too.
     """
 
     position_rows: int | None = None

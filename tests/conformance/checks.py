@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from dop_compile import Policy
+from dop_compile.drop_in.replay import Replay
 from tests.families import Family
 from tests.reference import split_rows
 from tests.support import (
@@ -21,11 +22,12 @@ from tests.support import (
     fixed_policies,
     make_batch,
     original_decoder_forbidden,
+    reference,
     shared_model,
     without,
 )
 
-__all__ = ["POLICIES", "check_full", "check_policy", "check_row_alone"]
+__all__ = ["POLICIES", "check_full", "check_policy", "check_prepared", "check_row_alone"]
 
 POLICIES = ("joint_depth", "query_and_key_value_apart", "uniform", "given_scattered")
 GENERATED = ("query_and_key_value_apart", "given_scattered")
@@ -89,3 +91,17 @@ def check_row_alone(family: Family) -> None:
         own = {} if row.groups is None else {"token_groups": row.groups[None]}
         alone = compiled(**row.inputs, **own, visual_indices=[kept[index]]).logits[0]
         assert_close(together[index, batch.mask[index]], alone)
+
+
+def check_prepared(family: Family) -> None:
+    """A prompt prepared once gives the reference's logits under every policy, wherever a run begins."""
+    batch, layers = make_batch(family), family.num_layers
+    compiled = compile_eagerly(batch.model, Policy.full(layers))
+    replay = Replay(compiled, batch.inputs | batch.call_arguments(), depths=range(1, layers))
+    for policy, first in (
+        (Policy.depthwise(layers, mlp_depth=layers - 1), layers - 1),
+        (Policy.depthwise(layers, mha_query_depth=1, mha_key_value_depth=layers - 1, mlp_depth=1), 1),
+        (Policy.depthwise(layers, mha_depth=0), 0),
+    ):
+        assert replay.first_layer(policy) == first
+        assert_close(replay.logits(policy), reference(batch, policy)[:, -1:])

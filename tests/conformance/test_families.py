@@ -10,7 +10,7 @@ from dop_compile import Policy
 from dop_compile.errors import UnsupportedModelError
 from dop_compile.ranking import Ranking, Stage
 from dop_compile.rankings import known
-from tests.conformance.checks import POLICIES, check_full, check_policy, check_row_alone
+from tests.conformance.checks import POLICIES, check_full, check_policy, check_prepared, check_row_alone
 from tests.conformance.table import EXACT, REFUSED
 from tests.families import FAMILIES
 from tests.rankings.check import check
@@ -37,7 +37,12 @@ def test_a_row_of_a_left_padded_batch_is_as_if_alone(name: str) -> None:
     check_row_alone(EXACT[name])
 
 
-@pytest.mark.parametrize(("name", "criterion"), zip(EXACT, itertools.cycle(known()), strict=False))
+@FAMILY
+def test_a_prompt_prepared_once_is_the_reference_under_every_policy(name: str) -> None:
+    check_prepared(EXACT[name])
+
+
+@pytest.mark.parametrize(("name", "criterion"), list(zip(EXACT, itertools.cycle(known()), strict=False)))
 def test_ranked_tokens_leave_as_full_maps_say(name: str, criterion: str) -> None:
     """Each family with one of the criteria."""
     layers = EXACT[name].num_layers

@@ -63,7 +63,8 @@ def codes_of(*rows: str) -> Tensor:
 def run_graph(graph: DecoderGraph, codes: Tensor, last_rows: int | None = None, seed: int = 0) -> tuple[Tensor, Any]:
     """Hidden states (batch, requested, hidden) of random embeddings, and the cache, from the graph run eagerly.
 
-    The embeddings depend on the seed alone. `last_rows`: how many last rows are requested; None for all.
+    The embeddings depend on the seed alone; a graph that begins later has them for its residual stream. `last_rows`:
+    how many last rows are requested; None for all.
     """
     batch, length = codes.shape
     embeds = torch.randn(batch, length, HIDDEN, generator=torch.Generator().manual_seed(seed))
@@ -75,6 +76,7 @@ def run_graph(graph: DecoderGraph, codes: Tensor, last_rows: int | None = None, 
     mask = (codes >= 0).long() if bool((codes < 0).any()) else None
     values = {
         "inputs_embeds": embeds,
+        "residual_stream": embeds,
         "position_ids": torch.arange(length).expand(batch, -1),
         "attention_mask": mask,
         "past_key_values": PrunedCache() if graph.cached else None,

@@ -56,12 +56,12 @@ def test_all_before_the_layer_goes_and_the_rest_stays() -> None:
     whole, later = dump(resumed(0).graph), dump(resumed(2).graph)
     assert layers_in(whole) == {0, 1, 2, 3}
     assert layers_in(later) == {2, 3}
-    # What stays is as it was, but for the first reads of the stream
+    # What stays is as it was, but for the stream and the first reads of it
     lines = set(whole.splitlines())
     new = [line for line in later.splitlines() if line not in lines]
-    assert len(new) == 2
-    assert all("inputs_embeds" in line for line in new)
-    assert "decoder.layers.2.input_layernorm(inputs_embeds)" in new[0]
+    assert len(new) == 3
+    assert all("residual_stream" in line for line in new)
+    assert "decoder.layers.2.input_layernorm(residual_stream)" in new[1]
 
 
 def test_what_every_layer_shares_stays() -> None:
@@ -77,7 +77,7 @@ def test_blocks_and_reports_begin_at_the_layer() -> None:
     assert [block.name for block in graph.blocks] == ["L02_mha", "L02_mlp", "L03_mha", "L03_mlp"]
     assert graph.reports[-1].rewritten == 4, "two blocks of two layers went"
     assert graph.entry is not None
-    assert graph.entry.name == "inputs_embeds"
+    assert graph.entry.name == "residual_stream"
     assert graph.junctions[0].stream is graph.entry
 
 
@@ -105,8 +105,8 @@ def test_embeddings_that_are_scaled_once_are_not_scaled_again() -> None:
     codes = codes_of("ssvvvvtt")
     graph = run_passes(graph_from(2, model=model), PIPELINE, check=check_graph)
     assert graph.entry is not None
-    assert graph.entry.name == "inputs_embeds"
-    assert "decoder.layers.2.input_layernorm(inputs_embeds)" in dump(graph.graph)
+    assert graph.entry.name == "residual_stream"
+    assert "decoder.layers.2.input_layernorm(residual_stream)" in dump(graph.graph)
     found, _ = run_graph(graph, codes)
     torch.testing.assert_close(found, layers_from(model, 2, codes))
 
