@@ -26,8 +26,13 @@ def test_a_family_is_what_its_worst_test_says() -> None:
     )
     pytest_terminal_summary(terminal)
     assert terminal.lines == [
-        "families", "WRONG    llava", "exact    qwen", "refused  mamba", "WRONG    jamba", "2 WRONG, 1 exact, 1 refused",
-    ]  # fmt: skip
+        "families",
+        "WRONG    llava",
+        "exact    qwen",
+        "refused  mamba",
+        "WRONG    jamba",
+        "2 WRONG, 1 exact, 1 refused",
+    ]
 
 
 def test_other_runs_print_nothing() -> None:
