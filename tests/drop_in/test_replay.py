@@ -108,6 +108,17 @@ def test_the_original_logits_are_the_untouched_models(name: str) -> None:
     assert_close(replay.logits(Policy.full(batch.family.num_layers)), expected)
 
 
+@pytest.mark.parametrize("as_function", [False, True])
+def test_groups_that_the_model_was_compiled_with(as_function: bool) -> None:
+    """They are the prompt's, and say nothing of the rows that the head is asked for."""
+    batch = make_batch("llama")
+    groups = batch.call_arguments()["token_groups"]
+    given: Any = (lambda ids: groups) if as_function else groups
+    policy = Policy.depthwise(4, mha_depth=2, mlp_depth=3)
+    whole = dop_compile(batch.model, Policy.full(4), backend="eager", token_groups=given)
+    assert_close(Replay(whole, batch.inputs, depths=(2,)).logits(policy), reference(batch, policy)[:, -1:])
+
+
 def test_a_run_begins_at_the_last_stored_depth_before_it_prunes() -> None:
     batch = make_batch("llava", ROW)
     replay = Replay(compiled("llava"), batch.inputs, depths=(3, 1))
