@@ -8,9 +8,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, fx
+from torch._dynamo.exc import Unsupported, UserError
 
 from dop_compile import Policy, compiler, dop_compile
+from tests.conformance.table import EXACT
 from tests.families import FAMILIES
+from tests.support import ONE_IMAGE, make_batch
 
 LAYERS = 4
 SPLIT = Policy.depthwise(LAYERS, mha_query_depth=1, mha_key_value_depth=3, mlp_depth=1)
@@ -157,6 +160,36 @@ def test_tiers_share_a_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.no_grad():
         compiled(**sample, tier="100%")
     assert len(traced) == number + 1, "what was traced of other modules is forgotten"
+
+
+@pytest.mark.conformance
+@pytest.mark.parametrize(
+    "name", ["gemma4", "llama4", "phi4_multimodal", "qwen3_vl_moe", "gpt_oss", "kimi_k25", "molmo2", "paligemma2"]
+)
+@torch.no_grad()
+def test_all_kinds_of_blocks_can_be_compiled(name: str) -> None:
+    batch = make_batch(EXACT[name])
+    eager, compiled = (dop_compile(batch.model, SPLIT, backend=backend) for backend in ("eager", "aot_eager"))
+    arguments = batch.inputs | batch.call_arguments()
+    torch.testing.assert_close(compiled(**arguments).logits, eager(**arguments).logits)
+    assert len(compiled.dop.library) > 5
+
+
+@pytest.mark.conformance
+@pytest.mark.parametrize("name", ["ernie4_5_vl_moe", "step3p7"])
+@torch.no_grad()
+def test_modules_that_branch_on_values_are_compiled_in_parts(name: str) -> None:
+    """ERNIE's experts ask whether there are visual tokens, and Step's are called one by one."""
+    batch = make_batch(EXACT[name], ONE_IMAGE)
+    policy = Policy.full(LAYERS)
+    backend = CountingBackend()
+    expected = dop_compile(batch.model, policy, backend="eager")(**batch.inputs).logits
+    actual = dop_compile(batch.model, policy, backend=backend)(**batch.inputs).logits
+    torch.testing.assert_close(actual, expected)
+    assert backend.runs > 3 * LAYERS
+    whole = dop_compile(batch.model, policy, backend=backend, compile_options={"fullgraph": True})
+    with pytest.raises((Unsupported, UserError), match=r"[Dd]ata-dependent"):
+        whole(**batch.inputs)
 
 
 @pytest.mark.inductor

@@ -25,7 +25,16 @@ from dop_compile.runtime.outer_masks import builds_masks
 __all__ = ["MODALITIES", "Capture", "VisionCall", "capture_prompt", "features_of"]
 
 MODALITIES = {"image": "get_image_features", "video": "get_video_features"}
-_IGNORED = ("use_cache", "past_key_values", "return_dict", "cache_position", "mm_token_type_ids", "num_items_in_batch")
+_IGNORED = (
+    "use_cache",
+    "past_key_values",
+    "return_dict",
+    "cache_position",
+    "mm_token_type_ids",
+    "num_items_in_batch",
+    "logits_to_keep",
+)
+"""What outer models pass on and decoders do nothing with."""
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,10 @@ def write_graph(
     externalize(model, views, store)
     proto = ir.serde.serialize_model(model)
     path.write_bytes(proto.SerializeToString())
-    check_graph(path, opset)
+    try:
+        check_graph(path, opset)
+    except ValueError as error:
+        raise UnsupportedModelError(f"{what} cannot be exported to ONNX: {error}") from error
     return _record(proto, signature, shapes, ranges, path)
 
 

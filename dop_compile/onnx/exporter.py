@@ -27,7 +27,8 @@ from dop_compile.onnx.describe import (
     slugs,
     why_runtime_reduces,
 )
-from dop_compile.onnx.graphs import Decode, Embed, Prefill, Reduce, Vision, flat
+from dop_compile.onnx.flat import flat
+from dop_compile.onnx.graphs import Decode, Embed, Prefill, Reduce, Vision
 from dop_compile.onnx.manifest import DECODE, FORMAT, VERSION, WEIGHTS, Manifest
 from dop_compile.onnx.parts import Graph, PastClass, SectionInfo, Tier, VisionGraph
 from dop_compile.onnx.sections import past_classes, tier_sections

@@ -11,8 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dop_compile.compiler import build_graph
 from dop_compile.drop_in.model_path import copy_path, decoder_path
@@ -26,7 +24,7 @@ from dop_compile.reducers import VisualContext, create
 from dop_compile.tokens import Universe
 from dop_compile.tracing.trace import DecoderInputs
 
-__all__ = ["Decode", "Embed", "Prefill", "Reduce", "Vision", "flat"]
+__all__ = ["Decode", "Embed", "Prefill", "Reduce", "Vision"]
 
 
 class _Head:
@@ -202,13 +200,3 @@ class Reduce(nn.Module):
         found = [self._select(features, text) for text in texts]
         pairs = [pair for one, other in itertools.pairwise(found) for pair in zip(one, other, strict=True)]
         return any(not torch.equal(a, b) for a, b in pairs)
-
-
-def flat(vision: Vision, pixels: Tensor) -> nn.Module:
-    """The operations that a vision module does for pixels of this very shape, without its control flow.
-
-    Towers whose control flow reads their layout (patch grids, image sizes) are run once, for real; what depends on the
-    layout alone becomes constant.
-    """
-    with sdpa_kernel(SDPBackend.MATH):
-        return make_fx(lambda x: vision(x), tracing_mode="real")(pixels)

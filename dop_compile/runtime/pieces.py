@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._dynamo.exc import Unsupported, UserError
 from torch.fx.experimental import _config as fx_config
 
 __all__ = ["PieceLibrary", "call_module", "piece_kind"]
@@ -57,7 +58,6 @@ class PieceLibrary:
         the limit of recompilations of a function, behind which torch.compile refuses to go on.
         """
         variants: dict[Any, Callable[..., Any]] = {}
-        settings = {"dynamic": True, "fullgraph": True, **self._options}
 
         def piece(*args: Any) -> Any:
             kind = (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *map(_unit_sizes, args))
@@ -65,14 +65,27 @@ class PieceLibrary:
                 return variants[kind](*args)
             with self._lock, _NO_DUCK_SHAPES():
                 if kind not in variants:
-                    fresh = fx.GraphModule(nn.Module(), graph, class_name="Piece")
-                    compiled = torch.compile(fresh, backend=self.backend, **settings)
-                    result = compiled(*args)
+                    compiled = self._compile(graph, fullgraph=True)
+                    try:
+                        result = compiled(*args)
+                    except (Unsupported, UserError):
+                        if "fullgraph" in self._options:
+                            raise
+                        # A module whose code branches on values (experts of ERNIE, of Step) is compiled in parts
+                        compiled = self._compile(graph, fullgraph=False)
+                        result = compiled(*args)
                     variants[kind] = compiled
                     return result
             return variants[kind](*args)
 
         return piece
+
+    def _compile(self, graph: fx.Graph, **settings: Any) -> Callable[..., Any]:
+        fresh = fx.GraphModule(nn.Module(), graph, class_name="Piece")
+        compiled: Callable[..., Any] = torch.compile(
+            fresh, backend=self.backend, **{"dynamic": True, **settings, **self._options}
+        )
+        return compiled
 
 
 def _unit_sizes(value: Any) -> Any:

@@ -17,7 +17,8 @@ from dop_compile.onnx.graphs import Decode, Prefill
 from dop_compile.onnx.parts import SectionInfo
 from dop_compile.onnx.prepare import Prepared, prepare
 from dop_compile.onnx.sections import past_classes, tier_sections
-from tests.families import FAMILIES, IMAGE, VIDEO, Family, Segment
+from tests.conformance.table import EXACT
+from tests.families import IMAGE, VIDEO, Family, Segment
 from tests.support import Batch, make_batch
 
 FIVE = ("llava", "llava_next", "qwen2_5_vl", "internvl", "video_llava")
@@ -44,7 +45,7 @@ def _cut(config: Callable[[], Any], layers: int) -> Callable[[], Any]:
 
 def small_family(name: str, layers: int = LAYERS) -> Family:
     """A family with few layers: an export takes seconds per layer."""
-    family = FAMILIES[name]
+    family = EXACT[name]
     return dataclasses.replace(family, config=_cut(family.config, layers), num_layers=layers)
 
 

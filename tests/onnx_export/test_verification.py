@@ -44,6 +44,15 @@ def test_passes_and_is_kept(folder: Path) -> None:
     assert Manifest.load(folder, hashes=True).verification == result
 
 
+@pytest.mark.conformance
+@pytest.mark.parametrize("name", ["mistral3", "llava_onevision", "glm4v", "cohere2_vision"])
+def test_other_families_pass(name: str) -> None:
+    """Towers that read image sizes or grids, and interpolate; sliding windows beside parallel blocks."""
+    folder, family, model = exported(name), small_family(name), small_model(name)
+    prompt = family.make_inputs(model, example_rows(family)[0:1], seed=3)
+    assert verify(folder, model, [prompt], new_tokens=3).passed
+
+
 def test_another_policy_fails(folder: Path) -> None:
     """The graph of a tier is not that of the policy that the manifest says it is."""
     manifest = Manifest.load(folder)
