@@ -17,6 +17,8 @@ from torch import Tensor
 
 from dop_compile.commands.processing import prompt_inputs
 from dop_compile.compiler import dop_compile
+from dop_compile.drop_in.model_path import decoder_path
+from dop_compile.errors import UnsupportedModelError
 from dop_compile.onnx.capture import capture_prompt
 from dop_compile.onnx.check import OPSETS
 from dop_compile.onnx.exporter import Exporter
@@ -28,6 +30,7 @@ from dop_compile.policy import Policy
 
 __all__ = ["export_onnx"]
 
+ATTENTION = ("sdpa", "eager")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -91,6 +94,12 @@ def _check(model: Any, opset: int) -> None:
         raise ValueError("the model is in training mode; call model.eval() before the export")
     if model.dtype not in DTYPES:
         raise ValueError(f"the model is in {model.dtype}; expected float32, float16 or bfloat16")
+    attention = model.get_submodule(decoder_path(model)).config._attn_implementation
+    if attention not in ATTENTION:
+        raise UnsupportedModelError(
+            f"attention implementation {attention!r} cannot be exported to ONNX; load the model with "
+            f"attn_implementation={' or '.join(map(repr, ATTENTION))}"
+        )
     if any(p.device.type == "meta" for p in model.parameters()):
         raise ValueError("the model has no weights (meta device); load it with its weights before the export")
 

@@ -118,7 +118,18 @@ def _call(call: DecoderCall, node: fx.Node, args: tuple[Any, ...], kwargs: dict[
         return build_mask(target, args, kwargs)
     if target is sdpa_attention_forward:
         return _attention(*args, **kwargs)
+    if node.meta.get("attention"):
+        module, query, key, value, mask, *rest = args
+        return target(module, query, key, value, _added(mask, query), *rest, **kwargs)
     return target(*args, **kwargs)
+
+
+def _added(mask: Tensor | None, query: Tensor) -> Tensor | None:
+    """A mask as eager attention takes it: added to the scores."""
+    if mask is None:
+        return None
+    zero = torch.zeros((), dtype=query.dtype, device=query.device)
+    return torch.where(mask, zero, torch.finfo(query.dtype).min)
 
 
 def _attention(

@@ -12,7 +12,7 @@ import transformers as hf
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dop_compile import Policy, export_onnx
+from dop_compile import Policy, UnsupportedModelError, export_onnx
 from dop_compile.onnx.check import OPERATORS, check_graph, operators
 from dop_compile.onnx.convert import Signature, write_graph
 from dop_compile.onnx.describe import slugs
@@ -255,6 +255,13 @@ def test_bad_arguments_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError, match="--force"):
         export_onnx(model, full, tmp_path / "b", examples=[example])
     assert sorted(os.listdir(tmp_path)) == ["b"]
+
+
+def test_attention_without_an_operator_is_refused(tmp_path: Path) -> None:
+    model = small_family("llava").build(attn="flex_attention")
+    with pytest.raises(UnsupportedModelError, match=r"flex_attention.*attn_implementation='sdpa' or 'eager'"):
+        export_onnx(model, TIERS, tmp_path / "out", examples=[])
+    assert not (tmp_path / "out").exists()
 
 
 def test_training_mode_is_refused(tmp_path: Path) -> None:

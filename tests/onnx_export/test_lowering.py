@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from dop_compile import Policy, UnsupportedModelError
 from dop_compile.onnx.capture import capture_prompt
 from tests.families import FAMILIES
-from tests.onnx_export.harness import FIVE, greedy_in_pytorch, small_batch
+from tests.onnx_export.harness import FIVE, greedy_in_pytorch, small_batch, small_family
 from tests.reference import reference_generate
 from tests.strategies import policies
 from tests.support import ONE_IMAGE, Batch, assert_close, make_batch, mixed_rows, reference, shared_model, uniform_kept
@@ -49,6 +49,14 @@ def test_other_families(name: str) -> None:
     layers = FAMILIES[name].num_layers if FAMILIES[name].has_sliding_layers else LAYERS
     batch = small_batch(name, mixed_rows(FAMILIES[name]), layers)
     policy = Policy.depthwise(layers, mha_query_depth=1, mha_key_value_depth=2, mlp_depth=1, visual_tokens=6)
+    assert_matches(batch, policy, uniform_kept(batch, 6))
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "fast_vlm"])
+def test_eager_attention_adds_its_masks(name: str) -> None:
+    family = small_family(name, LAYERS)
+    batch = make_batch(family, mixed_rows(family), model=family.build(attn="eager"))
+    policy = Policy.depthwise(LAYERS, mha_query_depth=1, mha_key_value_depth=2, mlp_depth=1, visual_tokens=6)
     assert_matches(batch, policy, uniform_kept(batch, 6))
 
 

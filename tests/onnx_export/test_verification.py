@@ -45,9 +45,9 @@ def test_passes_and_is_kept(folder: Path) -> None:
 
 
 @pytest.mark.conformance
-@pytest.mark.parametrize("name", ["mistral3", "llava_onevision", "glm4v", "cohere2_vision"])
+@pytest.mark.parametrize("name", ["mistral3", "llava_onevision", "glm4v", "cohere2_vision", "fast_vlm"])
 def test_other_families_pass(name: str) -> None:
-    """Towers that read image sizes or grids, and interpolate; sliding windows beside parallel blocks."""
+    """Towers that read sizes or grids, interpolate, pool; sliding windows, parallel blocks."""
     folder, family, model = exported(name), small_family(name), small_model(name)
     prompt = family.make_inputs(model, example_rows(family)[0:1], seed=3)
     assert verify(folder, model, [prompt], new_tokens=3).passed
