@@ -39,11 +39,11 @@ def flat(vision: Callable[[Tensor], Tensor], pixels: Tensor) -> nn.Module:
         return make_fx(forward, tracing_mode="real")(pixels)
 
 
-class _LayoutAhead(TorchDispatchMode):
+class _LayoutAhead(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Runs operations on the layout ahead of the recording below, which sees those on pixels and weights."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._of_layout: Any = WeakIdKeyDictionary()  # tensors that were made of the layout
         self._recorded: Any = WeakIdKeyDictionary()  # tensors that the graph makes
 
