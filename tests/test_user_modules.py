@@ -307,6 +307,7 @@ NORMS: dict[str, Callable[[nn.Module], Any]] = {
 @pytest.mark.parametrize("kind", NORMS)
 def test_parametrized_weights(kind: str) -> None:
     """Registered after compiling, trained, and compiled with."""
+    torch.manual_seed(0)  # of the vectors by which a spectral norm is estimated: a bad draw magnifies rounding
     batch = own_batch()
     compiled = compile_eagerly(batch.model, TIERS)
     plain = check(compiled, batch)
