@@ -84,7 +84,7 @@ def test_towers_that_read_sizes(name: str) -> None:
     with torch.no_grad():
         module = flat(Vision(model, call), pixels)
         torch.testing.assert_close(module(pixels), call.features)
-        other = torch.randn_like(pixels)
+        other = torch.randn(pixels.shape, generator=torch.Generator().manual_seed(0))
         torch.testing.assert_close(module(other), Vision(model, call)(other))
 
 
