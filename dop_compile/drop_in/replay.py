@@ -30,7 +30,7 @@ from dop_compile.runtime.decoder import run_decoder
 from dop_compile.runtime.merging import merge_images
 from dop_compile.runtime.outer_masks import deferred
 from dop_compile.runtime.slots import Call, token_counts
-from dop_compile.tracing.side_inputs import add_side_inputs
+from dop_compile.tracing.side_inputs import embed_ids
 from dop_compile.tracing.trace import find_layers
 from dop_compile.vision.prompt import vision_fields
 
@@ -86,8 +86,7 @@ class Replay:
         ids = self._arguments.pop("input_ids", None)
         if self._arguments.get("inputs_embeds") is None:  # text-only models leave the embedding to their decoder
             with torch.no_grad():
-                embeds = self._arguments["inputs_embeds"] = self._decoder.get_input_embeddings()(ids)
-                add_side_inputs(self._decoder, ids, embeds, self._arguments)
+                self._arguments["inputs_embeds"] = embed_ids(self._decoder, ids, self._arguments)
         self._streams = recorder.streams
 
     @property

@@ -20,21 +20,13 @@ from torch import Tensor
 
 from dop_compile.drop_in.model_path import copy_path, decoder_path, placeholder_ids
 from dop_compile.errors import UnsupportedModelError
+from dop_compile.runtime.decoder import UNUSED_ARGUMENTS
 from dop_compile.runtime.outer_masks import builds_masks
 
 __all__ = ["MODALITIES", "Capture", "VisionCall", "capture_prompt", "features_of"]
 
 MODALITIES = {"image": "get_image_features", "video": "get_video_features"}
-_IGNORED = (
-    "use_cache",
-    "past_key_values",
-    "return_dict",
-    "cache_position",
-    "mm_token_type_ids",
-    "num_items_in_batch",
-    "logits_to_keep",
-)
-"""What outer models pass on and decoders do nothing with."""
+_IGNORED = ("use_cache", "past_key_values", "return_dict", *UNUSED_ARGUMENTS)
 
 
 @dataclass(frozen=True)

@@ -44,8 +44,7 @@ class _LayoutAhead(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._of_layout: Any = WeakIdKeyDictionary()  # tensors that were made of the layout
-        self._recorded: Any = WeakIdKeyDictionary()  # tensors that the graph makes
+        self._ahead: Any = WeakIdKeyDictionary()  # of each tensor made: whether of the layout alone
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -66,12 +65,13 @@ class _LayoutAhead(TorchDispatchMode):  # type: ignore[no-untyped-call]
             result = func(*args, **kwargs)
         for value in tree_leaves(result):
             if isinstance(value, Tensor):
-                (self._of_layout if ahead else self._recorded)[value] = True
+                self._ahead[value] = ahead
         return result
 
     def _is_layout(self, value: Tensor) -> bool:
         """Floating point tensors from outside are pixels and weights."""
-        return value in self._of_layout or (value not in self._recorded and not _is_floating(value))
+        found: bool = self._ahead.get(value, not _is_floating(value))
+        return found
 
 
 def _is_floating(value: Any) -> bool:

@@ -19,6 +19,7 @@ from dop_compile.errors import UnsupportedModelError
 from dop_compile.onnx.sections import SectionLayout
 from dop_compile.onnx.slot_masks import build_mask, visible
 from dop_compile.passes.graph import DecoderGraph
+from dop_compile.runtime.masks import additive
 from dop_compile.tokens import TokenSet
 from dop_compile.tracing.trace import CACHE_INPUT, MASK_BUILDERS
 
@@ -120,16 +121,8 @@ def _call(call: DecoderCall, node: fx.Node, args: tuple[Any, ...], kwargs: dict[
         return _attention(*args, **kwargs)
     if node.meta.get("attention"):
         module, query, key, value, mask, *rest = args
-        return target(module, query, key, value, _added(mask, query), *rest, **kwargs)
+        return target(module, query, key, value, mask if mask is None else additive(mask, query), *rest, **kwargs)
     return target(*args, **kwargs)
-
-
-def _added(mask: Tensor | None, query: Tensor) -> Tensor | None:
-    """A mask as eager attention takes it: added to the scores."""
-    if mask is None:
-        return None
-    zero = torch.zeros((), dtype=query.dtype, device=query.device)
-    return torch.where(mask, zero, torch.finfo(query.dtype).min)
 
 
 def _attention(

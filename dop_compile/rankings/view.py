@@ -20,6 +20,7 @@ from dop_compile.runtime.block_masks import BlockMask
 from dop_compile.runtime.cache import Entries
 from dop_compile.runtime.flash import FlashTokens
 from dop_compile.runtime.layout import NO_TOKEN, TokenLayout
+from dop_compile.runtime.masks import additive
 from dop_compile.tokens import TokenSet
 
 __all__ = ["LayerView", "eager_attention", "slots_of"]
@@ -168,15 +169,15 @@ class LayerView:
 
     def _mask(self, slots: Tensor, places: Tensor) -> Tensor:
         """(batch, 1, rows, entries), 0 where a row sees an entry and the lowest number elsewhere."""
-        mask, lowest = self.mask, torch.finfo(self.query.dtype).min
+        mask = self.mask
         if isinstance(mask, BlockMask):
-            return _additive(self._of_function(mask, places), self.query, lowest)
+            return additive(self._of_function(mask, places), self.query)
         if isinstance(mask, FlashTokens):
             mask = mask.padding
         if isinstance(mask, Tensor) and mask.dim() == 4:
             mask = mask.expand(slots.shape[0], -1, -1, -1)
             rows = mask.gather(2, places[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
-            return rows if rows.dtype != torch.bool else _additive(rows, self.query, lowest)
+            return rows if rows.dtype != torch.bool else additive(rows, self.query)
         if mask is not None and not isinstance(mask, Tensor):
             raise UnsupportedUsageError(
                 f"a ranking inside the decoder cannot read a {type(mask).__name__}; load the model with "
@@ -193,7 +194,7 @@ class LayerView:
             visible = visible & mask.bool().gather(1, columns)[:, None]
         if self.entries.valid is not None:
             visible = visible & self.entries.valid[:, None]
-        return _additive(visible[:, None], self.query, lowest)
+        return additive(visible[:, None], self.query)
 
     def _of_function(self, mask: BlockMask, places: Tensor) -> Tensor:
         """(batch, 1, rows, entries) bool, by the function of a mask, which knows padding and gaps."""
@@ -216,7 +217,3 @@ def slots_of(tokens: Tensor) -> tuple[Tensor, Tensor]:
     width = max(int(tokens.sum(dim=1).max()), 1)
     slots = torch.argsort(tokens.to(torch.int8), dim=1, stable=True)[:, tokens.shape[1] - width :]
     return slots, tokens.gather(1, slots)
-
-
-def _additive(visible: Tensor, like: Tensor, lowest: float) -> Tensor:
-    return torch.zeros(visible.shape, dtype=like.dtype, device=like.device).masked_fill(~visible, lowest)

@@ -23,12 +23,12 @@ from dop_compile.runtime.program import Program
 from dop_compile.runtime.slots import Arguments, Call, Slots
 from dop_compile.tokens import TokenSet
 from dop_compile.tracing.module_tracer import names_in
-from dop_compile.tracing.side_inputs import add_side_inputs
+from dop_compile.tracing.side_inputs import embed_ids
 from dop_compile.tracing.trace import PACKED_FEATURES, DecoderInputs
 
-__all__ = ["run_decoder"]
+__all__ = ["UNUSED_ARGUMENTS", "run_decoder"]
 
-UNUSED_ARGUMENTS = ("num_items_in_batch", "cache_position", "mm_token_type_ids")
+UNUSED_ARGUMENTS = ("num_items_in_batch", "cache_position", "mm_token_type_ids", "logits_to_keep")
 """What outer models pass on to decoders that take any keyword but do nothing with these."""
 REFUSED_OUTPUTS = ("output_attentions", "output_hidden_states", "output_router_logits")
 
@@ -46,8 +46,7 @@ def _check_arguments(decoder: Any, call: Call, kwargs: dict[str, Any]) -> Argume
     if (input_ids is None) == (embeds is None):
         raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
     if embeds is None:
-        embeds = decoder.get_input_embeddings()(input_ids)
-        add_side_inputs(decoder, input_ids, embeds, kwargs)
+        embeds = embed_ids(decoder, input_ids, kwargs)
     if embeds.shape[1] == 0:
         raise ValueError("the prompt is empty: input_ids must hold at least one token per row")
     use_cache = kwargs.pop("use_cache", None)

@@ -21,7 +21,13 @@ from dop_compile.runtime.flash import FlashTokens
 from dop_compile.runtime.layout import TokenLayout
 from dop_compile.tokens import TokenSet
 
-__all__ = ["MaskSelector"]
+__all__ = ["MaskSelector", "additive"]
+
+
+def additive(visible: Tensor, like: Tensor) -> Tensor:
+    """A boolean mask as eager attention takes it: 0 where it is True, the lowest number of `like`'s dtype elsewhere."""
+    zero = torch.zeros((), dtype=like.dtype, device=like.device)
+    return torch.where(visible, zero, torch.finfo(like.dtype).min)
 
 
 class MaskSelector:

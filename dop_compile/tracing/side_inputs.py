@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dop_compile.tracing.trace import DecoderInputs
 
-__all__ = ["add_side_inputs", "default_inputs"]
+__all__ = ["default_inputs", "embed_ids"]
 
 PER_LAYER = "per_layer_inputs"
 
@@ -22,10 +22,12 @@ def _per_layer_size(decoder: Any) -> int:
     return int(size or 0) if hasattr(decoder, "get_per_layer_inputs") else 0
 
 
-def add_side_inputs(decoder: Any, input_ids: Tensor | None, embeds: Tensor, kwargs: dict[str, Any]) -> None:
-    """Add to a decoder's arguments what it would compute from the ids that it was given."""
-    if input_ids is not None and _per_layer_size(decoder) and kwargs.get(PER_LAYER) is None:
-        kwargs[PER_LAYER] = decoder.get_per_layer_inputs(input_ids, embeds)
+def embed_ids(decoder: Any, input_ids: Tensor, arguments: dict[str, Any]) -> Tensor:
+    """The embeddings of a decoder's ids; added to its arguments is what else it would look up by them."""
+    embeds: Tensor = decoder.get_input_embeddings()(input_ids)
+    if _per_layer_size(decoder) and arguments.get(PER_LAYER) is None:
+        arguments[PER_LAYER] = decoder.get_per_layer_inputs(input_ids, embeds)
+    return embeds
 
 
 def default_inputs(decoder: Any, **settings: Any) -> DecoderInputs:
