@@ -15,7 +15,7 @@ help:
 	@echo "make test-lower  the paper's models with the oldest transformers that is supported"
 	@echo "make conformance  the slow tests: every known model family, and large exports; prints the table"
 	@echo "make lint   ruff"
-	@echo "make types  mypy --strict on the built and installed wheel"
+	@echo "make types  mypy --strict"
 	@echo "make bench  measure prefill of the original and of pruned models"
 	@echo "make clean  remove $(VENV), $(LOWER) and everything built"
 
@@ -61,16 +61,8 @@ conformance: $(VENV)/.installed
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 
-# The wheel, not the checkout: only there is `passes/` a part of the package. `build/lib` is
-# removed first, since setuptools would put modules deleted since then into the wheel.
 types: $(VENV)/.installed-dev
-	rm -rf $(BUILD)/lib $(BUILD)/bdist.* $(BUILD)/types
-	mkdir -p $(BUILD)/types
-	$(BIN)/python -m build --wheel --outdir $(BUILD)/types . > $(BUILD)/types/build.log \
-		|| { cat $(BUILD)/types/build.log >&2; exit 1; }
-	$(PIP_INSTALL) --no-deps --target $(BUILD)/types/site $(BUILD)/types/*.whl
-	cd $(BUILD)/types/site && MYPYPATH=. $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml \
-		--python-executable $(CURDIR)/$(BIN)/python --cache-dir $(CURDIR)/.mypy_cache --package dop_compile
+	$(BIN)/mypy --package dop_compile
 
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/prefill.py $(BENCH_ARGS)
