@@ -8,6 +8,7 @@ policy   --normalise--> keep table (group, layer, module)
 from __future__ import annotations
 
 import copy
+import inspect
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -15,16 +16,10 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from dop_compile.copies import copy_path, is_own
+from dop_compile.drop_in.following import OriginalFollower, Views
 from dop_compile.drop_in.model import drop_in
-from dop_compile.drop_in.model_path import (
-    OriginalFollower,
-    block_path,
-    copy_path,
-    decoder_path,
-    path_modules,
-    placeholder_ids,
-    unblocked,
-)
+from dop_compile.drop_in.model_path import block_path, decoder_path, path_modules, placeholder_ids, unblocked
 from dop_compile.errors import PassError, UnsupportedModelError, UnsupportedUsageError
 from dop_compile.fingerprint import model_fingerprint
 from dop_compile.keep import KeepTable
@@ -103,6 +98,7 @@ class CompiledState:
         self.base = copies[0]
         self.base.generation_config = copy.deepcopy(model.generation_config)  # to be set without changing the original
         self.original = OriginalFollower(model, copies, self.decoder_path)
+        self.views = Views()
         self.tiers = dict(tiers)
         self.token_groups = token_groups
         self.library = library
@@ -164,6 +160,20 @@ class CompiledState:
         graph.junctions = []
         return graph
 
+    def follow(self, view: nn.Module) -> None:
+        """Hand on to the compiled model, and to one of its views, what the user has changed since the last call.
+
+        Raises:
+            UnsupportedUsageError: something was replaced that cannot be followed.
+        """
+        self.original.update()
+        self.views.update(view)
+        self.follow_changes()
+
+    def stands_for(self, chain: list[Any]) -> dict[int, nn.Module]:
+        """Which modules the copies of one call take the place of, by `id`."""
+        return {**self.views.stands_for(chain[0]), **self.original.stands_for(chain)}
+
     def follow_changes(self) -> None:
         """Forget programs that were built for modules since replaced, hooked, moved or switched to training.
 
@@ -188,11 +198,12 @@ class CompiledState:
                 "or eval() for inference"
             )
         weight = next(decoder.parameters())
+        patches = tuple(id(value) for value in vars(decoder).values() if inspect.isroutine(value) and not is_own(value))
         hooks = tuple(
             (id(module), module.training, "forward" in vars(module), *map(tuple, _hooks(module)))
             for module in decoder.modules()
         )
-        return hooks, decoder.training, decoder.config._attn_implementation, weight.dtype, weight.device
+        return hooks, patches, decoder.training, decoder.config._attn_implementation, weight.dtype, weight.device
 
 
 def _hooks(module: nn.Module) -> tuple[Mapping[int, Any], ...]:

@@ -6,8 +6,10 @@ of a conversation is kept in the cache.
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,8 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 
-from dop_compile.drop_in.model_path import copy_path, placeholder_ids
+from dop_compile.copies import copy_path, own, rebind, rebound
+from dop_compile.drop_in.following import CONVERSATION_ATTRIBUTES
+from dop_compile.drop_in.model_path import placeholder_ids
 from dop_compile.drop_in.session import CALL_ARGUMENTS, Session, presented_as
+from dop_compile.drop_in.streams import Stream
 from dop_compile.errors import UnsupportedModelError, UnsupportedUsageError
 from dop_compile.policy import Policy
 from dop_compile.runtime.cache import PrunedCache
@@ -28,8 +33,15 @@ from dop_compile.vision.prompt import vision_fields, watch_vision
 
 __all__ = ["CALL_ARGUMENTS", "Frame", "Session", "presented_as"]
 
-CONVERSATION_ATTRIBUTES = ("rope_deltas",)
-"""Attributes that Hugging Face's outer models keep between calls on the module; here they live in the cache."""
+GENERATE_ARGUMENTS = frozenset(
+    {*inspect.signature(GenerationMixin.generate).parameters, "tokenizer", "assistant_tokenizer", "inputs_tensor"}
+) - {"self", "inputs", "kwargs"}
+"""What `generate` itself reads; some of it transformers also passes on to `forward`, which does nothing with it."""
+
+GENERATE_REPLACED = (
+    "the generate of {} was replaced on the instance by something that does not lead to the model it stands on, so "
+    "that it cannot be made to run the compiled one; put it back, and pass what shall run as custom_generate="
+)
 
 NEWLINE_EMBEDDINGS = ("image_newline",)
 """Embeddings that a model inserts inside image placeholders: visual, never dropped, not counted."""
@@ -41,13 +53,20 @@ class Frame:
     def __init__(self, state: Any, root: nn.Module, session: Session):
         self.state = state
         self.session = session
-        state.original.update()
-        state.follow_changes()
+        state.follow(root)
         self.chain = copy_path(root, state.decoder_path)
         for module in self.chain:
             vars(module).pop("forward", None)
+        stands_for = state.stands_for(self.chain)
+        for module in self.chain:
+            rebind(module, stands_for)
         self.chain[0].training = state.base.training
         self.root, self.decoder = self.chain[0], self.chain[-1]
+        self._generate = self._own_generate(stands_for)
+        self._view = root
+        self._finders = [
+            (part, part.get_placeholder_mask) for part in self.chain[:-1] if hasattr(part, "get_placeholder_mask")
+        ]
         self._restored = False
         self._running = False
         self._encoded: list[TokenFeatures] = []  # images and videos that `generate` encodes before the prompt
@@ -55,11 +74,32 @@ class Frame:
             if module is not self.root and builds_masks(module):
                 module.forward = deferring_forward(module)
         self.root.forward = presented_as(state.model_class.forward, self.forward)
+        self.root.generate = presented_as(state.model_class.generate, self._generate_inside)
+
+    def _own_generate(self, stands_for: dict[int, nn.Module]) -> Callable[..., Any]:
+        """The class's `generate`, or the one that stands on the original (transformers puts custom ones there)."""
+        replaced = vars(self.state.original.modules[0]).get("generate")
+        if replaced is None:
+            return functools.partial(self.state.model_class.generate, self.root)
+        follows: Callable[..., Any] = rebound(replaced, stands_for)
+        if follows is replaced:
+            raise UnsupportedUsageError(GENERATE_REPLACED.format(type(self.root).__name__))
+        return follows
 
     # --- one forward call -----------------------------------------------------------------------------------------
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self._check_tier(kwargs)
         return self._run(self.root, self.state.model_class.forward, args, kwargs)
+
+    def _check_tier(self, kwargs: dict[str, Any]) -> None:
+        """Loops of the caller's own may name what holds for the whole `generate` again, and nothing else."""
+        for name in CALL_ARGUMENTS:
+            value, known = kwargs.pop(name, None), getattr(self.session, name)
+            if value is not None and value is not known and (name != "tier" or value != known):
+                raise UnsupportedUsageError(
+                    f"{name} was given to a call inside generate; it holds for the whole generate: pass it to that"
+                )
 
     def _run(self, module: Any, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """A call of `function`, the forward of the model or of a part of it that generates by itself."""
@@ -70,33 +110,42 @@ class Frame:
             self._running = False
 
     def _run_once(self, module: Any, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        kwargs = {name: value for name, value in kwargs.items() if name not in GENERATE_ARGUMENTS}
         arguments = inspect.signature(function).bind_partial(module, *args, **kwargs).arguments
         named = {**arguments, **arguments.get("kwargs", {})}
         cache = named.get("past_key_values")
         self.restore(cache)
-        call = self._call(named)
-        if call.prompt_tokens:
-            self._watch_vision(call.vision)
-        if self.session.visual is not None and call.prompt_tokens:
-            call.visual.append(_per_row(self.session.visual, call.batch))
-        self.decoder.forward = self._decoder_forward(call)
-        for part in self.chain[:-1]:
-            if hasattr(type(part), "get_placeholder_mask"):
-                part.get_placeholder_mask = self._note_placeholders(call, type(part), part)
-        output = function(module, *args, **kwargs)
-        if not call.done:
-            raise UnsupportedModelError(
-                f"the forward of {type(self.root).__name__} does not call {self.state.decoder_path}; what it returns "
-                "was not pruned"
-            )
-        if call.prompt_tokens and not call.visual and call.token_groups is None and _has_images(named):
-            raise UnsupportedModelError(
-                f"{type(self.root).__name__} does not say which tokens are those of the images; pass token_groups"
-            )
-        for value in output if isinstance(output, tuple) else (cache, getattr(output, "past_key_values", None)):
-            if isinstance(value, PrunedCache):
-                value.conversation = self._conversation(call.batch)
+        stream = self._stream(named)
+        with self._as_stream(stream, cache):
+            call = self._call(named, stream)
+            if call.prompt_tokens:
+                self._watch_vision(call.vision)
+            if self.session.visual is not None and call.prompt_tokens and stream.main:
+                call.visual.append(_per_row(self.session.visual, call.batch))
+            self.decoder.forward = self._decoder_forward(call)
+            for part, finder in self._finders:
+                part.get_placeholder_mask = own(_noting_placeholders(call, finder))
+            output = function(module, *args, **kwargs)
+            if not call.done:
+                raise UnsupportedModelError(
+                    f"the forward of {type(self.root).__name__} does not call {self.state.decoder_path}; what it "
+                    "returns was not pruned"
+                )
+            if call.prompt_tokens and not call.visual and call.token_groups is None and _has_images(named):
+                raise UnsupportedModelError(
+                    f"{type(self.root).__name__} does not say which tokens are those of the images; pass token_groups"
+                )
+            for value in output if isinstance(output, tuple) else (cache, getattr(output, "past_key_values", None)):
+                if isinstance(value, PrunedCache):
+                    value.conversation = self._conversation(call.batch)
+                    self.session.streams.note_cache(value, stream)
         return output
+
+    def _stream(self, named: dict[str, Any]) -> Stream:
+        ids, cache = named.get("input_ids"), named.get("past_key_values")
+        tokens = named.get("inputs_embeds") if ids is None else ids
+        past = 0 if cache is None else cache.get_seq_length()
+        return self.session.streams.of_call(cache, ids, past, 0 if tokens is None else tokens.shape[1])
 
     def _decoder_forward(self, call: Call) -> Callable[..., Any]:
         signature = inspect.signature(type(self.decoder).forward)
@@ -125,17 +174,14 @@ class Frame:
         """The decoder's forward in this session, with its arguments by name."""
         return run_decoder(self.state, self.decoder, call, **kwargs)
 
-    def _call(self, named: dict[str, Any]) -> Call:
+    def _call(self, named: dict[str, Any], stream: Stream) -> Call:
         session = self.session
         rows = named.get("logits_to_keep", 0)
         cache = named.get("past_key_values")
         tokens = named.get("inputs_embeds") if named.get("input_ids") is None else named["input_ids"]
         past = cache.get_seq_length() if cache is not None else 0
         length = 0 if tokens is None else tokens.shape[1]
-        if session.prompt_columns is None:
-            prompt = 0 if past and length == 1 else length
-        else:  # without a cache, and with looked-up candidates, one call holds both prompt and generated tokens
-            prompt = min(max(session.prompt_columns - past, 0), length)
+        prompt = stream.prompt_tokens(past, length)
         call = Call(
             tier=session.tier,
             policy=session.policy or self.state.tiers[session.tier],
@@ -149,9 +195,9 @@ class Frame:
         )
         if prompt and tokens is not None:
             ids = named.get("input_ids")
-            groups = self._token_groups(None if ids is None else ids[:, :prompt], tokens[:, :prompt], past)
+            groups = self._token_groups(None if ids is None else ids[:, :prompt], tokens[:, :prompt], past, stream)
             call.token_groups = None if groups is None else F.pad(groups, (0, length - prompt))
-            if not any(hasattr(type(module), "get_placeholder_mask") for module in self.chain):
+            if not any(hasattr(module, "get_placeholder_mask") for module in self.chain):
                 call.visual.extend(self._placeholders_by_id(named))
         for module in self.chain[:-1]:
             for name in NEWLINE_EMBEDDINGS:
@@ -160,10 +206,12 @@ class Frame:
                     call.newline = newline.detach()
         return call
 
-    def _token_groups(self, input_ids: Tensor | None, tokens: Tensor, past: int) -> Tensor | None:
+    def _token_groups(self, input_ids: Tensor | None, tokens: Tensor, past: int, stream: Stream) -> Tensor | None:
         groups = self.session.token_groups
         if groups is None:
             groups = self.state.token_groups
+        if not stream.main and not callable(groups):
+            return None  # the caller's tensor tells of the caller's prompt
         if callable(groups):
             if input_ids is None:
                 raise UnsupportedUsageError("a token_groups function needs input_ids; pass a tensor with inputs_embeds")
@@ -174,7 +222,7 @@ class Frame:
         batch, length = tokens.shape[:2]
         if groups.dim() != 2:
             raise ValueError(f"token_groups must be (batch, tokens), got {tuple(groups.shape)}")
-        if groups.shape[1] in (past + length, self.session.prompt_columns):
+        if groups.shape[1] in (past + length, stream.prompt_columns):
             groups = groups[:, past : past + length]
         if groups.shape[0] != batch and batch % groups.shape[0] == 0:
             groups = groups.repeat_interleave(batch // groups.shape[0], dim=0)
@@ -195,32 +243,36 @@ class Frame:
             )
         return [named["input_ids"] == number for number in placeholder_ids(self.root.config)]
 
-    def _note_placeholders(self, call: Call, kind: type, module: nn.Module) -> Callable[..., Any]:
-        original = kind.get_placeholder_mask  # type: ignore[attr-defined]
-
-        def get_placeholder_mask(*args: Any, **kwargs: Any) -> Any:
-            masks = original(module, *args, **kwargs)
-            call.visual.extend(m for m in (masks if isinstance(masks, tuple) else (masks,)) if isinstance(m, Tensor))
-            return masks
-
-        return get_placeholder_mask
-
     # --- conversation state ---------------------------------------------------------------------------------------
 
     def restore(self, cache: Any) -> None:
         """Begin with the state of the conversation that the cache belongs to, or with none."""
-        if self._restored:
-            return
-        self._restored = True
-        known = cache.conversation if isinstance(cache, PrunedCache) else {}
+        if not self._restored:
+            self._restored = True
+            self._set_conversation(cache.conversation if isinstance(cache, PrunedCache) else {})
+
+    def _set_conversation(self, known: dict[str, Any]) -> None:
         for number, module in enumerate(self.chain):
             for name in CONVERSATION_ATTRIBUTES:
                 if name in vars(module):
                     setattr(module, name, known.get(f"{number}.{name}"))
 
+    @contextmanager
+    def _as_stream(self, stream: Stream, cache: Any) -> Iterator[None]:
+        """While the block runs, the modules hold what belongs to the stream's own conversation."""
+        if stream.main:
+            yield
+            return
+        before = self._conversation(1)
+        self._set_conversation(cache.conversation if isinstance(cache, PrunedCache) else {})
+        try:
+            yield
+        finally:
+            self._set_conversation(before)
+
     def _conversation(self, batch: int) -> dict[str, Any]:
         def per_row(value: Any) -> Any:  # beams repeat the rows after some models computed this for the prompts
-            if isinstance(value, Tensor) and value.dim() and batch % value.shape[0] == 0:
+            if isinstance(value, Tensor) and value.dim() and batch > value.shape[0] and batch % value.shape[0] == 0:
                 return value.repeat_interleave(batch // value.shape[0], dim=0)
             return value
 
@@ -247,10 +299,33 @@ class Frame:
         # The mask covers the whole conversation also where only the new tokens are passed
         given = (kwargs.get(name) for name in ("attention_mask", "inputs_embeds", "input_ids", "inputs"))
         prompt = next((value for value in (*given, *args[:1]) if isinstance(value, Tensor)), None)
-        self.session.prompt_columns = 1 if prompt is None else prompt.shape[1]
+        self.session.streams.begin_generate(1 if prompt is None else prompt.shape[1])
+        for part in self.chain[:-1]:
+            if isinstance(part, PreTrainedModel) and part.can_generate():
+                part._prepare_cache_for_generation = own(self._noting_cache(part))
         self._watch_vision(self._encoded)
         self._follow_inner_generate(args, kwargs)
-        return self.state.model_class.generate(self.root, *args, **kwargs)
+        return self._generate(*args, **kwargs)
+
+    def _generate_inside(self, *args: Any, **kwargs: Any) -> Any:
+        """A `generate` called while this one runs: by a custom loop, or to heal tokens."""
+        inner = self.session.inner({name: kwargs.pop(name, None) for name in CALL_ARGUMENTS})
+        self.state.check_tier(inner.tier)
+        frame = Frame(self.state, self._view, inner)
+        frame._generate = functools.partial(self.state.model_class.generate, frame.root)
+        return frame.generate(*args, **kwargs)
+
+    def _noting_cache(self, part: Any) -> Callable[..., Any]:
+        """Let the streams know the cache that `generate` makes, or takes, for its prompt."""
+        prepare = part._prepare_cache_for_generation
+
+        def prepare_cache(generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+            result = prepare(generation_config, model_kwargs, *args, **kwargs)
+            for value in model_kwargs.values():
+                self.session.streams.begin_cache(value)
+            return result
+
+        return prepare_cache
 
     def _follow_inner_generate(self, args: Any, kwargs: Any) -> None:
         """Some models (BLIP-2) merge the images in their `generate` and hand the rest to that of a part of theirs."""
@@ -265,7 +340,7 @@ class Frame:
             raise UnsupportedUsageError(
                 f"{type(self.root).__name__} cannot tell which tokens are visual; pass input_ids with its placeholders"
             )
-        self.session.prompt_columns = input_ids.shape[1]
+        self.session.streams.main.prompt_columns = input_ids.shape[1]
         placeholders = torch.tensor(placeholder_ids(self.root.config), device=input_ids.device)
         self.session.visual = torch.isin(input_ids, placeholders)
 
@@ -278,6 +353,15 @@ class Frame:
             return self._run(module, function, args, kwargs)
 
         return presented_as(function, forward)
+
+
+def _noting_placeholders(call: Call, finder: Callable[..., Any]) -> Callable[..., Any]:
+    def get_placeholder_mask(*args: Any, **kwargs: Any) -> Any:
+        masks = finder(*args, **kwargs)
+        call.visual.extend(m for m in (masks if isinstance(masks, tuple) else (masks,)) if isinstance(m, Tensor))
+        return masks
+
+    return get_placeholder_mask
 
 
 def _has_images(named: dict[str, Any]) -> bool:

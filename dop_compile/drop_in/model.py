@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import nn
 
+from dop_compile.copies import own, shallow_copy
 from dop_compile.drop_in.frame import CALL_ARGUMENTS, Frame, Session, presented_as
-from dop_compile.drop_in.model_path import shallow_copy
 from dop_compile.errors import UnsupportedUsageError
 from dop_compile.policy import Policy
 from dop_compile.tiers_file import save_policies
@@ -22,14 +22,18 @@ CONTINUOUS_BATCHING = ("generate_batch", "init_continuous_batching", "continuous
 """Ways into transformers' own server loop."""
 
 
-def drop_in(state: Any, base: nn.Module, tier: str) -> Any:
+def drop_in(state: Any, source: nn.Module, tier: str) -> Any:
     """An object of the model's class that runs `tier` unless a call names another.
+
+    `source` is the module that it shares everything with, and whose changes it follows: the compiled model's copy of
+    the original, or another view.
 
     Adds to the class's own interface: `forward` and `generate` take `tier`, `visual_indices` and `token_groups`;
     `tier(name)` is a view with another default, usable from any thread; `dop` is the `CompiledState` and `dop_tier` the
     default tier. `save_pretrained` writes the original model, and the tiers beside it.
     """
-    view = shallow_copy(base, own_children=False)
+    view = shallow_copy(source, own_children=False)
+    state.views.add(view, source)
 
     def session(kwargs: dict[str, Any]) -> Session:
         values = {name: kwargs.pop(name, None) for name in CALL_ARGUMENTS}
@@ -75,13 +79,13 @@ def drop_in(state: Any, base: nn.Module, tier: str) -> Any:
         return saved
 
     own_forward = view.forward = presented_as(state.model_class.forward, forward)
-    view.train = train
+    view.train = own(train)
     for name in CONTINUOUS_BATCHING:
-        setattr(view, name, no_continuous_batching)
-    view.__deepcopy__ = view.__reduce_ex__ = cannot_copy
+        setattr(view, name, own(no_continuous_batching))
+    view.__deepcopy__ = view.__reduce_ex__ = own(cannot_copy)
     view.generate = presented_as(state.model_class.generate, generate)
     view.save_pretrained = presented_as(state.model_class.save_pretrained, save_pretrained)
-    view.tier = lambda name: drop_in(state, base, state.check_tier(name))
+    view.tier = own(lambda name: drop_in(state, view, state.check_tier(name)))
     view.dop = state
     view.dop_tier = tier
     return view

@@ -1,27 +1,24 @@
-"""The path from a model to its text decoder: found, copied, and kept in step with the original.
+"""The path from a model to its text decoder.
 
 The modules on the path are the only ones that a compiled model has of its own; all others are the original's.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
+from dop_compile.copies import own, shallow_copy
 from dop_compile.errors import UnsupportedUsageError
 
 __all__ = [
-    "OriginalFollower",
     "block_path",
-    "copy_path",
     "decoder_path",
     "path_modules",
     "placeholder_ids",
-    "shallow_copy",
     "unblocked",
 ]
 
@@ -70,91 +67,11 @@ def placeholder_ids(config: Any) -> list[int]:
     return [value for name in PLACEHOLDER_IDS if isinstance(value := getattr(config, name, None), int)]
 
 
-def shallow_copy(module: nn.Module, *, own_children: bool) -> Any:
-    copy = object.__new__(type(module))
-    copy.__dict__.update(module.__dict__)
-    if own_children:
-        copy.__dict__["_modules"] = dict(module._modules)
-    return copy
-
-
-def copy_path(root: nn.Module, path: str) -> list[Any]:
-    """Shallow copies of the modules from `root` down to `path`, linked to each other."""
-    chain = [shallow_copy(root, own_children=True)]
-    for name in path.split("."):
-        child = shallow_copy(chain[-1]._modules[name], own_children=True)
-        chain[-1]._modules[name] = child
-        chain.append(child)
-    return chain
-
-
 def path_modules(root: nn.Module, path: str) -> list[tuple[str, nn.Module]]:
     """The modules from `root` (named "") down to `path`, by name."""
     names = path.split(".")
     paths = [".".join(names[:number]) for number in range(len(names) + 1)]
     return [(name, root.get_submodule(name)) for name in paths]
-
-
-class OriginalFollower:
-    """Hands on what the user replaces on the original: `model.lm_head = x` is for the compiled model as well.
-
-    Args:
-        original: the user's model.
-        copies: its path modules' copies, from `copy_path`.
-        path: the decoder's path.
-    """
-
-    def __init__(self, original: nn.Module, copies: list[Any], path: str):
-        self._names = path.split(".")
-        originals = [module for _, module in path_modules(original, path)]
-        self._pairs = list(zip(originals, copies, strict=True))
-        self._known = [dict(module._modules) for module in originals]
-        self._lock = threading.Lock()
-
-    def update(self) -> None:
-        """Adopt children replaced, and a change of training mode, since the last call.
-
-        Raises:
-            UnsupportedUsageError: the decoder or a module around it was replaced, or got another forward; the weights
-                were moved to the meta device.
-        """
-        for number, (module, copy) in enumerate(self._pairs):
-            if "forward" in vars(module):
-                raise UnsupportedUsageError(
-                    f"the forward of {self._name(number)} was replaced on the original model after dop_compile; a "
-                    "compiled model cannot follow that: put it back, or use a forward hook"
-                )
-            copy.training = module.training
-        if next(self._pairs[0][0].parameters()).device.type == "meta":
-            raise UnsupportedUsageError(
-                "the model's weights are on the meta device and hold no values; load them first"
-            )
-        if all(known == module._modules for known, (module, _) in zip(self._known, self._pairs, strict=True)):
-            return
-        with self._lock:
-            for number, (module, copy) in enumerate(self._pairs):
-                known = self._known[number]
-                for name in {**known, **module._modules}:
-                    if name in known and name in module._modules and known[name] is module._modules[name]:
-                        continue
-                    if name in self._names[number : number + 1]:
-                        raise UnsupportedUsageError(
-                            f"{self._name(number + 1)} was replaced on the original model after "
-                            "dop_compile; compile the model again"
-                        )
-                    if name in module._modules:
-                        copy._modules[name] = module._modules[name]
-                    else:
-                        del copy._modules[name]
-                self._known[number] = dict(module._modules)
-
-    def train(self, mode: bool = True) -> None:
-        """Switch the original, and with it the compiled model, to training or back."""
-        self._pairs[0][0].train(mode)
-        self.update()
-
-    def _name(self, number: int) -> str:
-        return ".".join(self._names[:number]) or type(self._pairs[0][0]).__name__
 
 
 def _use_compiled_model(name: str, kind: type) -> Callable[..., Any]:
@@ -171,7 +88,7 @@ def block_path(chain: list[Any], path: str) -> None:
     """Let the copies inside a compiled model refuse to be called: they would run the original's decoder, unpruned."""
     names = path.split(".")
     for number, module in enumerate(chain[1:], start=1):
-        module.forward = _use_compiled_model(".".join(names[:number]), type(module))
+        module.forward = own(_use_compiled_model(".".join(names[:number]), type(module)))
 
 
 def unblocked(module: nn.Module) -> Any:

@@ -72,7 +72,8 @@ class Replay:
         self._rows = rows
         self._inputs = {name: value for name, value in inputs.items() if name not in _OWN}
         session = Session(compiled.dop_tier, inputs.get("visual_indices"), inputs.get("token_groups"))
-        self._prompt = session.prompt_columns = prompt_tokens or self._inputs["input_ids"].shape[1]
+        self._prompt = prompt_tokens or self._inputs["input_ids"].shape[1]
+        session.streams.main.prompt_columns = self._prompt
         recorder = _Recorder(compiled, session, depths)
         keep = {"logits_to_keep": rows} if "logits_to_keep" in _parameters(compiled) else {}
         with torch.no_grad():
@@ -129,7 +130,9 @@ class Replay:
 
     def _head(self, hidden: Tensor, kind: type[Any]) -> Tensor:
         """What the model makes of its decoder's output."""
-        return _Stub(self._compiled, Session(self._compiled.dop_tier, prompt_columns=0), hidden, kind).logits()
+        session = Session(self._compiled.dop_tier)
+        session.streams.main.prompt_columns = 0
+        return _Stub(self._compiled, session, hidden, kind).logits()
 
 
 def _parameters(model: Any) -> Mapping[str, inspect.Parameter]:

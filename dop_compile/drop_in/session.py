@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
+from dop_compile.copies import own
+from dop_compile.drop_in.streams import Streams
 from dop_compile.policy import Policy
 
 __all__ = ["CALL_ARGUMENTS", "Session", "presented_as"]
@@ -21,17 +23,23 @@ CALL_ARGUMENTS = ("tier", "visual_indices", "token_groups")
 class Session:
     """One `generate`, or one plain forward call: its tier and what the caller said about its tokens.
 
-    `policy` takes the place of the tier's. `prompt_columns` is where the prompt ends in a `generate`: what stands in
-    later columns was generated. `visual` (batch, tokens) are the placeholders of a prompt whose ids the decoder's own
-    head does not get to see.
+    `policy` takes the place of the tier's. `streams` tells calls for the caller's prompt from others. `visual` (batch,
+    tokens) are the placeholders of a prompt whose ids the decoder's own head does not get to see.
     """
 
     tier: str
     visual_indices: Any = None
     token_groups: Any = None
-    prompt_columns: int | None = None
     policy: Policy | None = None
     visual: Tensor | None = None
+    streams: Streams = field(default_factory=Streams)
+
+    def inner(self, named: dict[str, Any]) -> Session:
+        """The session of a `generate` that is called from this one, with what it says itself in `named`."""
+        said = {name: named.get(name) for name in CALL_ARGUMENTS}
+        tier = said.pop("tier") or self.tier
+        said = {name: getattr(self, name) if value is None else value for name, value in said.items()}
+        return Session(tier, **said, policy=self.policy if tier == self.tier else None)
 
 
 def presented_as(method: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
@@ -41,6 +49,11 @@ def presented_as(method: Callable[..., Any], function: Callable[..., Any]) -> Ca
     def call(*args: Any, **kwargs: Any) -> Any:
         return function(*args, **kwargs)
 
+    call.__signature__ = _bound_signature(method)  # type: ignore[attr-defined]
+    return own(call)
+
+
+@functools.lru_cache(maxsize=256)
+def _bound_signature(method: Callable[..., Any]) -> inspect.Signature:
     signature = inspect.signature(method)
-    call.__signature__ = signature.replace(parameters=list(signature.parameters.values())[1:])  # type: ignore[attr-defined]
-    return call
+    return signature.replace(parameters=list(signature.parameters.values())[1:])

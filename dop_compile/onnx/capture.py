@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dop_compile.drop_in.model_path import copy_path, decoder_path, placeholder_ids
+from dop_compile.copies import copy_path
+from dop_compile.drop_in.model_path import decoder_path, placeholder_ids
 from dop_compile.errors import UnsupportedModelError
 from dop_compile.runtime.decoder import UNUSED_ARGUMENTS
 from dop_compile.runtime.outer_masks import builds_masks

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from dop_compile.compiler import build_graph
-from dop_compile.drop_in.model_path import copy_path, decoder_path
+from dop_compile.copies import copy_path
+from dop_compile.drop_in.model_path import decoder_path
 from dop_compile.errors import UnsupportedModelError
 from dop_compile.keep import KeepTable
 from dop_compile.onnx.capture import MODALITIES, VisionCall, features_of

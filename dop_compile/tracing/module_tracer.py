@@ -15,6 +15,7 @@ from typing import Any
 from torch import fx, nn
 from transformers import PreTrainedConfig
 
+from dop_compile.copies import BOUND_CALLS, rebind
 from dop_compile.tracing.proxies import flatten
 
 __all__ = ["ModuleTracer", "names_in"]
@@ -42,6 +43,9 @@ class ModuleTracer(fx.Tracer):
     def _copy(self, module: nn.Module, path: str) -> nn.Module:
         duplicate: nn.Module = object.__new__(type(module))
         vars(duplicate).update(vars(module))
+        for name in BOUND_CALLS:
+            vars(duplicate).pop(name, None)
+        rebind(duplicate, {id(module): duplicate})
         vars(duplicate)["_modules"] = {
             name: None if child is None else self._copy(child, f"{path}.{name}" if path else name)
             for name, child in module._modules.items()

@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import masking_utils
 
 from dop_compile import ops
+from dop_compile.copies import BOUND_CALLS, rebind
 from dop_compile.runtime.flash import following_runs
 from dop_compile.tracing.decoder_inputs import DecoderInputs
 from dop_compile.tracing.module_tracer import ModuleTracer
@@ -288,7 +289,9 @@ class _PartsTracer(DecoderTracer):
 def _copy_without_hooks(module: nn.Module) -> nn.Module:
     copy: nn.Module = object.__new__(type(module))
     vars(copy).update(vars(module))
-    vars(copy).pop("forward", None)
+    for name in ("forward", *BOUND_CALLS):
+        vars(copy).pop(name, None)
+    rebind(copy, {id(module): copy})
     for name in vars(module):
         if name.startswith("_") and name.endswith("_hooks"):
             vars(copy)[name] = OrderedDict()

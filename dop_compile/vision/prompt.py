@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dop_compile.copies import own
 from dop_compile.errors import UnsupportedUsageError
 from dop_compile.policy import Policy
 from dop_compile.reducers import Reducer, create, fitting, needs
@@ -50,11 +51,12 @@ def watch_vision(
         note: called with the tokens of each call of a feature method.
     """
     for module, child in reversed(list(zip(chain[:-1], path.split("."), strict=True))):
-        methods = [name for name in FEATURE_METHODS if hasattr(type(module), name)]
+        methods = [name for name in FEATURE_METHODS if hasattr(module, name)]
         if methods:
             modules, busy = VisionModules.find(module, child), set[nn.Module]()
             for name in methods:
-                vars(module)[name] = _watched(modules, getattr(type(module), name), wanted, note, busy)
+                method = getattr(module, name)  # the class's, or one set on the instance
+                vars(module)[name] = _watched(modules, getattr(method, "unwatched", method), wanted, note, busy)
             return
 
 
@@ -71,14 +73,14 @@ def _watched(
     @functools.wraps(method)
     def call(*args: Any, **kwargs: Any) -> Any:
         if modules.owner in busy:  # one feature method calls another
-            return method(modules.owner, *args, **kwargs)
-        named = signature.bind_partial(modules.owner, *args, **kwargs).arguments
+            return method(*args, **kwargs)
+        named = signature.bind_partial(*args, **kwargs).arguments
         named |= named.get("kwargs", {})
         attentions = _layers(modules, named) if wanted & {"cls_attention", "keys"} else {}
         busy.add(modules.owner)
         try:
             with observing(modules, attentions) if wanted else nullcontext(Observed()) as observed:
-                output = method(modules.owner, *args, **kwargs)
+                output = method(*args, **kwargs)
         finally:
             busy.discard(modules.owner)
         grid = next((value for name, value in named.items() if name.endswith("_grid_thw")), None)
@@ -89,7 +91,8 @@ def _watched(
             note(found)
         return output
 
-    return call
+    call.unwatched = method  # type: ignore[attr-defined]
+    return own(call)
 
 
 def _layers(modules: VisionModules, named: dict[str, Any]) -> dict[Tower, int]:

@@ -12,13 +12,14 @@ embeddings it applies, and the tower itself runs under whichever implementation 
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from dop_compile.drop_in.model_path import shallow_copy
+from dop_compile.copies import rebound, shallow_copy
 
 __all__ = ["attention_rows"]
 
@@ -43,14 +44,17 @@ def attention_rows(
         one after the other. None if the module does not go through Hugging Face's attention interface.
     """
     module: Any = shallow_copy(attention, own_children=False)
-    vars(module).pop("forward", None)
+    replaced = getattr(vars(module).pop("forward", None), "plain", None)
     if not hasattr(module, "config"):
         return None
     module.config = copy.copy(module.config)
     module.config._attn_implementation_internal = IMPLEMENTATION
     module.dop_class_token = class_token
     module.dop_rows = []
-    type(module).forward(module, *args, **kwargs)
+    forward = functools.partial(type(module).forward, module)
+    if replaced is not None:
+        forward = rebound(replaced, {id(attention): module})
+    forward(*args, **kwargs)
     if not module.dop_rows:
         return None
     rows, keys = zip(*module.dop_rows, strict=True)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dop_compile.drop_in.model_path import shallow_copy
+from dop_compile.copies import own, shallow_copy
 
 __all__ = ["FEATURE_METHODS", "Observed", "Tower", "VisionModules", "observing"]
 
@@ -111,7 +111,7 @@ def observing(modules: VisionModules, attentions: dict[Tower, int]) -> Iterator[
         attentions: layer of each tower whose attention is noted.
     """
     observed, owner = Observed(), modules.owner
-    before, own = dict(owner._modules), set(vars(owner))
+    before, attributes = dict(owner._modules), dict(vars(owner))
     made: dict[str, nn.Module] = {}
     try:
         if modules.projector is not None:
@@ -121,16 +121,16 @@ def observing(modules: VisionModules, attentions: dict[Tower, int]) -> Iterator[
             leaf = _private(owner, tower.attention_path(layer), made)
             leaf.forward = _noting_attention(tower, leaf, observed)
         for module in (owner, *made.values()):
-            if hasattr(type(module), "pixel_shuffle"):
-                vars(module)["pixel_shuffle"] = _noting_shuffle(module, observed)
-        if hasattr(type(owner), "pack_image_features"):
-            vars(owner)["pack_image_features"] = _noting_packing(owner, observed)
+            if hasattr(module, "pixel_shuffle"):
+                vars(module)["pixel_shuffle"] = _noting_shuffle(module.pixel_shuffle, observed)
+        if hasattr(owner, "pack_image_features"):
+            vars(owner)["pack_image_features"] = _noting_packing(owner.pack_image_features, observed)
         yield observed
     finally:
         owner._modules.clear()
         owner._modules.update(before)
-        for name in set(vars(owner)) - own:
-            delattr(owner, name)
+        vars(owner).clear()
+        vars(owner).update(attributes)
 
 
 def _private(owner: nn.Module, path: str, made: dict[str, nn.Module]) -> Any:
@@ -183,22 +183,21 @@ def _noting_attention(tower: Tower, module: nn.Module, observed: Observed) -> Ca
         observed.attentions.append((tower, module, args, kwargs))
         return plain(*args, **kwargs)
 
-    return forward
+    forward.plain = plain  # type: ignore[attr-defined]
+    return own(forward)
 
 
-def _noting_shuffle(module: Any, observed: Observed) -> Callable[..., Any]:
+def _noting_shuffle(shuffle: Callable[..., Any], observed: Observed) -> Callable[..., Any]:
     def pixel_shuffle(features: Tensor, *args: Any, **kwargs: Any) -> Any:
         spatial = features.shape[:-1]
         numbers = torch.arange(spatial.numel(), device="cpu").view(*spatial, 1)
-        observed.shuffled.append(type(module).pixel_shuffle(module, numbers, *args, **kwargs))
-        return type(module).pixel_shuffle(module, features, *args, **kwargs)
+        observed.shuffled.append(shuffle(numbers, *args, **kwargs))
+        return shuffle(features, *args, **kwargs)
 
     return pixel_shuffle
 
 
-def _noting_packing(module: Any, observed: Observed) -> Callable[..., Any]:
-    original = functools.partial(type(module).pack_image_features, module)
-
+def _noting_packing(original: Callable[..., Any], observed: Observed) -> Callable[..., Any]:
     def pack_image_features(image_features: Any, *args: Any, **kwargs: Any) -> Any:
         # The same packing of row numbers, in a dtype that models may interpolate in
         numbers: list[Tensor] = []
