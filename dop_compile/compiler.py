@@ -16,8 +16,9 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dop_compile.copies import copy_path, is_own
+from dop_compile.copies import copy_path, is_own, rebound
 from dop_compile.drop_in.following import OriginalFollower, Views
+from dop_compile.drop_in.frame import GENERATE_REPLACED
 from dop_compile.drop_in.model import drop_in
 from dop_compile.drop_in.model_path import block_path, decoder_path, path_modules, placeholder_ids, unblocked
 from dop_compile.errors import PassError, UnsupportedModelError, UnsupportedUsageError
@@ -223,6 +224,9 @@ def _check_model(model: PreTrainedModel, has_groups: bool) -> None:
                 f"the forward of {name or 'the model'} ({type(module).__name__}) was replaced on the instance, and "
                 "dop_compile would bypass it; remove what replaced it"
             )
+    generate = vars(model).get("generate")
+    if generate is not None and rebound(generate, {id(model): nn.Module()}) is generate:
+        raise UnsupportedModelError(GENERATE_REPLACED.format(type(model).__name__))
     decoder: Any = model.get_submodule(decoder_path(model))
     implementation = decoder.config._attn_implementation
     if implementation not in ATTENTION_IMPLEMENTATIONS and not is_flash(implementation):

@@ -124,7 +124,7 @@ def capture_prompt(model: Any, inputs: Mapping[str, Any]) -> Capture:
         for modality, method in MODALITIES.items():
             # The outermost model only hands the call on
             if innermost.get(method) is module:
-                setattr(module, method, _noting(found, modality, name, module, getattr(type(module), method)))
+                setattr(module, method, _noting(found, modality, name, getattr(module, method)))
         newline = getattr(module, "image_newline", None)
         if isinstance(newline, Tensor):
             found.newline = newline.detach()
@@ -149,14 +149,13 @@ def capture_prompt(model: Any, inputs: Mapping[str, Any]) -> Capture:
     return found
 
 
-def _noting(found: Capture, modality: str, path: str, module: Any, method: Any) -> Any:
+def _noting(found: Capture, modality: str, path: str, method: Any) -> Any:
     signature = inspect.signature(method)
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        bound = signature.bind(module, *args, **kwargs).arguments
+        bound = signature.bind(*args, **kwargs).arguments
         given = {**bound.pop("kwargs", {}), **bound}
-        given.pop("self", None)
-        result = method(module, *args, **kwargs)
+        result = method(*args, **kwargs)
         features = features_of(result).detach()
         found.vision.append(VisionCall(modality, path, {n: v for n, v in given.items() if v is not None}, features))
         return result

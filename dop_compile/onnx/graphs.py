@@ -156,15 +156,14 @@ class Vision(nn.Module):
     def __init__(self, model: Any, call: VisionCall):
         super().__init__()
         self.model = model
-        self._module = model.get_submodule(call.path)
-        self._method = getattr(type(self._module), MODALITIES[call.modality])
+        self._method = getattr(model.get_submodule(call.path), MODALITIES[call.modality])
         self._pixels = call.pixels
         self._given = {name: value for name, value in call.kwargs.items() if name != call.pixels}
         self.input_names = (call.pixels,)
 
     def forward(self, pixels: Tensor) -> Tensor:
         arguments = {self._pixels: pixels, **self._given}
-        return features_of(self._method(self._module, **arguments))
+        return features_of(self._method(**arguments))
 
 
 class Reduce(nn.Module):
