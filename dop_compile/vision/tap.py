@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dop_compile.copies import own, shallow_copy
+from dop_compile.copies import own, rebind, shallow_copy
 
 __all__ = ["FEATURE_METHODS", "Observed", "Tower", "VisionModules", "observing"]
 
@@ -112,7 +112,7 @@ def observing(modules: VisionModules, attentions: dict[Tower, int]) -> Iterator[
     """
     observed, owner = Observed(), modules.owner
     before, attributes = dict(owner._modules), dict(vars(owner))
-    made: dict[str, nn.Module] = {}
+    made: dict[str, tuple[nn.Module, nn.Module]] = {}
     try:
         if modules.projector is not None:
             leaf = _private(owner, modules.projector, made)
@@ -120,7 +120,7 @@ def observing(modules: VisionModules, attentions: dict[Tower, int]) -> Iterator[
         for tower, layer in attentions.items():
             leaf = _private(owner, tower.attention_path(layer), made)
             leaf.forward = _noting_attention(tower, leaf, observed)
-        for module in (owner, *made.values()):
+        for module in (owner, *(copy for _, copy in made.values())):
             if hasattr(module, "pixel_shuffle"):
                 vars(module)["pixel_shuffle"] = _noting_shuffle(module.pixel_shuffle, observed)
         if hasattr(owner, "pack_image_features"):
@@ -133,7 +133,7 @@ def observing(modules: VisionModules, attentions: dict[Tower, int]) -> Iterator[
         vars(owner).update(attributes)
 
 
-def _private(owner: nn.Module, path: str, made: dict[str, nn.Module]) -> Any:
+def _private(owner: nn.Module, path: str, made: dict[str, tuple[nn.Module, nn.Module]]) -> Any:
     """A copy of the module at `path`, with copies of all modules on the way to it put in their places."""
     parent, names = owner, path.split(".")
     for number, name in enumerate(names):
@@ -142,8 +142,12 @@ def _private(owner: nn.Module, path: str, made: dict[str, nn.Module]) -> Any:
             original = parent._modules[name]
             assert original is not None
             _install_recorders(original)
-            made[here] = parent._modules[name] = shallow_copy(original, own_children=True)
-        parent = made[here]
+            made[here] = (original, shallow_copy(original, own_children=True))
+            parent._modules[name] = made[here][1]
+        parent = made[here][1]
+    stands_for = {id(original): copy for original, copy in made.values()}
+    for _, copy in made.values():
+        rebind(copy, stands_for)
     return parent
 
 
@@ -173,7 +177,7 @@ def _noting_projector(module: nn.Module, observed: Observed) -> Callable[..., An
         observed.projections.append((given[0], output, len(given) > 1))
         return output
 
-    return forward
+    return own(forward)
 
 
 def _noting_attention(tower: Tower, module: nn.Module, observed: Observed) -> Callable[..., Any]:

@@ -36,10 +36,16 @@ def half(output: Any) -> Any:
 
 def by_closure(owner: nn.Module) -> None:
     original = owner.get_image_features
-    owner.get_image_features = lambda *args, **kwargs: half(original(*args, **kwargs))
+
+    @functools.wraps(original)  # transformers reads the names of its arguments
+    def get_image_features(*args: Any, **kwargs: Any) -> Any:
+        return half(original(*args, **kwargs))
+
+    owner.get_image_features = get_image_features
 
 
 def by_method(owner: nn.Module) -> None:
+    @functools.wraps(type(owner).get_image_features)
     def get_image_features(self: Any, *args: Any, **kwargs: Any) -> Any:
         return half(type(self).get_image_features(self, *args, **kwargs))
 
@@ -47,6 +53,7 @@ def by_method(owner: nn.Module) -> None:
 
 
 def by_partial(owner: nn.Module) -> None:
+    @functools.wraps(type(owner).get_image_features)
     def get_image_features(owner: Any, *args: Any, **kwargs: Any) -> Any:
         return half(type(owner).get_image_features(owner, *args, **kwargs))
 
