@@ -24,7 +24,7 @@ SPELLINGS: dict[str, tuple[str, ...]] = {
     EMBEDS: (EMBEDS, "input_embeds"),
     MASK: (MASK,),
     POSITIONS: (POSITIONS,),
-    CACHE: ("cache", CACHE, "past_key_value", "layer_past", "cache_params"),
+    CACHE: (CACHE, "cache", "past_key_value", "layer_past", "cache_params"),
 }
 """What each argument is called, by this package's name for it."""
 
