@@ -120,6 +120,12 @@ def test_callers_may_use_either_spelling(pair: Any, spelling: str) -> None:
     step = compiled(torch.tensor([[9]]), **{spelling: given})
     again = compiled(torch.cat([IDS, torch.tensor([[9]])], 1), token_groups=torch.cat([GROUPS, GROUPS[:, -1:]], 1))
     assert_close(step.logits[:, -1], again.logits[:, -1])
+    whole = torch.cat([IDS, torch.tensor([[9, 4]])], 1)
+    settings = {"max_new_tokens": 3, "do_sample": False, "token_groups": torch.nn.functional.pad(GROUPS, (0, 2))}
+    assert (
+        compiled.generate(whole, **settings, **{spelling: given}).tolist()
+        == compiled.generate(whole, **settings).tolist()
+    )
 
 
 def test_two_spellings_with_different_values_are_refused(pair: Any) -> None:

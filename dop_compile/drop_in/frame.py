@@ -246,7 +246,8 @@ class Frame:
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         self._check_generation(kwargs.get("generation_config") or self.root.generation_config, kwargs)
-        self.restore(canonical(self.state.model_class.generate, kwargs).get(CACHE))
+        kwargs = spelled(self.state.model_class.forward, kwargs)  # what `generate` hands to the model
+        self.restore(canonical(self.state.model_class.forward, kwargs).get(CACHE))
         # The mask covers the whole conversation also where only the new tokens are passed
         given = (kwargs.get(name) for name in ("attention_mask", "inputs_embeds", "input_ids", "inputs"))
         prompt = next((value for value in (*given, *args[:1]) if isinstance(value, Tensor)), None)
