@@ -68,7 +68,7 @@ NEWEST_FAMILIES := not (video_llava or mistral3 or smolvlm or cohere2_vision)
 $(NEWEST)/.installed: pyproject.toml
 	test -x $(NEWEST)/bin/python || $(PYTHON) -m venv $(NEWEST)
 	$(NEWEST)/bin/python -m pip install --disable-pip-version-check --upgrade --upgrade-strategy eager \
-		--editable . pytest pytest-xdist hypothesis
+		--editable ".[search]" pytest pytest-xdist hypothesis
 	@touch $@
 
 test-newest: $(NEWEST)/.installed
