@@ -5,19 +5,22 @@ BIN := $(VENV)/bin
 BUILD := build
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 LOWER := .venv-lower
+NEWEST := .venv-newest
 
-.PHONY: help demo test test-lower conformance lint types bench clean
+.PHONY: help demo test fuzz test-lower test-newest conformance lint types bench clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo   ask a small trained model about a picture of digits, in full and pruned"
-	@echo "make test   run the tests"
+	@echo "make test   run the tests; examples are drawn alike in each run"
+	@echo "make fuzz   the property tests with many more examples, drawn at random"
 	@echo "make test-lower  the paper's models with the oldest transformers that is supported"
+	@echo "make test-newest  the paper's models, Qwen3-VL and Gemma 3 with the newest torch and transformers"
 	@echo "make conformance  the slow tests: every known model family, and large exports; prints the table"
 	@echo "make lint   ruff"
 	@echo "make types  mypy --strict"
 	@echo "make bench  measure prefill of the original and of pruned models"
-	@echo "make clean  remove $(VENV), $(LOWER) and everything built"
+	@echo "make clean  remove $(VENV), $(LOWER), $(NEWEST) and everything built"
 
 # Torch first and by its exact version: pip then takes a file from a local --find-links folder
 # (for example a CPU build) where there is one.
@@ -37,8 +40,12 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 demo: $(VENV)/.installed
 	$(BIN)/dop-compile demo
 
+# Sets of strings are in another order in each process unless told otherwise.
 test: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+	PYTHONHASHSEED=0 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+
+fuzz: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m hypothesis --hypothesis-profile=fuzz $(PYTEST_ARGS)
 
 # An environment of its own, with the lowest version of transformers. torch is the same: 2.11 has no CPU build that
 # every index offers.
@@ -53,7 +60,20 @@ $(LOWER)/.installed: pyproject.toml constraints-lower.txt
 	@touch $@
 
 test-lower: $(LOWER)/.installed
-	OMP_NUM_THREADS=1 $(LOWER)/bin/python -m pytest -n 2 $(LOWER_TESTS) -k "$(LOWER_FAMILIES)" $(PYTEST_ARGS)
+	PYTHONHASHSEED=0 OMP_NUM_THREADS=1 $(LOWER)/bin/python -m pytest -n 2 $(LOWER_TESTS) -k "$(LOWER_FAMILIES)" $(PYTEST_ARGS)
+
+# The other end of what pyproject.toml allows, which is what a user's `pip install` gives: no constraints.
+NEWEST_TESTS := $(LOWER_TESTS) tests/test_spellings.py tests/test_cli.py tests/benchmark/test_bench.py
+NEWEST_FAMILIES := not (video_llava or mistral3 or smolvlm or cohere2_vision)
+$(NEWEST)/.installed: pyproject.toml
+	test -x $(NEWEST)/bin/python || $(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --disable-pip-version-check --upgrade --upgrade-strategy eager \
+		--editable ".[search]" pytest pytest-xdist hypothesis
+	@touch $@
+
+test-newest: $(NEWEST)/.installed
+	PYTHONHASHSEED=0 OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -n 2 $(NEWEST_TESTS) -k "$(NEWEST_FAMILIES)" \
+		$(PYTEST_ARGS)
 
 conformance: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m conformance tests $(PYTEST_ARGS)
@@ -68,5 +88,5 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/prefill.py $(BENCH_ARGS)
 
 clean:
-	rm -rf $(VENV) $(LOWER) $(BUILD) dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(LOWER) $(NEWEST) $(BUILD) dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -27,6 +27,7 @@ from dop_compile.benchmark.rounds import ratio
 from dop_compile.runtime.decoder import run_decoder
 from dop_compile.runtime.prompt import Prompt, make_reducer, reduce_prompt
 from dop_compile.runtime.slots import Call
+from dop_compile.spellings import CACHE, spelled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,8 +104,8 @@ class Bench:
         self.groups = groups.to(self.device)
 
     def original(self) -> Callable[[], Any]:
-        decoder, config = self.model.model, self.model.config
-        return lambda: decoder(inputs_embeds=self.embeds, past_key_values=DynamicCache(config=config))
+        decoder = self.model.model
+        return lambda: decoder(inputs_embeds=self.embeds, **_new_cache(decoder))
 
     def compiled_layers(self) -> Callable[[], Any]:
         """The original with every layer under torch.compile, as Hugging Face documents it; on a copy."""
@@ -113,8 +114,7 @@ class Bench:
         torch._dynamo.config.recompile_limit = 2 * len(decoder.layers)
         for layer in decoder.layers:
             layer.compile(dynamic=True)
-        config = self.model.config
-        return lambda: decoder(inputs_embeds=self.embeds, past_key_values=DynamicCache(config=config))
+        return lambda: decoder(inputs_embeds=self.embeds, **_new_cache(decoder))
 
     def tier(self, compiled: Any, name: str) -> Callable[[], Any]:
         state = compiled.dop
@@ -125,6 +125,11 @@ class Bench:
             return run_decoder(state, state.decoder, request, inputs_embeds=self.embeds, use_cache=True)
 
         return call
+
+
+def _new_cache(decoder: Any) -> dict[str, Any]:
+    """An empty cache, under the name that the decoder has for it."""
+    return spelled(type(decoder).forward, {CACHE: DynamicCache(config=decoder.config)})
 
 
 def measure(bench: Bench, backend: str, rounds: int) -> list[dict[str, Any]]:

@@ -5,15 +5,27 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from hypothesis import settings
 from PIL import ImageFile
 
 # Here, since the process that prints does not collect tests where several run them
 from tests.conformance.summary import pytest_terminal_summary
+from tests.drawing import FUZZ, register_profiles, same_constants, seed
 
 __all__ = ["pytest_terminal_summary"]
 
+register_profiles()
 
+
+@pytest.hookimpl(trylast=True)
+def pytest_configure() -> None:
+    if settings.get_current_profile_name() != FUZZ:  # Hypothesis has loaded what the command line says
+        same_constants()
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
+    seed()  # before the fixtures, of which any may draw
     ImageFile.LOAD_TRUNCATED_IMAGES = False  # importing lmms-eval sets it
 
 

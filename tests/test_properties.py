@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dop_compile import Policy
+from tests.drawing import examples
 from tests.families import FAMILIES, Segment
 from tests.strategies import policies
 from tests.support import (
@@ -29,16 +29,6 @@ from tests.support import (
 
 NAMES = ("llava", "qwen2_5_vl", "gemma3", "smolvlm", "cohere2_vision", "llama")
 ALL_NAMES = tuple(FAMILIES)
-
-
-def examples(count: int) -> Any:
-    return settings(
-        max_examples=count,
-        derandomize=True,
-        database=None,
-        deadline=None,
-        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-    )
 
 
 @st.composite

@@ -24,6 +24,7 @@ from dop_compile.fingerprint import model_fingerprint
 from dop_compile.policy import Policy
 from dop_compile.policy_json import integer
 from dop_compile.reports.explain import TierCost, explain
+from dop_compile.spellings import cache_of
 
 __all__ = ["bench", "repeated"]
 
@@ -139,7 +140,7 @@ def _kv_bytes(model: Any, inputs: Inputs, **settings: Any) -> int:
     )
     return sum(
         tensor.nbytes
-        for layer in output.past_key_values.layers
+        for layer in cache_of(output).layers
         for tensor in (layer.keys, layer.values)
         if tensor is not None
     )

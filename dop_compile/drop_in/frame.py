@@ -28,6 +28,7 @@ from dop_compile.runtime.cache import PrunedCache
 from dop_compile.runtime.decoder import run_decoder
 from dop_compile.runtime.outer_masks import builds_masks, deferring_forward
 from dop_compile.runtime.slots import Call
+from dop_compile.spellings import CACHE, cache_of, canonical, spelled
 from dop_compile.vision.features import TokenFeatures
 from dop_compile.vision.prompt import vision_fields, watch_vision
 
@@ -110,10 +111,10 @@ class Frame:
             self._running = False
 
     def _run_once(self, module: Any, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        kwargs = {name: value for name, value in kwargs.items() if name not in GENERATE_ARGUMENTS}
+        kwargs = {n: value for n, value in spelled(function, kwargs).items() if n not in GENERATE_ARGUMENTS}
         arguments = inspect.signature(function).bind_partial(module, *args, **kwargs).arguments
-        named = {**arguments, **arguments.get("kwargs", {})}
-        cache = named.get("past_key_values")
+        named = canonical(function, {**arguments, **arguments.get("kwargs", {})})
+        cache = named.get(CACHE)
         self.restore(cache)
         stream = self._stream(named)
         with self._as_stream(stream, cache):
@@ -135,27 +136,28 @@ class Frame:
                 raise UnsupportedModelError(
                     f"{type(self.root).__name__} does not say which tokens are those of the images; pass token_groups"
                 )
-            for value in output if isinstance(output, tuple) else (cache, getattr(output, "past_key_values", None)):
+            for value in output if isinstance(output, tuple) else (cache, cache_of(output)):
                 if isinstance(value, PrunedCache):
                     value.conversation = self._conversation(call.batch)
                     self.session.streams.note_cache(value, stream)
         return output
 
     def _stream(self, named: dict[str, Any]) -> Stream:
-        ids, cache = named.get("input_ids"), named.get("past_key_values")
+        ids, cache = named.get("input_ids"), named.get(CACHE)
         tokens = named.get("inputs_embeds") if ids is None else ids
         past = 0 if cache is None else cache.get_seq_length()
         return self.session.streams.of_call(cache, ids, past, 0 if tokens is None else tokens.shape[1])
 
     def _decoder_forward(self, call: Call) -> Callable[..., Any]:
-        signature = inspect.signature(type(self.decoder).forward)
+        function = type(self.decoder).forward
+        signature = inspect.signature(function)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             if args:  # some outer models pass their decoder's arguments by position
                 positional = signature.bind_partial(self.decoder, *args).arguments
                 kwargs = {**dict(list(positional.items())[1:]), **kwargs}
             call.done = True
-            return self.run_decoder(call, kwargs)
+            return self.run_decoder(call, canonical(function, kwargs))
 
         return forward
 
@@ -177,7 +179,7 @@ class Frame:
     def _call(self, named: dict[str, Any], stream: Stream) -> Call:
         session = self.session
         rows = named.get("logits_to_keep", 0)
-        cache = named.get("past_key_values")
+        cache = named.get(CACHE)
         tokens = named.get("inputs_embeds") if named.get("input_ids") is None else named["input_ids"]
         past = cache.get_seq_length() if cache is not None else 0
         length = 0 if tokens is None else tokens.shape[1]
@@ -295,7 +297,8 @@ class Frame:
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         self._check_generation(kwargs.get("generation_config") or self.root.generation_config, kwargs)
-        self.restore(kwargs.get("past_key_values"))
+        kwargs = spelled(self.state.model_class.forward, kwargs)  # what `generate` hands to the model
+        self.restore(canonical(self.state.model_class.forward, kwargs).get(CACHE))
         # The mask covers the whole conversation also where only the new tokens are passed
         given = (kwargs.get(name) for name in ("attention_mask", "inputs_embeds", "input_ids", "inputs"))
         prompt = next((value for value in (*given, *args[:1]) if isinstance(value, Tensor)), None)

@@ -30,6 +30,7 @@ from dop_compile.runtime.decoder import run_decoder
 from dop_compile.runtime.merging import merge_images
 from dop_compile.runtime.outer_masks import deferred
 from dop_compile.runtime.slots import Call, token_counts
+from dop_compile.spellings import CACHE, canonical, parameters, spelled
 from dop_compile.tracing.side_inputs import embed_ids
 from dop_compile.tracing.trace import find_layers
 from dop_compile.vision.prompt import vision_fields
@@ -37,7 +38,7 @@ from dop_compile.vision.prompt import vision_fields
 __all__ = ["Replay"]
 
 
-_OWN = (*CALL_ARGUMENTS, "use_cache", "past_key_values")
+_OWN = (*CALL_ARGUMENTS, "use_cache", CACHE)
 
 
 class Replay:
@@ -70,7 +71,8 @@ class Replay:
             raise ValueError(f"inputs: expected input_ids among them, got {', '.join(inputs) or 'none'}")
         self._compiled = compiled
         self._rows = rows
-        self._inputs = {name: value for name, value in inputs.items() if name not in _OWN}
+        given = canonical(compiled.dop.model_class.forward, inputs)
+        self._inputs = {name: value for name, value in given.items() if name not in _OWN}
         session = Session(compiled.dop_tier, inputs.get("visual_indices"), inputs.get("token_groups"))
         self._prompt = prompt_tokens or self._inputs["input_ids"].shape[1]
         session.streams.main.prompt_columns = self._prompt
@@ -210,7 +212,8 @@ class _Recorder(_HeadFrame):
             plain["attention_mask"] = masks.original()
         _, layers = find_layers(self.decoder)
         with _noting(layers, self._depths, self.streams):
-            return type(self.decoder).forward(self.decoder, **plain)
+            function = type(self.decoder).forward
+            return function(self.decoder, **spelled(function, plain))
 
 
 def _equal(first: Tensor, second: Tensor) -> bool:
@@ -245,7 +248,7 @@ def _noting(layers: nn.ModuleList, depths: frozenset[int], streams: dict[int, Te
 
     def note(depth: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            streams[depth] = args[0] if args else kwargs["hidden_states"]
+            streams[depth] = args[0] if args else kwargs[list(parameters(type(module).forward))[1]]
 
         return hook
 

@@ -16,6 +16,7 @@ from dop_compile.evaluation.clock import Clock
 from dop_compile.evaluation.memory import PeakMemory
 from dop_compile.policy import Policy
 from dop_compile.runtime.slots import Call, token_counts
+from dop_compile.spellings import cache_of
 
 __all__ = ["Answer", "Asker", "prompt_counts"]
 
@@ -112,7 +113,7 @@ class _TimedFrame(Frame):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         output = super().forward(*args, **kwargs)
         self._clock.leave_model()
-        if (cache := output.past_key_values) is not None:
+        if (cache := cache_of(output)) is not None:
             self.dropped = cache.columns_seen - cache.slots_seen  # generated tokens are one slot each
         return output
 

@@ -23,11 +23,12 @@ from dop_compile.drop_in.model_path import decoder_path, placeholder_ids
 from dop_compile.errors import UnsupportedModelError
 from dop_compile.runtime.decoder import UNUSED_ARGUMENTS
 from dop_compile.runtime.outer_masks import builds_masks
+from dop_compile.spellings import CACHE, EMBEDS, IDS, MASK, POSITIONS, canonical, spelled
 
 __all__ = ["MODALITIES", "Capture", "VisionCall", "capture_prompt", "features_of"]
 
 MODALITIES = {"image": "get_image_features", "video": "get_video_features"}
-_IGNORED = ("use_cache", "past_key_values", "return_dict", *UNUSED_ARGUMENTS)
+_IGNORED = ("use_cache", CACHE, "return_dict", *UNUSED_ARGUMENTS)
 
 
 @dataclass(frozen=True)
@@ -108,9 +109,9 @@ def capture_prompt(model: Any, inputs: Mapping[str, Any]) -> Capture:
     taken: dict[str, Any] = {}
 
     def decoder(*args: Any, **kwargs: Any) -> Any:
-        bound = inspect.signature(type(chain[-1]).forward).bind(chain[-1], *args, **kwargs).arguments
-        taken.update(bound.pop("kwargs", {}))
-        taken.update(bound)
+        function = type(chain[-1]).forward
+        bound = inspect.signature(function).bind(chain[-1], *args, **spelled(function, kwargs)).arguments
+        taken.update(canonical(function, {**bound.pop("kwargs", {}), **bound}))
         raise _Stop
 
     chain[-1].forward = decoder
@@ -134,8 +135,8 @@ def capture_prompt(model: Any, inputs: Mapping[str, Any]) -> Capture:
     except _Stop:
         pass
     taken = {n: v for n, v in taken.items() if v is not None and n not in (*_IGNORED, "self")}
-    embeds, positions, mask = (taken.pop(n, None) for n in ("inputs_embeds", "position_ids", "attention_mask"))
-    if embeds is None and isinstance(ids := taken.pop("input_ids", None), Tensor):
+    embeds, positions, mask = (taken.pop(n, None) for n in (EMBEDS, POSITIONS, MASK))
+    if embeds is None and isinstance(ids := taken.pop(IDS, None), Tensor):
         embeds = chain[-1].get_input_embeddings()(ids)
     extra = [n for n, v in taken.items() if not isinstance(v, bool)]
     if embeds is None or extra or not (mask is None or isinstance(mask, Tensor)):

@@ -22,6 +22,7 @@ from dop_compile.onnx.lowering import DecoderCall, run_graph
 from dop_compile.onnx.sections import Section, SectionLayout, keep_table, universe
 from dop_compile.policy import Policy
 from dop_compile.reducers import VisualContext, create
+from dop_compile.spellings import EMBEDS, POSITIONS, spelled
 from dop_compile.tokens import Universe
 from dop_compile.tracing.trace import DecoderInputs
 
@@ -43,9 +44,9 @@ class _Head:
             return (hidden, None) if output_class is None else output_class(last_hidden_state=hidden)
 
         chain[-1].forward = decoder
-        output = type(self._model).forward(
-            chain[0], inputs_embeds=hidden, position_ids=positions, use_cache=False, return_dict=True
-        )
+        function = type(self._model).forward
+        given = spelled(function, {EMBEDS: hidden, POSITIONS: positions, "use_cache": False, "return_dict": True})
+        output = function(chain[0], **given)
         logits: Tensor = output.logits
         return logits[:, 0].float()
 

@@ -19,11 +19,12 @@ from torch import Tensor
 from transformers.masking_utils import AttentionMaskInterface
 
 from dop_compile.errors import UnsupportedModelError
+from dop_compile.spellings import CACHE, MASK, POSITIONS, canonical, spelled
 
 __all__ = ["SlotMask", "build_mask", "visible"]
 
 INTERFACE = "dop_compile_slots"
-_DROPPED = ("attention_mask", "past_key_values", "position_ids")
+_DROPPED = (MASK, CACHE, POSITIONS)
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ def build_mask(builder: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[
     Raises:
         UnsupportedModelError: the builder adds to the model's mask what slots do not tell.
     """
-    arguments = inspect.signature(builder).bind(*args, **kwargs).arguments
+    given = spelled(builder, kwargs)
+    arguments = canonical(builder, inspect.signature(builder).bind(*args, **given).arguments)
     for name in ("or_mask_function", "and_mask_function", "block_sequence_ids"):
         if arguments.get(name) is not None:
             raise UnsupportedModelError(
@@ -66,7 +68,7 @@ def build_mask(builder: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[
             )
     arguments["config"] = _SlotConfig(arguments["config"])
     arguments |= {name: None for name in _DROPPED if name in arguments}
-    return builder(**arguments)
+    return builder(**spelled(builder, arguments))
 
 
 def visible(mask: Any, queries: Tensor, entries: Tensor) -> tuple[Tensor, Tensor]:

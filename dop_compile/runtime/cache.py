@@ -121,14 +121,14 @@ class PrunedCache(DynamicCache):
             return
         if type(cache) is not DynamicCache:
             raise UnsupportedUsageError(
-                f"past_key_values is a {type(cache).__name__}; a compiled model stores layers of unequal length and "
-                "works with a DynamicCache only (leave past_key_values and cache_implementation unset)"
+                f"the cache is a {type(cache).__name__}; a compiled model stores layers of unequal length and "
+                "works with a DynamicCache only (pass none, and leave cache_implementation unset)"
             )
         if cache.offloading:
             raise UnsupportedUsageError("an offloaded cache is not supported by a compiled model; use a plain one")
         if cache.get_seq_length() > 0:
             raise UnsupportedUsageError(
-                "past_key_values was filled by another model; start the conversation with the compiled model"
+                "the cache was filled by another model; start the conversation with the compiled model"
             )
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -145,7 +145,7 @@ class PrunedCache(DynamicCache):
 
     def _foreign(self) -> UnsupportedUsageError:
         return UnsupportedUsageError(
-            f"past_key_values belongs to a conversation with tier {self.tier!r} of a compiled model and cannot be "
+            f"the cache belongs to a conversation with tier {self.tier!r} of a compiled model and cannot be "
             "continued or begun by another model; use the compiled model, or a new cache"
         )
 

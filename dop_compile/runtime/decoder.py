@@ -5,7 +5,6 @@ inputs_embeds --groups--> codes --reduce--> slots --program--> rows of requested
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from dop_compile.runtime.merging import merge_images
 from dop_compile.runtime.outer_masks import deferred
 from dop_compile.runtime.program import Program
 from dop_compile.runtime.slots import Arguments, Call, Slots
+from dop_compile.spellings import CACHE, parameters, spelled
 from dop_compile.tokens import TokenSet
 from dop_compile.tracing.module_tracer import names_in
 from dop_compile.tracing.side_inputs import embed_ids
@@ -51,7 +51,7 @@ def _check_arguments(decoder: Any, call: Call, kwargs: dict[str, Any]) -> Argume
         raise ValueError("the prompt is empty: input_ids must hold at least one token per row")
     use_cache = kwargs.pop("use_cache", None)
     use_cache = getattr(decoder.config, "use_cache", True) if use_cache is None else use_cache
-    cache = kwargs.pop("past_key_values", None)
+    cache = kwargs.pop(CACHE, None)
     if cache is not None:
         PrunedCache.check(cache)
     mask = kwargs.pop("attention_mask", None)
@@ -69,7 +69,7 @@ def _check_arguments(decoder: Any, call: Call, kwargs: dict[str, Any]) -> Argume
     _check_lengths(cache, embeds, mask, positions)
     packed_name, packed, packed_mask = _packed(kwargs)
     for name in UNUSED_ARGUMENTS:
-        if name not in inspect.signature(type(decoder).forward).parameters:
+        if name not in parameters(type(decoder).forward):
             kwargs.pop(name, None)
     names = [n for n, v in kwargs.items() if isinstance(v, Tensor) and v.shape[:2] == embeds.shape[:2]]
     token_inputs = {name: kwargs.pop(name) for name in names}
@@ -158,7 +158,7 @@ def run_decoder(compiled: Any, decoder: nn.Module, call: Call, **kwargs: Any) ->
         compiled: the model's `CompiledState`: its programs by keep table.
         decoder: the text decoder (this call's copy; weights shared).
         call: what the outer model's call asked for.
-        kwargs: what the outer model passes to its decoder.
+        kwargs: what the outer model passes to its decoder, under the names of `dop_compile.spellings`.
 
     Returns:
         the decoder's own output class; `last_hidden_state` is (batch, rows, hidden) for `rows` last rows, else
@@ -208,7 +208,7 @@ def run_decoder(compiled: Any, decoder: nn.Module, call: Call, **kwargs: Any) ->
         "inputs_embeds": embeds,
         "position_ids": positions,
         "attention_mask": mask,
-        "past_key_values": cache,
+        CACHE: cache,
         "cache_view": view,
         "masks": selector,
     }
@@ -225,7 +225,7 @@ def run_decoder(compiled: Any, decoder: nn.Module, call: Call, **kwargs: Any) ->
     output_class = program.output_class
     if output_class is None:
         return (hidden, cache)
-    return output_class(last_hidden_state=hidden, past_key_values=cache)
+    return output_class(last_hidden_state=hidden, **spelled(output_class, {CACHE: cache}))
 
 
 def _caller_rows(

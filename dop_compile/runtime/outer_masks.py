@@ -15,6 +15,8 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.utils.generic import can_return_tuple
 
+from dop_compile.spellings import CACHE, EMBEDS, MASK, POSITIONS, canonical, spelled
+
 __all__ = ["DeferredMask", "DeferredMasks", "builds_masks", "deferred", "deferring_forward"]
 
 
@@ -31,7 +33,7 @@ class DeferredMask:
 
     def original(self) -> Any:
         """What the outer model would have built: a mask, or masks by layer type."""
-        return self._builder(**self._kwargs)
+        return self._builder(**spelled(self._builder, self._kwargs))
 
     def build(self, embeds: Tensor, mask: Tensor | None, view: Any, positions: Tensor, columns: Tensor | None) -> Any:
         """The same for the slots; `columns` (batch, slots) tells which caller's tokens they are."""
@@ -41,13 +43,8 @@ class DeferredMask:
         }
         # Positions with gaps are no packed sequences: without positions Hugging Face does not look for those
         positions_arg = positions if columns is None and self._kwargs.get("position_ids") is not None else None
-        return self._builder(
-            inputs_embeds=embeds,
-            attention_mask=mask,
-            past_key_values=view,
-            position_ids=positions_arg,
-            **kwargs,
-        )
+        given = {EMBEDS: embeds, MASK: mask, CACHE: view, POSITIONS: positions_arg}
+        return self._builder(**spelled(self._builder, {**kwargs, **given}))
 
 
 class DeferredMasks:
@@ -71,7 +68,7 @@ def deferred(mask: Any) -> DeferredMask | DeferredMasks | None:
     return mask if isinstance(mask, DeferredMask) else None
 
 
-_REPLACED = ("inputs_embeds", "attention_mask", "past_key_values", "position_ids")
+_REPLACED = (EMBEDS, MASK, CACHE, POSITIONS)
 
 
 def _follow(value: Any, tokens: int, columns: Tensor | None) -> Any:
@@ -100,7 +97,8 @@ def deferring_forward(module: nn.Module) -> Callable[..., Any]:
         signature = inspect.signature(builder)
 
         def note(*args: Any, **kwargs: Any) -> DeferredMask:
-            return DeferredMask(builder, dict(signature.bind(*args, **kwargs).arguments))
+            named = signature.bind(*args, **spelled(builder, kwargs)).arguments
+            return DeferredMask(builder, canonical(builder, named))
 
         return note
 

@@ -16,6 +16,7 @@ from torch import fx, nn
 from transformers import PreTrainedConfig
 
 from dop_compile.copies import BOUND_CALLS, rebind
+from dop_compile.spellings import spelled
 from dop_compile.tracing.proxies import flatten
 
 __all__ = ["ModuleTracer", "names_in"]
@@ -83,7 +84,7 @@ class ModuleTracer(fx.Tracer):
         self.module_stack[key] = (path, type(module).__mro__[1])
         try:
             if self._is_opened(path):
-                return module.forward(*args, **kwargs)
+                return module.forward(*args, **spelled(type(module).forward, kwargs))
             return self.create_proxy("call_module", path, args, kwargs)
         except Exception:
             self.failed_in = self.failed_in or path

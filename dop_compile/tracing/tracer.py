@@ -22,6 +22,7 @@ from transformers import masking_utils
 from dop_compile import ops
 from dop_compile.copies import BOUND_CALLS, rebind
 from dop_compile.runtime.flash import following_runs
+from dop_compile.spellings import CACHE, EMBEDS, MASK, POSITIONS, require, spelled
 from dop_compile.tracing.decoder_inputs import DecoderInputs
 from dop_compile.tracing.module_tracer import ModuleTracer
 from dop_compile.tracing.proxies import (
@@ -39,7 +40,7 @@ from dop_compile.tracing.proxies import (
 __all__ = ["ATTENTION_REGISTRY", "CACHE_INPUT", "MASK_BUILDERS", "DecoderTracer"]
 
 ATTENTION_REGISTRY = "ALL_ATTENTION_FUNCTIONS"
-CACHE_INPUT = "past_key_values"
+CACHE_INPUT = CACHE
 MASK_BUILDERS = frozenset(
     function
     for name, function in vars(masking_utils).items()
@@ -82,7 +83,9 @@ class DecoderTracer(ModuleTracer):
             # The decorators around a text model's forward fill in defaults and collect outputs: done by the runtime
             decoder = root.decoder
             function = inspect.unwrap(type(decoder).forward)
-            output = function(decoder, **self._arguments())
+            arguments = self._arguments()
+            require(function, *(name for name in (EMBEDS, MASK, POSITIONS, CACHE) if arguments[name] is not None))
+            output = function(decoder, **spelled(function, arguments))
             if isinstance(output, tuple):
                 return output[0]
             output_class.append(type(output))
@@ -100,15 +103,13 @@ class DecoderTracer(ModuleTracer):
             shape = (BATCH, TOKENS) if rows is None else (rows, BATCH, TOKENS)
             positions = torch.empty(shape, dtype=torch.long, device=device)
             packed = torch.empty(PACKED, hidden, dtype=dtype, device=device)
-        arguments["inputs_embeds"] = self._placeholder("inputs_embeds", embeds)
-        arguments["position_ids"] = self._placeholder("position_ids", positions)
+        arguments[EMBEDS] = self._placeholder(EMBEDS, embeds)
+        arguments[POSITIONS] = self._placeholder(POSITIONS, positions)
         if self._inputs.masks is None:
-            arguments["attention_mask"] = mask = self._placeholder("attention_mask", OPAQUE)
+            arguments[MASK] = mask = self._placeholder(MASK, OPAQUE)
             mask.node.meta["dims"] = 2
         else:
-            arguments["attention_mask"] = {
-                key: self._placeholder(f"attention_mask_{key}", OPAQUE) for key in self._inputs.masks
-            }
+            arguments[MASK] = {key: self._placeholder(f"{MASK}_{key}", OPAQUE) for key in self._inputs.masks}
         arguments[CACHE_INPUT] = self._placeholder(CACHE_INPUT, OPAQUE) if self._inputs.cached else None
         for name, sizes, kind in self._inputs.token_values:
             with self._fake:

@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from digits_vlm import data, models
 from dop_compile import Policy, dop_compile
+from tests.drawing import examples
 from tests.families import FAMILIES
 from tests.strategies import policies
 from tests.support import (
@@ -81,7 +82,7 @@ def test_pruned_model_is_the_reference(name: str, kind: str) -> None:
     assert_generates_reference(compiled, batch, policy, kept)
 
 
-@settings(max_examples=6, derandomize=True, database=None, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@examples(6)
 @given(st.sampled_from(SHIPPED), policies(LAYERS, reduction=False), st.integers(0, 20), st.data())
 def test_random_policies_are_the_reference(name: str, policy: Policy, start: int, draw: st.DataObject) -> None:
     batch = digits_batch(name, start, 2, generates=False)

@@ -138,6 +138,13 @@ def test_router_logits() -> None:
         compiled(ids, output_router_logits=True)
 
 
+@pytest.fixture
+def no_streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A PyTorch with CUDA makes no stream without a GPU, which offloaded caches ask for as soon as they are made."""
+    monkeypatch.setattr(torch, "Stream", lambda: None)
+
+
+@pytest.mark.usefixtures("no_streams")
 @pytest.mark.parametrize("implementation", ["static", "quantized", "offloaded"])
 def test_other_caches(implementation: str) -> None:
     batch = make_batch("llava")
@@ -147,6 +154,7 @@ def test_other_caches(implementation: str) -> None:
         compiled.generate(**batch.inputs, max_new_tokens=2, cache_implementation=implementation)
 
 
+@pytest.mark.usefixtures("no_streams")
 def test_caches_passed_by_the_caller() -> None:
     batch = make_batch("llava")
     compiled = compile_eagerly(batch.model, PRUNED)

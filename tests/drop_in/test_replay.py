@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -17,6 +17,7 @@ from dop_compile.costs import prefill_flops
 from dop_compile.drop_in.replay import Replay
 from dop_compile.runtime.cache import PrunedCache
 from tests.conformance.table import EXACT
+from tests.drawing import examples
 from tests.families import FAMILIES, IMAGE, Segment
 from tests.support import (
     MODULES,
@@ -58,7 +59,7 @@ def policies_from_a_depth(draw: st.DrawFn, layers: int, compact: bool) -> Policy
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen3_vl", "gemma3"])
-@settings(max_examples=8, deadline=None)
+@examples(8)
 @given(data=st.data())
 def test_any_policy_gives_the_logits_of_a_whole_run(name: str, data: st.DataObject) -> None:
     batch, replay = prepared(name, rows=2)

@@ -9,7 +9,7 @@ import onnx
 import pytest
 import torch
 import transformers as hf
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dop_compile import Policy, UnsupportedModelError, export_onnx
@@ -22,6 +22,7 @@ from dop_compile.onnx.plain import PlainPipeline
 from dop_compile.onnx.sessions import GraphSession
 from dop_compile.onnx.weights import WeightStore
 from dop_compile.reducers import VisualContext, create, select_tokens
+from tests.drawing import examples
 from tests.families import FAMILIES
 from tests.onnx_export.exported import (
     PROVIDER,
@@ -74,7 +75,7 @@ def test_pruned_tier_is_the_masked_original(name: str, optimized: bool) -> None:
 
 @pytest.mark.parametrize("opset", [23, pytest.param(18, marks=pytest.mark.conformance)])
 @given(data=st.data())
-@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@examples(10)
 def test_any_lengths_and_padding(opset: int, data: st.DataObject) -> None:
     length = st.integers(1, 9)
     rows = [

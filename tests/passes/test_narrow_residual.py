@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dop_compile import Policy, ops
@@ -14,6 +14,7 @@ from dop_compile.passes.annotate import ANNOTATE
 from dop_compile.passes.narrow_residual import NARROW_RESIDUAL
 from dop_compile.passes.remove_dead import REMOVE_DEAD
 from dop_compile.passes.slice_operations import SLICE_OPERATIONS
+from tests.drawing import examples
 from tests.passes.graphs import LAYERS, build, calls_of, codes_of, kv_only_from, run_graph, targets, up_to
 from tests.strategies import policies
 
@@ -63,7 +64,7 @@ def test_the_output_holds_requested_rows_only() -> None:
     assert hidden.shape == (3, 2, 64)
 
 
-@settings(max_examples=25, deadline=None)
+@examples(25)
 @given(policies(LAYERS, reduction=False), st.sampled_from([None, TEXT_ONLY]), st.booleans())
 def test_numbers_do_not_change(policy: Policy, requested: frozenset[str] | None, cached: bool) -> None:
     arguments = {"requested": requested, "cached": cached}

@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import GraniteConfig, GraniteModel
@@ -19,6 +19,7 @@ from dop_compile.passes.annotate import ANNOTATE
 from dop_compile.passes.resume import RESUME
 from dop_compile.tokens import Universe
 from dop_compile.tracing.trace import DecoderInputs, trace_decoder
+from tests.drawing import examples
 from tests.families import FAMILIES
 from tests.passes.graphs import GROUPS, LAYERS, calls_of, codes_of, decoder, kv_only_from, run_graph
 from tests.strategies import policies
@@ -128,7 +129,7 @@ def test_a_parallel_block_is_one_junction() -> None:
     assert len(graph.junctions) == 1
 
 
-@settings(max_examples=12, deadline=None)
+@examples(12)
 @given(policies(LAYERS, reduction=False), st.integers(1, LAYERS - 1))
 def test_the_rest_computes_what_the_whole_computes_from_that_stream(policy: Policy, first: int) -> None:
     """A whole graph whose first layers do nothing hands its input on to the later ones."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dop_compile import Policy, baselines, dop_compile
@@ -12,6 +12,7 @@ from dop_compile.errors import UnsupportedModelError
 from dop_compile.passes import rank_tokens
 from dop_compile.ranking import Ranking, Stage
 from dop_compile.rankings.call import observing
+from tests.drawing import examples
 from tests.families import FAMILIES as ALL_FAMILIES
 from tests.rankings.check import check
 from tests.support import assert_rows_match, compile_eagerly, make_batch
@@ -65,7 +66,7 @@ def ranked_policies(draw: st.DrawFn) -> Policy:
     return Policy.from_operations(4, pruned).replace(ranking=ranking(criterion, *stages))
 
 
-@settings(max_examples=15, deadline=None)
+@examples(15)
 @given(ranked_policies())
 def test_any_ranking_with_any_operations(policy: Policy) -> None:
     check("llava", policy, tokens=2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dop_compile.reducers import (
@@ -19,11 +19,12 @@ from dop_compile.reducers import (
     select_batch,
     select_tokens,
 )
+from tests.drawing import examples
 from tests.reducers import plain
 from tests.reducers.drawn import contexts, contexts_and_counts
 
 METHODS = ("vispruner", "cdpruner", "divprune", "visionzip", "prumerge", "prumerge_plus", "trim")
-drawn = settings(deadline=None, max_examples=60, derandomize=True, database=None)
+drawn = examples(60)
 
 
 def numpy(context: VisualContext, *names: str) -> list[np.ndarray]:

@@ -7,17 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dop_compile.reducers import VisualContext, create, known, quotas, select_batch, select_tokens
+from tests.drawing import examples
 from tests.reducers.drawn import HIDDEN, VISION, contexts
 
 CHOSEN_ELSEWHERE = {"given", "resize"}
 """The caller's own choice over all images, and no choice at all: `test_given`, `test_resize`."""
 ALIKE_EVERYWHERE = {"random"}
 """Draws apart for each sample and image, so that an image's share depends on where it stands: `test_random`."""
-drawn = settings(deadline=None, max_examples=15, derandomize=True, database=None)
+drawn = examples(15)
 NAMES = sorted(set(known()) - CHOSEN_ELSEWHERE)
 SETTINGS: list[tuple[str, dict[str, Any]]] = [(name, {}) for name in NAMES]
 SETTINGS += [("prumerge", {"adaptive": True}), ("prumerge_plus", {"adaptive": True})]

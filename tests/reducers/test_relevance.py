@@ -7,7 +7,7 @@ import functools
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dop_compile import Policy
@@ -21,6 +21,7 @@ from dop_compile.reducers import (
     registry,
     select_tokens,
 )
+from tests.drawing import examples
 from tests.reducers import plain
 from tests.reducers.drawn import contexts
 from tests.reducers.tiny_clip import WORDS, clip, decode, tokenizer
@@ -50,7 +51,7 @@ def context(text_tokens: int = 5, start: int = 0, seed: int = 0) -> VisualContex
     )
 
 
-@settings(deadline=None, max_examples=30, derandomize=True, database=None)
+@examples(30)
 @given(st.lists(contexts(), min_size=1, max_size=3))
 def test_instruction(samples: list[VisualContext]) -> None:
     for sample, found in zip(samples, InstructionRelevance()(samples), strict=True):

@@ -7,13 +7,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import CLIPImageProcessorPil
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from dop_compile.reducers import VisualContext, create, resize_processor, select_tokens
+from tests.drawing import examples
 
 
 def picture(height: int, width: int) -> np.ndarray:
@@ -25,7 +26,7 @@ def qwen_tokens(pictures: Qwen2VLImageProcessorPil, height: int, width: int) -> 
     return int(grid.prod()) // pictures.merge_size**2
 
 
-@settings(deadline=None, max_examples=30, derandomize=True, database=None)
+@examples(30)
 @given(st.integers(60, 900), st.integers(60, 900), st.integers(1, 300))
 def test_qwen_pictures_have_at_most_as_many_tokens(height: int, width: int, tokens: int) -> None:
     pictures = Qwen2VLImageProcessorPil()

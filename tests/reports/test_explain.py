@@ -9,20 +9,21 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from dop_compile import Policy, dop_compile, executed_flops, explain, prefill_flops
 from dop_compile.reports.table import show_bytes, show_flops
+from tests.drawing import examples
 from tests.families import FAMILIES, HIDDEN, LAYERS, VOCAB
 from tests.strategies import policies
 
 SPLIT = {"mha_query_depth": 1, "mha_key_value_depth": 3, "mlp_depth": 1}
 NO_KEYS = Policy.from_operations(LAYERS, [(group, 2, "mha_key_value") for group in ("system", "visual", "text")])
 TEXT_ONLY = ("llama", "qwen2")
-DRAWN = settings(deadline=None, max_examples=12)  # every example is compiled
+DRAWN = examples(12)  # every example is compiled
 COUNTS = st.tuples(st.integers(0, 6), st.integers(0, 9), st.integers(2, 7))
 
 
@@ -101,7 +102,7 @@ def test_the_last_layer_updates_only_the_requested_rows() -> None:
     assert result.summary.eq11_ratio == 1
 
 
-@settings(deadline=None, max_examples=15)
+@examples(15)
 @given(
     depths=st.tuples(*[st.integers(0, LAYERS)] * 3),
     visual_tokens=st.integers(0, 8),

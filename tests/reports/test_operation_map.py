@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
@@ -19,6 +19,7 @@ from dop_compile.reports.executed import Prompt
 from dop_compile.reports.operation_map import ABSENT, FROZEN, OperationMap
 from dop_compile.reports.operation_picture import COLOURS, TRACK, TierPicture, draw_map, tiers_figure
 from dop_compile.reports.picture import explain_figure
+from tests.drawing import examples
 from tests.families import FAMILIES, LAYERS
 from tests.strategies import policies
 
@@ -67,7 +68,7 @@ def test_a_policy_is_counted_by_hand() -> None:
         OperationMap.of_policy(Policy.full(2))
 
 
-@settings(deadline=None, max_examples=15)
+@examples(15)
 @given(
     policy=policies(LAYERS, split=None, max_visual_tokens=8),
     visual=st.integers(0, 6),

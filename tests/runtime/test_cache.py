@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers import LlamaConfig
@@ -15,6 +15,7 @@ from transformers.cache_utils import DynamicCache, StaticCache
 
 from dop_compile.errors import UnsupportedUsageError
 from dop_compile.runtime.cache import Entries, PrunedCache, ReducedView
+from tests.drawing import examples
 
 LAYERS = 3
 
@@ -129,7 +130,7 @@ def turns(draw: st.DrawFn, batch: int) -> tuple[list[list[bool]], list[set[int]]
 OPERATIONS = ["turn", "reorder", "repeat", "select", "crop"]
 
 
-@settings(deadline=None, max_examples=150)
+@examples(150)
 @given(st.data())
 def test_everything_follows_what_generate_does_to_a_cache(data: st.DataObject) -> None:
     batch = data.draw(st.integers(1, 3))

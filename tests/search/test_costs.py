@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dop_compile import Policy
 from dop_compile.costs import DecoderDims, kv_cache_bytes, policy_tokens, prefill_flops
 from dop_compile.search.costs import FlopsModel, KvModel
+from tests.drawing import examples
 
 LAYERS = 2
 
@@ -51,7 +52,7 @@ def every_policy(full: int) -> list[tuple[tuple[int, int, int, int], Policy]]:
     ]
 
 
-@settings(max_examples=15)
+@examples(15)
 @given(decoder_dims(), COUNTS, st.integers(0, 2))
 def test_flops_are_the_mean_of_the_samples(dims: DecoderDims, counts: list[tuple[int, int, int]], extra: int) -> None:
     full = max(visual for _, visual, _ in counts) + extra
@@ -64,7 +65,7 @@ def test_flops_are_the_mean_of_the_samples(dims: DecoderDims, counts: list[tuple
     )
 
 
-@settings(max_examples=15)
+@examples(15)
 @given(decoder_dims(), COUNTS, st.sampled_from([1, 2, 4]))
 def test_kv_bytes_are_the_mean_of_the_samples(
     dims: DecoderDims, counts: list[tuple[int, int, int]], dtype_bytes: int

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.interpolate import interp1d
 
 from dop_compile.search import Divergences
 from dop_compile.search.curves import curve
+from tests.drawing import examples
 from tests.search.synthetic import DEPTHS, dims_of, divergences_of, random_divergences
 
 
@@ -54,7 +55,7 @@ def distinct_tokens(divergences: Divergences) -> bool:
     )
 
 
-@settings(max_examples=50)
+@examples(50)
 @given(random_divergences(max_layers=9, max_tokens=30), st.sampled_from([*DEPTHS, "visual_tokens"]))
 def test_the_raw_curve_is_linear_between_points(divergences: Divergences, axis: str) -> None:
     if axis == "visual_tokens" and not distinct_tokens(divergences):
@@ -64,7 +65,7 @@ def test_the_raw_curve_is_linear_between_points(divergences: Divergences, axis: 
     )
 
 
-@settings(max_examples=50)
+@examples(50)
 @given(random_divergences(max_layers=9, max_tokens=30, low=-1.0), st.sampled_from([*DEPTHS, "visual_tokens"]))
 def test_the_monotone_curve_is_the_least_at_or_below(divergences: Divergences, axis: str) -> None:
     raw = curve(divergences, axis, monotone=False).tolist()

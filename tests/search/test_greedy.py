@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -29,6 +29,7 @@ from dop_compile.policy import MODULES, SPLIT_VISUAL_GROUPS
 from dop_compile.search import OperationOrder, greedy, greedy_order, measure_policies
 from dop_compile.search.greedy_sort import GreedyRules, GreedySort, default_danger, greedy_sort
 from dop_compile.search.meter import SampleMeter
+from tests.drawing import examples
 from tests.families import FAMILIES
 from tests.reference import reference_logits
 
@@ -176,7 +177,7 @@ def some_rules(draw: st.DrawFn, free: bool) -> GreedyRules:
     )
 
 
-@settings(deadline=None, max_examples=60)
+@examples(60)
 @given(rules=some_rules(free=True), seed=st.integers(0, 10**6))
 def test_order_is_that_of_the_restated_rules_and_bisection_that_of_a_scan(rules: GreedyRules, seed: int) -> None:
     groups = SPLIT_VISUAL_GROUPS if rules.base.salient_fraction else ("visual",)
@@ -184,14 +185,14 @@ def test_order_is_that_of_the_restated_rules_and_bisection_that_of_a_scan(rules:
     assert plain(greedy_sort(rules, lambda policy: loss(policy.pruned))) == restated(rules, loss).order()
 
 
-@settings(deadline=None, max_examples=60)
+@examples(60)
 @given(rules=some_rules(free=False), seed=st.integers(0, 10**6))
 def test_order_is_that_of_the_restated_rules_for_any_loss(rules: GreedyRules, seed: int) -> None:
     loss = erratic(seed)
     assert plain(greedy_sort(rules, lambda policy: loss(policy.pruned))) == restated(rules, loss).order()
 
 
-@settings(deadline=None, max_examples=40)
+@examples(40)
 @given(rules=some_rules(free=True), seed=st.integers(0, 10**6))
 def test_every_prefix_holds_its_implications_and_keeps_what_is_dangerous(rules: GreedyRules, seed: int) -> None:
     loss, asked = erratic(seed), []

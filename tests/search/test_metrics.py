@@ -7,13 +7,14 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import softmax
 from scipy.stats import entropy
 from torch import Tensor
 
 from dop_compile.search.metrics import METRICS, full_kl, is_right, top_k_kl
+from tests.drawing import examples
 
 SEEDS = st.integers(0, 2**31)
 
@@ -32,7 +33,7 @@ def largest(original: Tensor, k: int) -> list[int]:
     return np.argsort(-original.double().numpy(), kind="stable")[:k].tolist()
 
 
-@settings(max_examples=40)
+@examples(40)
 @given(SEEDS, st.integers(1, 4), st.integers(10, 60), st.integers(1, 12), st.sampled_from([1e-8, 1e-3]))
 def test_top_k_kl_is_the_papers_formula(seed: int, rows: int, vocabulary: int, k: int, eps: float) -> None:
     original, pruned = logits(rows, vocabulary, seed), logits(rows, vocabulary, seed + 1)
@@ -46,7 +47,7 @@ def test_the_papers_constants_are_the_defaults() -> None:
     assert top_k_kl(original, pruned) != top_k_kl(original, pruned, k=11)
 
 
-@settings(max_examples=40)
+@examples(40)
 @given(SEEDS, st.integers(1, 9))
 def test_a_small_vocabulary_is_compared_whole(seed: int, vocabulary: int) -> None:
     original, pruned = logits(1, vocabulary, seed), logits(1, vocabulary, seed + 1)
@@ -85,7 +86,7 @@ def test_rows_count_equally(metric: object) -> None:
     assert len(set(single)) == 3
 
 
-@settings(max_examples=40)
+@examples(40)
 @given(SEEDS, st.integers(1, 4), st.integers(2, 60))
 def test_full_kl_is_torchs(seed: int, rows: int, vocabulary: int) -> None:
     original, pruned = logits(rows, vocabulary, seed), logits(rows, vocabulary, seed + 1)
@@ -94,7 +95,7 @@ def test_full_kl_is_torchs(seed: int, rows: int, vocabulary: int) -> None:
     assert full_kl(original, pruned) == pytest.approx(expected.item(), rel=1e-9, abs=1e-12)
 
 
-@settings(max_examples=40)
+@examples(40)
 @given(SEEDS, st.floats(-50, 50))
 def test_only_differences_of_logits_count(seed: int, shift: float) -> None:
     original, pruned = logits(2, 30, seed).double(), logits(2, 30, seed + 1).double()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dop_compile.costs import DecoderDims, prefill_flops
@@ -85,7 +85,6 @@ def test_flops_are_those_of_the_policies_and_fall_strictly() -> None:
     assert order.flops[0] == 1.0
 
 
-@settings(deadline=None)
 @given(budget=st.floats(0, 1, exclude_min=True))
 def test_the_first_prefix_within_the_budget_is_taken(budget: float) -> None:
     order = an_order()

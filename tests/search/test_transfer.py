@@ -7,13 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dop_compile.costs import prefill_flops_ratio
 from dop_compile.search import Divergences, candidates, optimize, transfer
 from dop_compile.search.axes import tokens_kept
 from dop_compile.search.curves import curve
+from tests.drawing import examples
 from tests.search.synthetic import DEPTHS, dims_of, divergences_of, random_divergences
 
 AXES = (*DEPTHS, "visual_tokens")
@@ -56,7 +57,7 @@ def of_whole_tokens(divergences: Divergences) -> Divergences:
     )
 
 
-@settings(max_examples=40)
+@examples(40)
 @given(random_divergences())
 def test_to_the_same_geometry_nothing_changes(drawn: Divergences) -> None:
     for axis in DEPTHS:

@@ -301,9 +301,9 @@ def test_a_7b_decoder_on_meta_is_traced_and_rewritten_in_seconds() -> None:
     with torch.device("meta"):
         model = LlamaModel._from_config(config, attn_implementation="sdpa").eval()
     keep = KeepTable.from_policy(Policy.depthwise(32, mha_depth=26, mlp_depth=19), ("system", "visual", "text"))
-    started = time.perf_counter()
+    started = time.process_time()
     graph = build_graph(model, keep, Universe(keep.groups, frozenset({"text"})))
-    assert time.perf_counter() - started < 20
+    assert time.process_time() - started < 20
     assert len(list(graph.blocks)) == 64
 
 
