@@ -10,10 +10,18 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["active_adapters", "adapter_layers", "configurations", "effective_names", "without_adapters"]
+__all__ = [
+    "active_adapters",
+    "adapter_layers",
+    "available_adapters",
+    "configurations",
+    "effective_names",
+    "without_adapters",
+]
 
-_WRAPPED = ("base_layer", "original_module")
-"""Where a layer with adapters, and a layer that is trained whole (`modules_to_save`), keep the model's own layer."""
+_WRAPPED = ("base_layer", "original_module", "token_adapter")
+"""Where layers with adapters, layers trained whole (`modules_to_save`) and embeddings of which some rows are trained
+keep what they stand for."""
 
 
 def adapter_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -27,7 +35,7 @@ def active_adapters(layer: Any) -> tuple[str, ...]:
     """Names of the adapters that a layer adds to what its own weights give: none where they are off or merged."""
     if layer.disable_adapters or getattr(layer, "merged", False):
         return ()
-    return tuple(layer.active_adapters)
+    return tuple(name for name in layer.active_adapters if name in available_adapters(layer))
 
 
 def configurations(model: nn.Module) -> dict[str, Any]:
@@ -45,7 +53,7 @@ def effective_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
     adapter's name. Adapters that are loaded and not active, switched off or merged count for nothing.
     """
     layers = dict(adapter_layers(model))
-    known = {name for layer in layers.values() for name in _adapters_of(layer)}
+    known = {name for layer in layers.values() for name in available_adapters(layer)}
     found = {}
     for name in names:
         parts: list[str] | None = name.split(".")
@@ -58,15 +66,9 @@ def effective_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def _adapters_of(layer: Any) -> set[str]:
-    return {key for child in _containers(layer) for key in child.keys()} | set(active_adapters(layer))
-
-
-def _containers(layer: nn.Module) -> list[Any]:
-    kinds = (nn.ModuleDict, nn.ParameterDict)
-    named = [child for name, child in layer._modules.items() if isinstance(child, kinds) and name not in _WRAPPED]
-    # Buffers by adapter name are in a dictionary of peft's own
-    return named + [c for c in layer._modules.values() if type(c).__name__ == "BufferDict"]
+def available_adapters(layer: Any) -> set[str]:
+    """Names of the adapters that a layer has weights of."""
+    return set(layer._get_available_adapters())
 
 
 def _rest_in(layer: Any, rest: list[str], known: set[str]) -> list[str] | None:

@@ -12,9 +12,9 @@ from torch import nn
 
 from dop_compile.drop_in.frame import CALL_ARGUMENTS, Frame, Session, presented_as
 from dop_compile.drop_in.model_path import shallow_copy
+from dop_compile.drop_in.saving import check_push, save_compiled
 from dop_compile.errors import UnsupportedUsageError
 from dop_compile.policy import Policy
-from dop_compile.tiers_file import save_policies
 
 __all__ = ["drop_in", "generate_under"]
 
@@ -64,15 +64,12 @@ def drop_in(state: Any, base: nn.Module, tier: str) -> Any:
             "save_pretrained, or copy the original and compile again"
         )
 
-    def save_pretrained(directory: Any, *args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("push_to_hub"):
-            raise UnsupportedUsageError(
-                "push_to_hub: call push_to_hub of the compiled model, which sends its tiers too"
-            )
-        saved = state.model_class.save_pretrained(view, directory, *args, **kwargs)
-        if kwargs.get("is_main_process", True):
-            save_policies({tier: state.tiers[tier], **state.tiers}, directory)
-        return saved
+    def save_pretrained(directory: Any, *args: Any, **kwargs: Any) -> None:
+        save_compiled(view, state, tier, directory, *args, **kwargs)
+
+    def push_to_hub(*args: Any, **kwargs: Any) -> Any:
+        check_push(view, state)
+        return state.model_class.push_to_hub(view, *args, **kwargs)
 
     own_forward = view.forward = presented_as(state.model_class.forward, forward)
     view.train = train
@@ -81,6 +78,7 @@ def drop_in(state: Any, base: nn.Module, tier: str) -> Any:
     view.__deepcopy__ = view.__reduce_ex__ = cannot_copy
     view.generate = presented_as(state.model_class.generate, generate)
     view.save_pretrained = presented_as(state.model_class.save_pretrained, save_pretrained)
+    view.push_to_hub = presented_as(state.model_class.push_to_hub, push_to_hub)
     view.tier = lambda name: drop_in(state, base, state.check_tier(name))
     view.dop = state
     view.dop_tier = tier

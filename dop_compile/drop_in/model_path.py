@@ -111,6 +111,11 @@ class OriginalFollower:
         self._known = [dict(module._modules) for module in originals]
         self._lock = threading.Lock()
 
+    @property
+    def model(self) -> nn.Module:
+        """The user's model."""
+        return self._pairs[0][0]
+
     def update(self) -> None:
         """Adopt children replaced, and a change of training mode, since the last call.
 
