@@ -59,7 +59,7 @@ class Frame:
     # --- one forward call -----------------------------------------------------------------------------------------
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self._run(self.root, self.state.model_class.forward, args, kwargs)
+        return self._run(self.root, self.state.original.forward, args, kwargs)
 
     def _run(self, module: Any, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """A call of `function`, the forward of the model or of a part of it that generates by itself."""

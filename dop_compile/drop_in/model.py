@@ -13,6 +13,7 @@ from torch import nn
 from dop_compile.drop_in.frame import CALL_ARGUMENTS, Frame, Session, presented_as
 from dop_compile.drop_in.model_path import shallow_copy
 from dop_compile.drop_in.saving import check_push, save_compiled
+from dop_compile.drop_in.wrapped_forward import OwnForward, forget_preparation
 from dop_compile.errors import UnsupportedUsageError
 from dop_compile.policy import Policy
 
@@ -22,7 +23,7 @@ CONTINUOUS_BATCHING = ("generate_batch", "init_continuous_batching", "continuous
 """Ways into transformers' own server loop."""
 
 
-def drop_in(state: Any, base: nn.Module, tier: str) -> Any:
+def drop_in(state: Any, base: nn.Module, tier: str, outer: OwnForward | None = None) -> Any:
     """An object of the model's class that runs `tier` unless a call names another.
 
     Adds to the class's own interface: `forward` and `generate` take `tier`, `visual_indices` and `token_groups`;
@@ -30,6 +31,7 @@ def drop_in(state: Any, base: nn.Module, tier: str) -> Any:
     default tier. `save_pretrained` writes the original model, and the tiers beside it.
     """
     view = shallow_copy(base, own_children=False)
+    forget_preparation(view)
 
     def session(kwargs: dict[str, Any]) -> Session:
         values = {name: kwargs.pop(name, None) for name in CALL_ARGUMENTS}
@@ -41,11 +43,9 @@ def drop_in(state: Any, base: nn.Module, tier: str) -> Any:
         return Frame(state, view, session(kwargs)).forward(*args, **kwargs)
 
     def generate(*args: Any, **kwargs: Any) -> Any:
-        if view.forward is not own_forward:
-            raise UnsupportedUsageError(
-                "the forward of the compiled model was replaced, and generate would not call it; use a forward hook"
-            )
-        return Frame(state, view, session(kwargs)).generate(*args, **kwargs)
+        frame = Frame(state, view, session(kwargs))
+        frame.root.forward = own_forward.around(frame.root.forward)
+        return frame.generate(*args, **kwargs)
 
     def train(mode: bool = True) -> Any:
         state.original.train(mode)
@@ -71,7 +71,8 @@ def drop_in(state: Any, base: nn.Module, tier: str) -> Any:
         check_push(view, state)
         return state.model_class.push_to_hub(view, *args, **kwargs)
 
-    own_forward = view.forward = presented_as(state.model_class.forward, forward)
+    own_forward = OwnForward(view, forward, outer)
+    view.forward = own_forward.presented
     view.train = train
     for name in CONTINUOUS_BATCHING:
         setattr(view, name, no_continuous_batching)
@@ -79,7 +80,7 @@ def drop_in(state: Any, base: nn.Module, tier: str) -> Any:
     view.generate = presented_as(state.model_class.generate, generate)
     view.save_pretrained = presented_as(state.model_class.save_pretrained, save_pretrained)
     view.push_to_hub = presented_as(state.model_class.push_to_hub, push_to_hub)
-    view.tier = lambda name: drop_in(state, base, state.check_tier(name))
+    view.tier = lambda name: drop_in(state, base, state.check_tier(name), own_forward)
     view.dop = state
     view.dop_tier = tier
     return view

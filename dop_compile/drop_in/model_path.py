@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from dop_compile.drop_in.wrapped_forward import wrapped_forward
 from dop_compile.errors import UnsupportedUsageError
 
 __all__ = [
@@ -116,6 +117,13 @@ class OriginalFollower:
         """The user's model."""
         return self._pairs[0][0]
 
+    @property
+    def forward(self) -> Callable[..., Any]:
+        """Its forward, which takes it or a copy of it first, with what accelerate put around it."""
+        forward = wrapped_forward(self.model)
+        assert forward is not None, "checked by update"
+        return forward
+
     def update(self) -> None:
         """Adopt children replaced, and a change of training mode, since the last call.
 
@@ -124,7 +132,7 @@ class OriginalFollower:
                 were moved to the meta device.
         """
         for number, (module, copy) in enumerate(self._pairs):
-            if "forward" in vars(module):
+            if "forward" in vars(module) and (number or wrapped_forward(module) is None):
                 raise UnsupportedUsageError(
                     f"the forward of {self._name(number)} was replaced on the original model after dop_compile; a "
                     "compiled model cannot follow that: put it back, or use a forward hook"
