@@ -211,8 +211,8 @@ def _check_model(model: PreTrainedModel, has_groups: bool) -> None:
         if "forward" in vars(module) and (name or wrapped_forward(module) is None):
             raise UnsupportedModelError(
                 f"the forward of {name or 'the model'} ({type(module).__name__}) was replaced on the instance, and "
-                "dop_compile would bypass it; remove what replaced it (the wrappers of accelerate's mixed precision may "
-                "stay)"
+                "dop_compile would bypass it; remove what replaced it (what accelerate puts around it for mixed "
+                "precision may stay)"
             )
     decoder: Any = model.get_submodule(decoder_path(model))
     implementation = decoder.config._attn_implementation

@@ -45,7 +45,8 @@ def model_fingerprint(model: PreTrainedModel, state_dict: Mapping[str, Any] | No
     where rounding changes a sampled value. A weight of another kind (quantised) counts by the tensors that it consists
     of, so a quantised model is another than the one it was made of. So is a model with adapters: those that are active
     count, whatever they are called; those that are off, merged or not active do not. Weights without values (on the
-    meta device), and of classes that do not say what they consist of, count by name and shape. Of a tensor parallel model every process must ask at once.
+    meta device), and of classes that do not say what they consist of, count by name and shape. Of a tensor parallel
+    model every process must ask at once.
 
     Args:
         model: the model.

@@ -24,6 +24,7 @@ __all__ = ["check_adapter_file", "check_structure", "check_values", "saved_adapt
 
 MERGE = "merge it first (merge_and_unload of peft's model)"
 SHOWN = 4
+WEIGHTS = "adapter_model.safetensors"
 
 
 def saved_adapter(view: nn.Module, original: nn.Module) -> tuple[str, Any] | None:
@@ -114,7 +115,8 @@ def check_structure(base: Any, weights: Mapping[str, Any], *, complete: bool) ->
     ]
     shapes = {name: tuple(value.shape) for name, value in new.state_dict().items()}
     found = {name: tuple(value.shape) for name, value in weights.items()}
-    wrong += [f"{name} is missing" for name in shapes if name not in found and (complete or not _is_optional(new, name))]
+    missing = (name for name in shapes if name not in found)
+    wrong += [f"{name} is missing" for name in missing if complete or not _is_optional(new, name)]
     wrong += [f"{name} has no place" for name in found if name not in shapes]
     wrong += [
         f"{name} is {found[name]} and not {shapes[name]}"
@@ -130,6 +132,11 @@ def check_structure(base: Any, weights: Mapping[str, Any], *, complete: bool) ->
 
 def check_adapter_file(adapter: Any, name: str, folder: Path) -> None:
     """UnsupportedUsageError if transformers does not read from a folder the adapter that a model has."""
+    if not (folder / WEIGHTS).exists():
+        raise UnsupportedUsageError(
+            f"adapter {name!r}: its weights are not among those given, or take more than one file; give all weights of "
+            "the model, or a larger max_shard_size"
+        )
     new = _without_values(adapter)
     info = new.load_adapter(str(folder))
     wrong = [f"{key} is missing" for key in sorted(info.missing_keys)]

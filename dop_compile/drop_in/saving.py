@@ -81,7 +81,7 @@ def check_push(view: Any, state: Any) -> None:
 
 def _settings(method: Callable[..., Any], view: Any, directory: Any, args: Any, kwargs: Any) -> dict[str, Any]:
     arguments = inspect.signature(method).bind(view, directory, *args, **kwargs).arguments
-    more = arguments.pop("kwargs", {})
+    more: dict[str, Any] = arguments.pop("kwargs", {})
     return dict(list(arguments.items())[2:]) | more
 
 
@@ -97,21 +97,22 @@ def _check_settings(settings: Mapping[str, Any]) -> None:
 
 def _without_adapters(view: nn.Module, base: nn.Module, given: Mapping[str, Any]) -> dict[str, Any]:
     """Weights that a caller gives, under the names that they have in the model without adapters."""
-    own, of_adapters = set(base.state_dict()), set(effective_names(view, view.state_dict())) - set(base.state_dict())
-    named = effective_names(view, given)
-    return {named[name]: value for name, value in given.items() if named.get(name) in own or name not in of_adapters}
+    own, all_names = base.state_dict().keys(), view.state_dict().keys()
+    named = effective_names(view, all_names)
+    of_adapters = {name for name in all_names if named.get(name) not in own}
+    return {named.get(name, name): value for name, value in given.items() if name not in of_adapters}
 
 
 def _check_provenance(view: Any, tiers: Mapping[str, Policy], given: Mapping[str, Any] | None) -> None:
     """The model has to be the one that its policies were made for, or reading it back would be refused."""
-    made_for = {name: p.provenance.model_fingerprint for name, p in tiers.items() if p.provenance is not None}
-    made_for = {name: fingerprint for name, fingerprint in made_for.items() if fingerprint is not None}
-    found = model_fingerprint(view, given) if made_for else None
+    provenances = {name: policy.provenance for name, policy in tiers.items() if policy.provenance is not None}
+    made_for = {name: p.model_fingerprint for name, p in provenances.items() if p.model_fingerprint is not None}
+    found = model_fingerprint(view, given) if made_for else ""
     for name, fingerprint in made_for.items():
         if fingerprint != found:
             raise UnsupportedUsageError(
                 f"tier {name!r}: the policy was made for the model with fingerprint {fingerprint[:12]}, and the "
-                f"weights to be saved have {str(found)[:12]}, since they or the adapters were changed after "
+                f"weights to be saved have {found[:12]}, since they or the adapters were changed after "
                 "dop_compile; from_pretrained would refuse it. Search a policy for the model as it is now, or call "
                 "dop_compile again with policy.replace(provenance=None), which applies it all the same, and save that"
             )

@@ -62,8 +62,8 @@ def check_unwrapped(model: Any, what: str) -> None:
     """UnsupportedUsageError for a model whose forward is wrapped, where its decoder alone is run."""
     if not _is_own(model, wrapped_forward(model)):
         raise UnsupportedUsageError(
-            f"{what} runs parts of the model, without what accelerator.prepare put around its forward; unwrap it first: "
-            "accelerator.unwrap_model(model, keep_fp32_wrapper=False)"
+            f"{what} runs parts of the model, without what accelerator.prepare put around its forward; unwrap it "
+            "first: accelerator.unwrap_model(model, keep_fp32_wrapper=False)"
         )
 
 
@@ -109,12 +109,19 @@ class OwnForward:
                 reached = True
                 return function(*args, **kwargs)
 
-            output = self._with(inner, self._view.forward, args, kwargs)
+            cause: UnsupportedUsageError | None = None
+            output = None
+            try:
+                output = self._with(inner, self._view.forward, args, kwargs)
+            except UnsupportedUsageError as error:
+                if reached:
+                    raise
+                cause = error
             if not reached:
                 raise UnsupportedUsageError(
-                    "the forward of the compiled model was replaced by one that does not call it, so what it returned "
-                    "was not pruned; call the compiled model's forward in it, or use a forward hook"
-                )
+                    "the forward of the compiled model was replaced by one that does not call it, and generate would "
+                    "not be pruned; call the compiled model's forward in it, or use a forward hook"
+                ) from cause
             return output
 
         return presented_as(type(self._view).forward, call)

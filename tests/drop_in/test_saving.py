@@ -308,8 +308,14 @@ def test_weights_that_are_given(tmp_path: Path) -> None:
     batch.model.add_adapter(lora())
     adapted = compiled_for(batch.model)
     check_comes_back(adapted, batch, tmp_path / "adapted", state_dict=batch.model.state_dict())
+    batch.model.add_adapter(lora(), "second")
+    batch.model.set_adapter("default")
+    check_comes_back(adapted, batch, tmp_path / "one of two", state_dict=batch.model.state_dict())
     base = {name: value for name, value in batch.model.state_dict().items() if "lora_" not in name}
-    check_refused(dop_compile(batch.model, PRUNED, backend="eager"), tmp_path / "empty", "lora", state_dict=base)
+    unnamed = dop_compile(batch.model, PRUNED, backend="eager")
+    check_refused(unnamed, tmp_path / "empty", "not among those given", state_dict=base)
+    small = {"max_shard_size": "3KB"}
+    check_refused(adapted, tmp_path / "empty", "take more than one file", **small)
 
 
 def test_checkpoints_to_train_from_are_refused(tmp_path: Path) -> None:
