@@ -21,6 +21,7 @@ from dop_compile.drop_in.following import OriginalFollower, Views
 from dop_compile.drop_in.frame import GENERATE_REPLACED
 from dop_compile.drop_in.model import drop_in
 from dop_compile.drop_in.model_path import block_path, decoder_path, path_modules, placeholder_ids, unblocked
+from dop_compile.drop_in.wrapped_forward import wrapped_forward
 from dop_compile.errors import PassError, UnsupportedModelError, UnsupportedUsageError
 from dop_compile.fingerprint import model_fingerprint
 from dop_compile.keep import KeepTable
@@ -219,10 +220,11 @@ def _check_model(model: PreTrainedModel, has_groups: bool) -> None:
                 "weights and which dop_compile would bypass; load the model onto one device (device_map={'': 0}), or "
                 "by tensor parallelism (tp_plan='auto')"
             )
-        if "forward" in vars(module):
+        if "forward" in vars(module) and (name or wrapped_forward(module) is None):
             raise UnsupportedModelError(
                 f"the forward of {name or 'the model'} ({type(module).__name__}) was replaced on the instance, and "
-                "dop_compile would bypass it; remove what replaced it"
+                "dop_compile would bypass it; remove what replaced it (what accelerate puts around it for mixed "
+                "precision may stay)"
             )
     generate = vars(model).get("generate")
     if generate is not None and rebound(generate, {id(model): nn.Module()}) is generate:

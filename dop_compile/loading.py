@@ -6,8 +6,10 @@ compiled = from_pretrained("my-model")  # the compiled model again
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import transformers
@@ -31,7 +33,7 @@ def from_pretrained(
     """Load a model and compile it.
 
     Args:
-        name_or_directory: of a model, local or on the hub.
+        name_or_directory: of a model, or of an adapter of peft that names its model, local or on the hub.
         tiers: in place of those saved with the model.
         backend: as in `dop_compile`.
         settings: of the model class's `from_pretrained`, for example `dtype`, `revision` or `attn_implementation`.
@@ -45,8 +47,16 @@ def from_pretrained(
     if tiers is None:
         tiers = load_policies(name_or_directory, **of_hub)
     name = os.fspath(name_or_directory)
-    config = hf.AutoConfig.from_pretrained(name, **of_hub)
+    config = hf.AutoConfig.from_pretrained(_with_config(name, of_hub), **of_hub)
     return dop_compile(_model_class(config).from_pretrained(name, **settings).eval(), tiers, backend=backend)
+
+
+def _with_config(name: str, of_hub: Mapping[str, Any]) -> str:
+    """Where the model's configuration is: of an adapter alone, with the model that it was made for."""
+    adapter = hf.utils.peft_utils.find_adapter_config_file(name, **of_hub)
+    if adapter is None or os.path.exists(os.path.join(name, hf.utils.CONFIG_NAME)):
+        return name
+    return str(json.loads(Path(adapter).read_text(encoding="utf-8"))["base_model_name_or_path"])
 
 
 def _model_class(config: Any) -> Any:

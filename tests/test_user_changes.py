@@ -249,7 +249,7 @@ def test_a_replaced_forward_of_the_compiled_model_is_refused_by_generate() -> No
     batch = own_batch()
     compiled = compile_eagerly(batch.model, PRUNED)
     _replace(compiled)
-    with pytest.raises(UnsupportedUsageError, match="generate would not call it"):
+    with pytest.raises(UnsupportedUsageError, match="replaced by one that does not call it"):
         compiled.generate(**batch.inputs, max_new_tokens=2)
 
 

@@ -25,8 +25,9 @@ from torchao.quantization import (
 from transformers import BitsAndBytesConfig, LlavaForConditionalGeneration
 from transformers.distributed import DistributedConfig
 
-from dop_compile import Policy, dop_compile
+from dop_compile import Policy, dop_compile, from_pretrained, model_fingerprint
 from dop_compile.errors import UnsupportedModelError, UnsupportedUsageError
+from dop_compile.policy import Provenance
 from tests.families import FAMILIES
 from tests.search.worker import run_ranks
 from tests.support import Batch, assert_close, assert_generates_reference, make_batch, reference
@@ -277,13 +278,19 @@ def generate_tensor_parallel(rank: int, world: int, folder: Path) -> None:
                 logits = compiled(**batch.inputs, tier=tier).logits
                 assert_close(logits[batch.mask], reference(batch, policy)[batch.mask])
         assert_generates_reference(compiled.tier("pruned"), batch, PRUNED, tokens=2)
+        made_for = PRUNED.replace(provenance=Provenance(model_fingerprint(model)))
+        compile_eagerly(model, made_for).save_pretrained(folder / "saved")
     finally:
         dist.destroy_process_group()
 
 
-def test_tensor_parallel_processes_generate(tmp_path: Path) -> None:
-    own_batch().model.save_pretrained(tmp_path / "model")
+def test_tensor_parallel_processes_generate_and_save(tmp_path: Path) -> None:
+    batch = own_batch()
+    batch.model.save_pretrained(tmp_path / "model")
     run_ranks(generate_tensor_parallel, 2, tmp_path)
+    again = from_pretrained(tmp_path / "saved", backend="eager")
+    with torch.no_grad():
+        assert torch.equal(again(**batch.inputs).logits, compile_eagerly(batch.model, PRUNED)(**batch.inputs).logits)
 
 
 # Parametrizations.

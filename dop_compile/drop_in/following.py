@@ -12,12 +12,14 @@ from __future__ import annotations
 import copy as copying
 import threading
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
 from dop_compile.copies import BOUND_CALLS, is_own, rebound
 from dop_compile.drop_in.model_path import path_modules
+from dop_compile.drop_in.wrapped_forward import PREPARATION, wrapped_forward
 from dop_compile.errors import UnsupportedUsageError
 
 __all__ = ["CONVERSATION_ATTRIBUTES", "OriginalFollower", "Views"]
@@ -25,7 +27,7 @@ __all__ = ["CONVERSATION_ATTRIBUTES", "OriginalFollower", "Views"]
 CONVERSATION_ATTRIBUTES = ("rope_deltas",)
 """Attributes that Hugging Face's outer models keep between calls on the module; here they live in the cache."""
 
-_NOT_FOLLOWED = frozenset({"_modules", "training", "forward", *BOUND_CALLS, *CONVERSATION_ATTRIBUTES})
+_NOT_FOLLOWED = frozenset({"_modules", "training", "forward", *BOUND_CALLS, *CONVERSATION_ATTRIBUTES, *PREPARATION})
 _MISSING = object()
 
 
@@ -103,6 +105,18 @@ class OriginalFollower:
         self._blocks = [vars(copy).get("forward") for copy in copies]
         self._lock = threading.Lock()
 
+    @property
+    def model(self) -> nn.Module:
+        """The user's model."""
+        return self.modules[0]
+
+    @property
+    def forward(self) -> Callable[..., Any]:
+        """Its forward, which takes it or a copy of it first, with what accelerate put around it."""
+        forward = wrapped_forward(self.model)
+        assert forward is not None, "checked by update"
+        return forward
+
     def update(self) -> None:
         """Adopt what was replaced, and a change of training mode, since the last call.
 
@@ -111,10 +125,11 @@ class OriginalFollower:
                 were moved to the meta device.
         """
         for number, (module, copy) in enumerate(self._pairs):
-            self._check_forward("original", number, vars(module).get("forward"), None)
+            if number or wrapped_forward(module) is None:
+                self._check_forward("original", number, vars(module).get("forward"), None)
             self._check_forward("compiled", number, vars(copy).get("forward"), self._blocks[number])
             copy.training = module.training
-        if next(self._pairs[0][0].parameters()).device.type == "meta":
+        if next(self.model.parameters()).device.type == "meta":
             raise UnsupportedUsageError(
                 "the model's weights are on the meta device and hold no values; load them first"
             )
@@ -152,11 +167,11 @@ class OriginalFollower:
 
     def train(self, mode: bool = True) -> None:
         """Switch the original, and with it the compiled model, to training or back."""
-        self._pairs[0][0].train(mode)
+        self.model.train(mode)
         self.update()
 
     def _name(self, number: int) -> str:
-        return ".".join(self._names[:number]) or type(self._pairs[0][0]).__name__
+        return ".".join(self._names[:number]) or type(self.model).__name__
 
     def stands_for(self, chain: list[Any]) -> dict[int, nn.Module]:
         """Which module of a call's own path takes the place of the original's, and of the compiled model's, by `id`."""

@@ -68,6 +68,7 @@ class Frame:
         self._finders = [
             (part, part.get_placeholder_mask) for part in self.chain[:-1] if hasattr(part, "get_placeholder_mask")
         ]
+        self._around: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None
         self._restored = False
         self._running = False
         self._encoded: list[TokenFeatures] = []  # images and videos that `generate` encodes before the prompt
@@ -79,7 +80,7 @@ class Frame:
 
     def _own_generate(self, stands_for: dict[int, nn.Module]) -> Callable[..., Any]:
         """The class's `generate`, or the one that stands on the original (transformers puts custom ones there)."""
-        replaced = vars(self.state.original.modules[0]).get("generate")
+        replaced = vars(self.state.original.model).get("generate")
         if replaced is None:
             return functools.partial(self.state.model_class.generate, self.root)
         follows: Callable[..., Any] = rebound(replaced, stands_for)
@@ -87,11 +88,16 @@ class Frame:
             raise UnsupportedUsageError(GENERATE_REPLACED.format(type(self.root).__name__))
         return follows
 
+    def run_within(self, around: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+        """Run each forward of this frame, and of any `generate` inside, within what others have put around it."""
+        self._around = around
+        self.root.forward = around(self.root.forward)
+
     # --- one forward call -----------------------------------------------------------------------------------------
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         self._check_tier(kwargs)
-        return self._run(self.root, self.state.model_class.forward, args, kwargs)
+        return self._run(self.root, self.state.original.forward, args, kwargs)
 
     def _check_tier(self, kwargs: dict[str, Any]) -> None:
         """Loops of the caller's own may name what holds for the whole `generate` again, and nothing else."""
@@ -316,6 +322,8 @@ class Frame:
         self.state.check_tier(inner.tier)
         frame = Frame(self.state, self._view, inner)
         frame._generate = functools.partial(self.state.model_class.generate, frame.root)
+        if self._around is not None:
+            frame.run_within(self._around)
         return frame.generate(*args, **kwargs)
 
     def _noting_cache(self, part: Any) -> Callable[..., Any]:

@@ -12,9 +12,10 @@ from torch import nn
 
 from dop_compile.copies import own, shallow_copy
 from dop_compile.drop_in.frame import CALL_ARGUMENTS, Frame, Session, presented_as
+from dop_compile.drop_in.saving import check_push, save_compiled
+from dop_compile.drop_in.wrapped_forward import OwnForward, forget_preparation
 from dop_compile.errors import UnsupportedUsageError
 from dop_compile.policy import Policy
-from dop_compile.tiers_file import save_policies
 
 __all__ = ["drop_in", "generate_under"]
 
@@ -22,7 +23,7 @@ CONTINUOUS_BATCHING = ("generate_batch", "init_continuous_batching", "continuous
 """Ways into transformers' own server loop."""
 
 
-def drop_in(state: Any, source: nn.Module, tier: str) -> Any:
+def drop_in(state: Any, source: nn.Module, tier: str, outer: OwnForward | None = None) -> Any:
     """An object of the model's class that runs `tier` unless a call names another.
 
     `source` is the module that it shares everything with, and whose changes it follows: the compiled model's copy of
@@ -33,6 +34,7 @@ def drop_in(state: Any, source: nn.Module, tier: str) -> Any:
     default tier. `save_pretrained` writes the original model, and the tiers beside it.
     """
     view = shallow_copy(source, own_children=False)
+    forget_preparation(view)
     state.views.add(view, source)
 
     def session(kwargs: dict[str, Any]) -> Session:
@@ -45,11 +47,9 @@ def drop_in(state: Any, source: nn.Module, tier: str) -> Any:
         return Frame(state, view, session(kwargs)).forward(*args, **kwargs)
 
     def generate(*args: Any, **kwargs: Any) -> Any:
-        if view.forward is not own_forward:
-            raise UnsupportedUsageError(
-                "the forward of the compiled model was replaced, and generate would not call it; use a forward hook"
-            )
-        return Frame(state, view, session(kwargs)).generate(*args, **kwargs)
+        frame = Frame(state, view, session(kwargs))
+        frame.run_within(own_forward.around)
+        return frame.generate(*args, **kwargs)
 
     def train(mode: bool = True) -> Any:
         state.original.train(mode)
@@ -68,24 +68,23 @@ def drop_in(state: Any, source: nn.Module, tier: str) -> Any:
             "save_pretrained, or copy the original and compile again"
         )
 
-    def save_pretrained(directory: Any, *args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("push_to_hub"):
-            raise UnsupportedUsageError(
-                "push_to_hub: call push_to_hub of the compiled model, which sends its tiers too"
-            )
-        saved = state.model_class.save_pretrained(view, directory, *args, **kwargs)
-        if kwargs.get("is_main_process", True):
-            save_policies({tier: state.tiers[tier], **state.tiers}, directory)
-        return saved
+    def save_pretrained(directory: Any, *args: Any, **kwargs: Any) -> None:
+        save_compiled(view, state, tier, directory, *args, **kwargs)
 
-    own_forward = view.forward = presented_as(state.model_class.forward, forward)
+    def push_to_hub(*args: Any, **kwargs: Any) -> Any:
+        check_push(view, state)
+        return state.model_class.push_to_hub(view, *args, **kwargs)
+
+    own_forward = OwnForward(view, forward, outer)
+    view.forward = own_forward.presented
     view.train = own(train)
     for name in CONTINUOUS_BATCHING:
         setattr(view, name, own(no_continuous_batching))
     view.__deepcopy__ = view.__reduce_ex__ = own(cannot_copy)
     view.generate = presented_as(state.model_class.generate, generate)
     view.save_pretrained = presented_as(state.model_class.save_pretrained, save_pretrained)
-    view.tier = own(lambda name: drop_in(state, view, state.check_tier(name)))
+    view.push_to_hub = presented_as(state.model_class.push_to_hub, push_to_hub)
+    view.tier = own(lambda name: drop_in(state, view, state.check_tier(name), own_forward))
     view.dop = state
     view.dop_tier = tier
     return view

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from dop_compile.costs import DecoderDims, prefill_flops
 from dop_compile.drop_in.frame import CALL_ARGUMENTS, Frame, Session, presented_as
 from dop_compile.drop_in.model_path import placeholder_ids
+from dop_compile.drop_in.wrapped_forward import check_unwrapped
 from dop_compile.errors import UnsupportedUsageError
 from dop_compile.policy import Policy
 from dop_compile.reports.executed import Prompt, resumed_flops
@@ -69,6 +70,7 @@ class Replay:
     ):
         if "input_ids" not in inputs:
             raise ValueError(f"inputs: expected input_ids among them, got {', '.join(inputs) or 'none'}")
+        check_unwrapped(compiled.dop.original.model, "running a prompt under many policies")
         self._compiled = compiled
         self._rows = rows
         given = canonical(compiled.dop.model_class.forward, inputs)

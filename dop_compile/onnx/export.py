@@ -18,6 +18,7 @@ from torch import Tensor
 from dop_compile.commands.processing import prompt_inputs
 from dop_compile.compiler import dop_compile
 from dop_compile.drop_in.model_path import decoder_path
+from dop_compile.drop_in.wrapped_forward import check_unwrapped
 from dop_compile.errors import UnsupportedModelError
 from dop_compile.onnx.capture import capture_prompt
 from dop_compile.onnx.check import OPSETS
@@ -90,6 +91,7 @@ def export_onnx(
 def _check(model: Any, opset: int) -> None:
     if opset not in OPSETS:
         raise ValueError(f"opset: expected one of {', '.join(map(str, OPSETS))}, got {opset!r}")
+    check_unwrapped(model, "the export")
     if model.training:
         raise ValueError("the model is in training mode; call model.eval() before the export")
     if model.dtype not in DTYPES:
