@@ -2,7 +2,8 @@
 
 Such a model's forward calls Hugging Face's mask builders on the caller's sequence. After token reduction that mask
 would be wrong, for windows count the decoder's slots. So its forward runs, for a compiled model, with mask builders
-that only note their arguments; the runtime calls the real ones once the slots are known.
+that only note their arguments; the runtime calls the real ones once the slots are known, with values per token
+(`mask_values`) of the slots' tokens.
 """
 
 from __future__ import annotations
@@ -12,42 +13,81 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.utils.generic import can_return_tuple
 
-__all__ = ["DeferredMask", "DeferredMasks", "builds_masks", "deferred", "deferring_forward"]
+from dop_compile.runtime.mask_values import MaskValues
+from dop_compile.tracing.module_tracer import names_in
+
+__all__ = ["DeferredMask", "DeferredMasks", "builds_masks", "deferred", "deferring_forward", "positions_of_masks"]
+
+CACHE_NAMES = ("cache", "past_key_values")
+"""The argument of mask builders for the cache, since transformers 5.24 and before."""
+_REPLACED = ("inputs_embeds", "attention_mask", "position_ids", *CACHE_NAMES)
 
 
 class DeferredMask:
     """A call of a mask builder, to be made for the decoder's slots.
 
-    `attention_mask` is the caller's padding mask (batch, tokens).
+    `attention_mask` is the caller's padding mask (batch, tokens), `positions` what the builder was given to tell packed
+    samples by; None also where it has a cache, with which it does not look for those.
     """
 
     def __init__(self, builder: Callable[..., Any], kwargs: dict[str, Any]):
         self._builder = builder
         self._kwargs = kwargs
+        names = inspect.signature(builder).parameters
+        self._cache_name = next((name for name in CACHE_NAMES if name in names), CACHE_NAMES[-1])
+        self._has_cache = kwargs.get(self._cache_name) is not None
         self.attention_mask: Tensor | None = kwargs.get("attention_mask")
+        self.positions: Tensor | None = None if self._has_cache else kwargs.get("position_ids")
 
     def original(self) -> Any:
         """What the outer model would have built: a mask, or masks by layer type."""
         return self._builder(**self._kwargs)
 
-    def build(self, embeds: Tensor, mask: Tensor | None, view: Any, positions: Tensor, columns: Tensor | None) -> Any:
-        """The same for the slots; `columns` (batch, slots) tells which caller's tokens they are."""
-        tokens = self._kwargs["inputs_embeds"].shape[1]
-        kwargs = {
-            name: _follow(value, tokens, columns) for name, value in self._kwargs.items() if name not in _REPLACED
-        }
-        # Positions with gaps are no packed sequences: without positions Hugging Face does not look for those
-        positions_arg = positions if columns is None and self._kwargs.get("position_ids") is not None else None
+    def build(
+        self,
+        embeds: Tensor,
+        mask: Tensor | None,
+        view: Any,
+        positions: Tensor,
+        columns: Tensor | None,
+        total: int,
+    ) -> Any:
+        """The same for the slots.
+
+        Args:
+            columns: (batch, past and new slots) caller's column of each, -1 for padding; None where column i is slot i.
+            total: number of the caller's columns since the conversation began.
+
+        Raises:
+            UnsupportedUsageError: an argument of the builder cannot be followed.
+        """
+        kwargs = self._own_arguments()
+        if columns is not None:
+            rows = torch.arange(columns.shape[0], device=columns.device)[:, None]
+            kwargs = MaskValues(rows, columns.clamp(min=0), (columns.shape[0], total)).follow(kwargs)
+        # Positions with gaps are no packed sequences: without positions Hugging Face does not look for those. Nor does
+        # it with a cache, which a decoder may make after its outer model has built the mask
+        has_positions = columns is None and self._kwargs.get("position_ids") is not None
         return self._builder(
             inputs_embeds=embeds,
             attention_mask=mask,
-            past_key_values=view,
-            position_ids=positions_arg,
+            position_ids=positions if has_positions else None,
+            **{self._cache_name: view if self._has_cache else None},
             **kwargs,
         )
+
+    def of_rows(self, rows: Tensor, columns: Tensor, embeds: Tensor, mask: Tensor) -> DeferredMask:
+        """The call for other rows; `rows` and `columns` (new rows, tokens) say which of the caller's tokens they hold."""
+        size: tuple[int, int] = tuple(self._kwargs["inputs_embeds"].shape[:2])
+        kwargs = MaskValues(rows, columns, size).follow(self._own_arguments())
+        return DeferredMask(self._builder, {**kwargs, "inputs_embeds": embeds, "attention_mask": mask})
+
+    def _own_arguments(self) -> dict[str, Any]:
+        return {name: value for name, value in self._kwargs.items() if name not in _REPLACED}
 
 
 class DeferredMasks:
@@ -55,13 +95,17 @@ class DeferredMasks:
 
     def __init__(self, masks: dict[str, DeferredMask]):
         self._masks = masks
-        self.attention_mask = next(iter(masks.values())).attention_mask
+        first = next(iter(masks.values()))
+        self.attention_mask, self.positions = first.attention_mask, first.positions
 
     def original(self) -> dict[str, Any]:
         return {kind: mask.original() for kind, mask in self._masks.items()}
 
     def build(self, *arguments: Any) -> dict[str, Any]:
         return {kind: mask.build(*arguments) for kind, mask in self._masks.items()}
+
+    def of_rows(self, *arguments: Any) -> DeferredMasks:
+        return DeferredMasks({kind: mask.of_rows(*arguments) for kind, mask in self._masks.items()})
 
 
 def deferred(mask: Any) -> DeferredMask | DeferredMasks | None:
@@ -71,44 +115,75 @@ def deferred(mask: Any) -> DeferredMask | DeferredMasks | None:
     return mask if isinstance(mask, DeferredMask) else None
 
 
-_REPLACED = ("inputs_embeds", "attention_mask", "past_key_values", "position_ids")
-
-
-def _follow(value: Any, tokens: int, columns: Tensor | None) -> Any:
-    if columns is None or not isinstance(value, Tensor) or value.dim() != 2 or value.shape[1] != tokens:
-        return value
-    return value.expand(columns.shape[0], -1).gather(1, columns)
-
-
 def builds_masks(module: nn.Module) -> bool:
     """Whether the module's forward calls mask builders."""
-    names = set(inspect.unwrap(type(module).forward).__code__.co_names)
-    namespace = inspect.unwrap(type(module).forward).__globals__
-    return any(_is_builder(name, namespace.get(name)) for name in names)
+    return bool(_builders(inspect.unwrap(type(module).forward)))
 
 
-def _is_builder(name: str, value: Any) -> bool:
-    return inspect.isfunction(value) and name.startswith("create_") and "mask" in name
+def _builders(function: Any) -> dict[str, Callable[..., Any]]:
+    """The mask builders that a function calls, by name."""
+    values = ((name, function.__globals__.get(name)) for name in names_in(function))
+    return {
+        name: value
+        for name, value in values
+        if inspect.isfunction(value) and name.startswith("create_") and "mask" in name
+    }
 
 
-def deferring_forward(module: nn.Module) -> Callable[..., Any]:
-    """The module's forward, bound, with mask builders that return a `DeferredMask`."""
-    function = inspect.unwrap(type(module).forward)
-    namespace = dict(function.__globals__)
+def _with_builders(
+    module: nn.Module, replace: Callable[[Callable[..., Any], dict[str, Any]], Any]
+) -> Callable[..., Any]:
+    """The forward of a module's class; each of its mask builders is `replace(builder, arguments by name)`."""
+    function: Any = inspect.unwrap(type(module).forward)
 
-    def defer(builder: Callable[..., Any]) -> Callable[..., Any]:
+    def replaced(builder: Callable[..., Any]) -> Callable[..., Any]:
         signature = inspect.signature(builder)
 
-        def note(*args: Any, **kwargs: Any) -> DeferredMask:
-            return DeferredMask(builder, dict(signature.bind(*args, **kwargs).arguments))
+        def call(*args: Any, **kwargs: Any) -> Any:
+            for old in set(CACHE_NAMES) & kwargs.keys() - signature.parameters.keys():  # code for another version
+                new = next((name for name in CACHE_NAMES if name in signature.parameters), old)
+                kwargs[new] = kwargs.pop(old)
+            arguments = dict(signature.bind(*args, **kwargs).arguments)
+            return replace(builder, arguments.pop("kwargs", {}) | arguments)
 
-        return note
+        return call
 
-    for name in function.__code__.co_names:
-        if _is_builder(name, namespace.get(name)):
-            namespace[name] = defer(namespace[name])
+    namespace = {
+        **function.__globals__,
+        **{name: replaced(builder) for name, builder in _builders(function).items()},
+    }
     copy = types.FunctionType(
         function.__code__, namespace, function.__name__, function.__defaults__, function.__closure__
     )
     copy.__kwdefaults__ = function.__kwdefaults__
-    return types.MethodType(can_return_tuple(copy), module)  # type: ignore[no-untyped-call]
+    return copy
+
+
+def deferring_forward(module: nn.Module) -> Callable[..., Any]:
+    """The module's forward, bound, with mask builders that return a `DeferredMask`."""
+    return types.MethodType(can_return_tuple(_with_builders(module, DeferredMask)), module)  # type: ignore[no-untyped-call]
+
+
+class _Asked(Exception):  # noqa: N818
+    """Stops a forward at its first mask; holds the positions that tell packed samples there."""
+
+
+def positions_of_masks(decoder: nn.Module, **arguments: Any) -> Tensor | None:
+    """The positions (batch, tokens) by which a decoder's own masks tell packed samples; None if they do not look.
+
+    Args:
+        arguments: of a call of the decoder without mask and cache.
+    """
+    if not builds_masks(decoder):
+        return None
+
+    def stop(builder: Callable[..., Any], given: dict[str, Any]) -> None:
+        if "position_ids" in inspect.signature(builder).parameters:
+            raise _Asked(given.get("position_ids"))
+
+    try:
+        _with_builders(decoder, stop)(decoder, **arguments)
+    except _Asked as asked:
+        positions: Tensor | None = asked.args[0]
+        return positions
+    return None
