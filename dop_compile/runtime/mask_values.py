@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from dop_compile.errors import UnsupportedUsageError
 
-__all__ = ["MaskValues"]
+__all__ = ["BLOCKS", "MaskValues"]
 
 BLOCKS = "block_sequence_ids"
 """The argument of Hugging Face's builders that they pad."""

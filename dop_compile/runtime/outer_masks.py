@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers.utils.generic import can_return_tuple
 
-from dop_compile.runtime.mask_values import MaskValues
+from dop_compile.errors import UnsupportedUsageError
+from dop_compile.runtime.mask_values import BLOCKS, MaskValues
 from dop_compile.tracing.module_tracer import names_in
 
 __all__ = ["DeferredMask", "DeferredMasks", "builds_masks", "deferred", "deferring_forward", "positions_of_masks"]
@@ -69,6 +70,7 @@ class DeferredMask:
         if columns is not None:
             rows = torch.arange(columns.shape[0], device=columns.device)[:, None]
             kwargs = MaskValues(rows, columns.clamp(min=0), (columns.shape[0], total)).follow(kwargs)
+        _check_blocks(kwargs.get(BLOCKS), self._kwargs.get("config"), past=0 if view is None else view.get_seq_length())
         # Positions with gaps are no packed sequences: without positions Hugging Face does not look for those. Nor does
         # it with a cache, which a decoder may make after its outer model has built the mask
         has_positions = columns is None and self._kwargs.get("position_ids") is not None
@@ -88,6 +90,20 @@ class DeferredMask:
 
     def _own_arguments(self) -> dict[str, Any]:
         return {name: value for name, value in self._kwargs.items() if name not in _REPLACED}
+
+
+def _check_blocks(blocks: Tensor | None, config: Any, past: int) -> None:
+    """Blocks (batch, slots) are seen through sliding windows, but the original's cache has forgotten what is older."""
+    window = getattr(config, "sliding_window", None)
+    if blocks is None or not window or past < window or blocks.shape[1] <= past:
+        return
+    old, new = blocks[:, : past - window + 1, None], blocks[:, None, past:]
+    if bool(((old == new) & (new >= 0)).any()):
+        raise UnsupportedUsageError(
+            "tokens of this turn are of a bidirectional block that began before the sliding window of an earlier turn; "
+            "a compiled model keeps what the original has forgotten by then. Pass token_type_ids of the new tokens "
+            "alone, or the conversation as one prompt"
+        )
 
 
 class DeferredMasks:
