@@ -1,4 +1,4 @@
-"""Masks that an outer model builds, in later turns: from values per token of the whole conversation, or of its last turn.
+"""Masks that an outer model builds, in later turns: from values per token of the whole conversation or of its last turn.
 
 The reference is the whole conversation as one prompt where that is the same for the original; elsewhere the decoder
 itself, on the tokens that are left, under a mask written out by hand.
@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from transformers import DynamicCache
 
 from dop_compile import Policy
@@ -45,7 +44,8 @@ def conversation(name: str, turns: list[Rows]) -> tuple[list[Batch], Batch]:
     model = family.build()
     made = [make_batch(family, rows, seed=seed, model=model) for seed, rows in enumerate(turns)]
     inputs = {
-        n: torch.cat([turn.inputs[n] for turn in made if n in turn.inputs], int(is_per_token(n))) for n in made[0].inputs
+        n: torch.cat([turn.inputs[n] for turn in made if n in turn.inputs], int(is_per_token(n)))
+        for n in made[0].inputs
     }
     rows = len(turns[0])
     towers = [{n: v[row::rows] for n, v in inputs.items() if not is_per_token(n)} for row in range(rows)]
@@ -131,7 +131,9 @@ def test_blocks_that_span_turns(name: str, types: str) -> None:
     kept = [0, count - 1]
     compiled = compile_eagerly(model, Policy.full(family.num_layers).replace(reducer="given"))
     decoder, embeds = text_decoder(model), []
-    hook = decoder.register_forward_pre_hook(lambda _, __, given: embeds.append(given["inputs_embeds"]), with_kwargs=True)
+    hook = decoder.register_forward_pre_hook(
+        lambda _, __, given: embeds.append(given["inputs_embeds"]), with_kwargs=True
+    )
     for turn in turns:
         model(**turn.inputs)
     hook.remove()

@@ -12,6 +12,7 @@ from torch import nn
 
 from dop_compile.drop_in.frame import CALL_ARGUMENTS, Frame, Session, presented_as
 from dop_compile.drop_in.model_path import shallow_copy
+from dop_compile.drop_in.no_export import refuse_recording
 from dop_compile.errors import UnsupportedUsageError
 from dop_compile.policy import Policy
 from dop_compile.tiers_file import save_policies
@@ -38,6 +39,7 @@ def drop_in(state: Any, base: nn.Module, tier: str) -> Any:
         return Session(chosen, **values)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
+        refuse_recording(args, kwargs)
         return Frame(state, view, session(kwargs)).forward(*args, **kwargs)
 
     def generate(*args: Any, **kwargs: Any) -> Any:

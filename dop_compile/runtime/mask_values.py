@@ -36,7 +36,7 @@ class MaskValues:
 
     def __init__(self, rows: Tensor, columns: Tensor, size: tuple[int, int]):
         self._rows, self._columns, self._size = rows, columns, size
-        self._made: dict[int, Any] = {}
+        self._made: dict[types.FunctionType, types.FunctionType] = {}
 
     def follow(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """The arguments of a mask builder, by name, for the slots.
@@ -81,9 +81,9 @@ class MaskValues:
         )
 
     def _function(self, name: str, function: types.FunctionType) -> types.FunctionType:
-        if id(function) in self._made:
-            return self._made[id(function)]  # type: ignore[no-any-return]
-        self._made[id(function)] = function  # one that names itself
+        if function in self._made:
+            return self._made[function]
+        self._made[function] = function  # one that names itself
         held = [_contents(cell) for cell in function.__closure__ or ()]
         inside = (held, list(function.__defaults__ or ()), function.__kwdefaults__ or {})
         followed = tuple(self._value(name, part) for part in inside)
@@ -96,8 +96,8 @@ class MaskValues:
                 tuple(types.CellType(value) for value in followed[0]),
             )
             made.__kwdefaults__ = followed[2] or None
-            self._made[id(function)] = made
-        return self._made[id(function)]  # type: ignore[no-any-return]
+            self._made[function] = made
+        return self._made[function]
 
 
 def _contents(cell: types.CellType) -> Any:

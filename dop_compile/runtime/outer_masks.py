@@ -83,7 +83,7 @@ class DeferredMask:
         )
 
     def of_rows(self, rows: Tensor, columns: Tensor, embeds: Tensor, mask: Tensor) -> DeferredMask:
-        """The call for other rows; `rows` and `columns` (new rows, tokens) say which of the caller's tokens they hold."""
+        """The call for other rows; `rows` and `columns` (new rows, tokens) are places of their tokens in the caller's."""
         size: tuple[int, int] = tuple(self._kwargs["inputs_embeds"].shape[:2])
         kwargs = MaskValues(rows, columns, size).follow(self._own_arguments())
         return DeferredMask(self._builder, {**kwargs, "inputs_embeds": embeds, "attention_mask": mask})
@@ -180,7 +180,7 @@ def deferring_forward(module: nn.Module) -> Callable[..., Any]:
     return types.MethodType(can_return_tuple(_with_builders(module, DeferredMask)), module)  # type: ignore[no-untyped-call]
 
 
-class _Asked(Exception):  # noqa: N818
+class _Asked(Exception):
     """Stops a forward at its first mask; holds the positions that tell packed samples there."""
 
 

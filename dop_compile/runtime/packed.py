@@ -6,7 +6,7 @@ sample is a row of its own in the decoder, padded on the left, and goes back to 
 ranking, windows and positions are then what they are for the sample alone. A policy that prunes nothing leaves the row
 as it is, under the model's own mask.
 
-Refused: packed rows where the original would not keep the samples apart, and those with a cache.
+Refused: packed rows where the original's masks would let samples see each other, and those with a cache.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ def packed_rows(decoder: nn.Module, call: Call, arguments: Arguments) -> PackedR
         text = positions if positions.dim() == 2 else positions[0]  # of several axes the first is text, or time
         if bool((text.diff(dim=-1) < 0).any()):
             raise UnsupportedUsageError(
-                "position_ids begin anew within a row, as those of several samples in one row do, but with these "
-                f"arguments {type(decoder).__name__} lets such samples see each other; {REMEDY}"
+                "position_ids begin anew within a row, as those of several samples in one row do; with a cache, or "
+                f"where the masks of {type(decoder).__name__} do not read them, samples cannot be kept apart: {REMEDY}"
             )
         return None
     if _goes_on(told):
