@@ -18,6 +18,7 @@ from dop_compile.runtime.layout import TokenLayout
 from dop_compile.runtime.masks import MaskSelector
 from dop_compile.runtime.merging import merge_images
 from dop_compile.runtime.outer_masks import deferred
+from dop_compile.runtime.packed import packed_rows
 from dop_compile.runtime.program import Program
 from dop_compile.runtime.slots import Arguments, Call, Slots
 from dop_compile.spellings import CACHE, parameters, spelled
@@ -166,6 +167,9 @@ def run_decoder(compiled: Any, decoder: nn.Module, call: Call, **kwargs: Any) ->
     """
     merge_images(decoder, call, kwargs)
     arguments = _check_arguments(decoder, call, kwargs)
+    packed_samples = packed_rows(decoder, call, arguments)
+    if packed_samples is not None:
+        call, arguments = packed_samples.apart(call, arguments)
     slots = Slots(call, arguments)
     _check_gaps(decoder, slots)
     layout = slots.layout()
@@ -175,8 +179,8 @@ def run_decoder(compiled: Any, decoder: nn.Module, call: Call, **kwargs: Any) ->
     embeds, mask = slots.embeds(), slots.attention_mask()
     masks: dict[str, Any] | None = None
     if arguments.masks is not None:
-        columns = None if slots.columns is None else slots.columns.clamp(min=0)
-        built: Any = arguments.masks.build(embeds, mask, view, positions, columns)
+        total = slots.tokens + (cache.columns_seen if cache is not None else 0)
+        built: Any = arguments.masks.build(embeds, mask, view, positions, slots.all_columns(), total)
         masks = built if isinstance(built, dict) else None
         mask = mask if built is None or masks is not None else built  # the decoder's own builder passes a built one on
     token_inputs = slots.token_inputs()
@@ -222,6 +226,8 @@ def run_decoder(compiled: Any, decoder: nn.Module, call: Call, **kwargs: Any) ->
     hidden = program(values, lambda spec: layout.index(spec.kind, spec.tokens, spec.others))
     slots.commit(program, selector)
     hidden = _caller_rows(compiled, arguments, slots, layout, program.output_tokens, hidden)
+    if packed_samples is not None:
+        hidden = packed_samples.together(hidden)
     output_class = program.output_class
     if output_class is None:
         return (hidden, cache)

@@ -11,7 +11,7 @@ Every run, with a copy of the keys that it sees, is a sequence of its own in one
 Padding and queries that see no key take part in none. Hugging Face's own interface makes the call, so FlashAttention 2,
 3 and 4 and kernels from its hub are the same here.
 
-Refused: kernels that align at the top left, attention that is not causal, packed sequences in one row.
+Refused: kernels that align at the top left, attention that is not causal, parts of packed rows.
 """
 
 from __future__ import annotations
@@ -149,8 +149,9 @@ class FlashTokens:
             return
         if bool((positions.diff(dim=-1) < 0).any()):
             raise UnsupportedUsageError(
-                "position_ids tell of several sequences in one row, which a pruned model under FlashAttention cannot "
-                "keep apart; load the model with attn_implementation='sdpa', or pass the sequences as rows"
+                "position_ids tell of several sequences in one row, which under FlashAttention cannot be kept apart here; "
+                "leave attention_mask and logits_to_keep unset, load the model with attn_implementation='sdpa', or pass "
+                "the sequences as rows"
             )
         self._is_checked = True
 

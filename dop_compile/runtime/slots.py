@@ -255,10 +255,13 @@ class Slots:
                 positions = positions - reduction.dropped_before.to(self.device)
         return positions.clamp(min=0) if self.columns is not None else positions.contiguous()
 
+    def all_columns(self) -> Tensor | None:
+        """(batch, past + new slots) caller's column of each slot, -1 for padding; None where column i is slot i."""
+        return self.columns if self.cache is None else self.cache.all_columns(self.count, self.columns)
+
     def attention_mask(self) -> Tensor | None:
         """(batch, past + new slots) padding mask; None where no slot is padding."""
-        mask, cache = self.arguments.attention_mask, self.cache
-        columns = self.columns if cache is None else cache.all_columns(self.count, self.columns)
+        mask, columns = self.arguments.attention_mask, self.all_columns()
         if columns is None:
             return mask
         real = columns >= 0

@@ -229,8 +229,11 @@ def test_what_flash_attention_is_refused_for(monkeypatch: pytest.MonkeyPatch) ->
     compiled = compile_eagerly(model, Policy.depthwise(4, mha_depth=2, mlp_depth=2), token_groups=lambda ids: ids % 2)
     ids = batch.inputs["input_ids"][-1:, :8]
     packed = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]])
+    as_rows = compiled(input_ids=ids.view(2, 4), use_cache=False).logits
+    assert_close(compiled(input_ids=ids, position_ids=packed, use_cache=False).logits, as_rows.view(1, 8, -1))
+    full = compile_eagerly(model, Policy.full(4))
     with pytest.raises(UnsupportedUsageError, match="several sequences in one row"):
-        compiled(input_ids=ids, position_ids=packed, use_cache=False)
+        full(input_ids=ids, position_ids=packed, use_cache=False, logits_to_keep=2)
     for layer in model.model.layers:
         layer.self_attn.is_causal = False
     with pytest.raises(UnsupportedUsageError, match="not causal"):
