@@ -16,8 +16,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from dop_compile.reducers.base import Selection, VisualContext
-from dop_compile.reducers.greedy import greedy_map
-from dop_compile.reducers.numbers import cosine, stacked
+from dop_compile.reducers.greedy import diverse_tokens
 from dop_compile.reducers.relevance import InstructionRelevance, Relevance, check_relevance
 
 __all__ = ["CDPrunerReducer"]
@@ -56,7 +55,7 @@ class CDPrunerReducer:
         return [replace(c, relevance=_scaled(score)) for c, score in zip(contexts, scores, strict=True)]
 
     def select_many(self, contexts: Sequence[VisualContext], counts: Sequence[int]) -> list[Selection]:
-        order = greedy_map(cosine(stacked(contexts, "projected")), stacked(contexts, "relevance"), max(counts))
+        order = diverse_tokens(contexts, max(counts))
         return [Selection(row[:count]) for row, count in zip(order, counts, strict=True)]
 
 

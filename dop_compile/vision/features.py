@@ -65,8 +65,8 @@ def token_features(
 ) -> TokenFeatures | None:
     """The wanted fields of one call of a feature method; None if it returned no features as they enter the decoder.
 
-    Where gradients are recorded, `features`, `cls_attention`, `keys` and what `project` returns carry them: reducers may
-    make what enters the decoder of them.
+    Where gradients are recorded, `features`, `cls_attention`, `keys` and what `project` returns carry them, since
+    reducers may make of them what enters the decoder.
 
     Args:
         wanted: names of fields.

@@ -92,7 +92,7 @@ def _keep_rows(
 
 
 def _received(queries: Tensor, keys: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-    """(batch, tokens) what some queries (batch, heads, some, head_dim) pay to each key (batch, heads, head_dim, tokens)."""
+    """(batch, tokens) what queries (batch, heads, some, head_dim) pay to each key (batch, heads, head_dim, tokens)."""
     scores = queries.float() @ keys * scaling
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.float()
