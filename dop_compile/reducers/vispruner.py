@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -94,9 +95,9 @@ def _diverse_of_many(features: Tensor, order: Tensor, keep: int) -> Tensor:
     if keep == 0 or keep == len(order):
         return order[:keep]
     tokens = order.cpu().sort().values
-    places = torch.searchsorted(tokens, order.cpu())
+    places = torch.searchsorted(tokens, order.cpu()).numpy()
     nearest, built = NearestTokens(Cosines(features), tokens), len(tokens)
-    inside = torch.zeros(len(tokens) + 1, dtype=torch.bool, device="cpu")
+    inside = np.zeros(len(tokens) + 1, dtype=bool)
     while (surplus := len(places) - keep) > 0:
         if len(places) <= built // REBUILD:
             nearest.rebuild(places)
@@ -105,6 +106,7 @@ def _diverse_of_many(features: Tensor, order: Tensor, keep: int) -> Tensor:
         inside[odd] = True
         scores = nearest.highest(even, inside)
         inside[odd] = False
-        even = even[order_keys(scores, even).argsort(descending=True)]
-        places = torch.cat([even[min(REMOVED_AT_ONCE, surplus) :], odd])
-    return tokens[places].to(order.device)
+        # Sorting keys that hold the place is several times as fast as asking for the order of the scores
+        keys = np.sort(order_keys(torch.from_numpy(scores), torch.from_numpy(even)).numpy())[::-1]
+        places = np.concatenate([(-keys & 0xFFFFFFFF)[min(REMOVED_AT_ONCE, surplus) :], odd])
+    return tokens[torch.from_numpy(places)].to(order.device)
