@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from dop_compile.reducers.base import Selection, VisualContext
@@ -50,6 +51,7 @@ class CDPrunerReducer:
     def __call__(self, context: VisualContext, count: int) -> Selection:
         return self.select_many(self.prepare([context]), [count])[0]
 
+    @torch.no_grad()
     def prepare(self, contexts: Sequence[VisualContext]) -> list[VisualContext]:
         scores = self.relevance(contexts)
         return [replace(c, relevance=_scaled(score)) for c, score in zip(contexts, scores, strict=True)]

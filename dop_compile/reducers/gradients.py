@@ -27,9 +27,9 @@ def _tensors(context: VisualContext) -> dict[str, Tensor]:
 
 
 def detached(context: VisualContext) -> VisualContext:
-    """The same tensors, without the operations that made them."""
-    changed: dict[str, Any] = {name: value.detach() for name, value in _tensors(context).items()}
-    return replace(context, **changed)
+    """The same tensors, without the operations that made them; where there are none, the same context."""
+    changed: dict[str, Any] = {n: value.detach() for n, value in _tensors(context).items() if value.requires_grad}
+    return replace(context, **changed) if changed else context
 
 
 def carries_gradients(context: VisualContext) -> bool:

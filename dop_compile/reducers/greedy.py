@@ -34,9 +34,7 @@ rounded to float32."""
 def diverse_tokens(contexts: Sequence[VisualContext], count: int) -> list[Tensor]:
     """`greedy_map` for the projected features and the relevance of contexts of equal size: (count,) int64 each."""
     if contexts[0].tokens <= LARGE:
-        return _small(
-            contexts, lambda some: greedy_map(_similarity(some), stacked(some, "relevance"), count)
-        )
+        return _small(contexts, lambda some: greedy_map(_similarity(some), stacked(some, "relevance"), count))
     found = []
     for context in contexts:
         assert context.relevance is not None

@@ -1,7 +1,7 @@
 """The token whose nearest neighbour is farthest away, without the distance of every token to every other.
 
-One columns' block after the other is compared with the tokens that may still be it: those whose nearest neighbour so far
-is farther than that of the best token whose row is complete.
+One block of tokens after the other is compared with those that may still be it: those whose nearest neighbour so far is
+farther than that of the best token of which all is known.
 """
 
 from __future__ import annotations
@@ -28,7 +28,10 @@ def most_isolated(cosines: Cosines, narrow: Tensor) -> int:
     open_ = _without_twins(narrow)
     if not len(open_):  # all have an equal, at no distance
         return 0
-    highest, complete = torch.full((tokens,), -torch.inf, device="cpu"), torch.zeros(tokens, dtype=torch.bool, device="cpu")
+    highest, complete = (
+        torch.full((tokens,), -torch.inf, device="cpu"),
+        torch.zeros(tokens, dtype=torch.bool, device="cpu"),
+    )
     # In an order that has nothing to do with the picture, so that few columns tell much about every token
     order = torch.randperm(tokens, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
     slack = 2 * cosines.error + 2.0**-21

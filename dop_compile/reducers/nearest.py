@@ -9,7 +9,6 @@ The lists are on the CPU, wherever the features are, and in NumPy, whose calls c
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -22,8 +21,14 @@ from dop_compile.reducers.numbers import LARGE, NUMBERS
 __all__ = ["NearestTokens"]
 
 Array = np.ndarray[Any, Any]
-WIDTH, EXPECTED, EXACT = 64, 56, 8
-"""Entries of a list, how many it has on average at first, and of how many the exact cosine is computed at a time."""
+WIDTH, EXPECTED, SAMPLE = 96, 80, 2048
+"""Entries of a list, how many it has on average at first, and the tokens by which its limit is found."""
+EXACT, EXACT_NUMBERS = 8, 1 << 13
+"""Entries of which the exact cosine is computed at a time, at least, and how many numbers of features that may read."""
+ROWS = 512
+"""Of a block of similarities that are looked through at a time."""
+CROWDED = 0.8
+"""Where fewer of the tokens that a search looks at are left, the others are forgotten."""
 SINGLY = 8
 """Entries that are tried one after the other; most tokens find theirs among the first."""
 
@@ -38,6 +43,7 @@ class NearestTokens:
 
     def __init__(self, cosines: Cosines, tokens: Tensor):
         self._cosines, self._tokens = cosines, tokens.numpy()
+        self._step = min(2 * EXACT, max(EXACT, EXACT_NUMBERS // cosines.dim))
         count = len(tokens)
         self._near = np.zeros((count, WIDTH), dtype=np.int32)
         self._value = np.zeros((count, WIDTH), dtype=np.float32)
@@ -60,38 +66,21 @@ class NearestTokens:
         # Equal tokens would be in the same few lists, all of which would be empty at once, if nothing told them apart
         noise = torch.from_numpy(generator.random(2 * count, dtype=np.float32) * np.float32(self._cosines.error))
         self._noise = noise.to(device)
-        rows = max(1, min(count, NUMBERS // count))
-
-        def block(first: int, start: int, height: int) -> Tensor:
-            """Similarities of `height` members from `first` to all from `start`."""
-            own = product(self._units[first : first + height], self._units[start:])
-            own += self._noise[first + start :].as_strided(own.shape, (1, 1))
-            own.diagonal(first - start).fill_(-torch.inf)
-            return own
-
-        limits = self._limits(block, count)
         found: list[tuple[Tensor, Tensor, Tensor]] = []
-        for first in range(0, count, rows):
-            own = block(first, first, rows)
-            height = len(own)
-            row, column = (own > torch.minimum(limits[first : first + height, None], limits[first:])).nonzero().T
-            value = own[row, column]
-            here = value > limits[first + row]
-            there = (value > limits[first + column]) & (column >= height)
-            for mask, one, other in ((here, row, column), (there, column, row)):
-                found.append((first + one[mask], first + other[mask], value[mask]))
+        first, limits = 0, torch.empty(0)
+        while first < count:
+            height = SAMPLE if first == 0 else max(1, NUMBERS // count)
+            own = product(self._units[first : first + height], self._units[first:])
+            own += self._noise[2 * first :].as_strided(own.shape, (1, 1))
+            own.diagonal().fill_(-torch.inf)
+            if first == 0:
+                limits = _limits(own)
+            for start in range(0, len(own), ROWS):
+                found += _above(own[start : start + ROWS], limits, first, start, len(own))
+            first += len(own)
         one, other, values = (torch.cat(parts).cpu().numpy() for parts in zip(*found, strict=True))
         self._fill(limits.cpu().numpy(), one, shuffled[other], values)
         self._extend(places)
-
-    @staticmethod
-    def _limits(block: Callable[[int, int, int], Tensor], count: int) -> Tensor:
-        """(members,) what about `EXPECTED` others of each exceed, told from the first of them."""
-        own = block(0, 0, min(count, LARGE))
-        if count <= WIDTH:
-            return torch.full((count,), -torch.inf, device=own.device)
-        wanted = max(1, round(EXPECTED * len(own) / count))
-        return torch.cat([part.T.contiguous().topk(wanted).values[:, -1] for part in own.split(LARGE, dim=1)])
 
     def _fill(self, limits: Array, one: Array, near: Array, value: Array) -> None:
         """Lists of the members: the entries (near, value) of the member numbered `one`, above its limit."""
@@ -109,13 +98,13 @@ class NearestTokens:
     def _extend(self, places: Array) -> None:
         """Compute the exact cosines of the next entries of these lists."""
         near, value, filled = self._near[places], self._value[places], self._filled[places, None]
-        at = self._known[places, None] + np.arange(EXACT)
+        at = self._known[places, None] + np.arange(self._step)
         there = at < filled
         row, column = there.nonzero()
         other = np.where(there, np.take_along_axis(near, np.minimum(at, WIDTH - 1), 1), places[:, None])
         exact = self._cosines.pairs(torch.from_numpy(self._tokens[places]), torch.from_numpy(self._tokens[other]))
         value[row, at[row, column]] = exact.numpy()[row, column]
-        known = np.minimum(self._known[places, None] + EXACT, filled)
+        known = np.minimum(self._known[places, None] + self._step, filled)
         exactly = np.arange(WIDTH) < known
         order = np.where(exactly, -value, np.inf).argsort(axis=1, kind="stable")
         near, value = np.take_along_axis(near, order, 1), np.take_along_axis(value, order, 1)
@@ -165,6 +154,10 @@ class NearestTokens:
     def _search(self, places: Array, inside: Array, left: Array) -> Array:
         """`highest`, by a look at the whole set; these places get new lists of what is `left` (tokens + 1,)."""
         device, found = self._units.device, []
+        staying = left[self._members]
+        if staying.mean() < CROWDED:
+            self._units = self._units[torch.from_numpy(staying).to(device)]
+            self._members = self._members[staying]
         members = torch.from_numpy(self._members).to(device)
         there, here = (torch.from_numpy(mask[self._members]).to(device) for mask in (inside, left))
         for first in range(0, len(places), max(1, NUMBERS // len(members))):
@@ -187,3 +180,28 @@ class NearestTokens:
             self._beyond[some] = value[:, WIDTH] if value.shape[1] > WIDTH else -np.inf
             self._shown[:, some] = len(self._tokens)
         return np.concatenate(found)
+
+
+def _limits(own: Tensor) -> Tensor:
+    """(members,) what about `EXPECTED` of all others exceed, told from the similarities (sample, members) of some."""
+    sample, count = own.shape
+    if count <= WIDTH:
+        return torch.full((count,), -torch.inf, device=own.device)
+    wanted = max(1, round(EXPECTED * sample / count))
+    return torch.cat([part.T.contiguous().topk(wanted).values[:, -1] for part in own.split(LARGE, dim=1)])
+
+
+def _above(own: Tensor, limits: Tensor, first: int, start: int, height: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Entries (member, other, similarity) that exceed the members' limits.
+
+    Args:
+        own: (rows, columns) similarities of the members from `first + start` with all from `first`.
+        height: of the block: its first columns are its rows.
+    """
+    here = limits[first + start : first + start + len(own), None]
+    row, column = (own > torch.minimum(here, limits[first:])).nonzero().T
+    value = own[row, column]
+    row = row + start
+    mine, others = value > limits[first + row], (value > limits[first + column]) & (column >= height)
+    pairs = ((mine, row, column), (others, column, row))
+    return [(first + one[mask], first + other[mask], value[mask]) for mask, one, other in pairs]
