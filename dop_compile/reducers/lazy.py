@@ -1,9 +1,9 @@
 """Greedy choices that look again only at tokens that may come next.
 
-What a token would add can only sink as others are chosen, so what was found before is an upper bound. Of all tokens, the
-best by their bounds are brought up to date, and are chosen one after the other while the best of them beats the bounds
-of all others. The order of choice is that of the plain definition, ties included. On the CPU: which tokens these are is
-decided in Python.
+What a token would add can only sink as others are chosen, so what was found before is an upper bound. Of all tokens,
+the best by their bounds are brought up to date, and are chosen one after the other while the best of them beats the
+bounds of all others. The order of choice is that of the plain definition, ties included. On the CPU, since which tokens
+these are is decided in Python.
 """
 
 from __future__ import annotations

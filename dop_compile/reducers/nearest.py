@@ -2,7 +2,7 @@
 
 Every pair is compared once, by `Cosines` near products, and each token keeps a list of those most similar to it. Exact
 cosines are computed for the first of a list, and for more where these have left the set. An entry counts once its
-cosine is no lower than any that can be behind it; where a list has no such entry in the set, the whole set is looked at.
+cosine is no lower than any that can be behind it; where a list has no such entry in the set, all of it is looked at.
 
 The lists are on the CPU, wherever the features are, and in NumPy, whose calls cost a fraction of PyTorch's.
 """
