@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from dop_compile.reducers.base import Selection, VisualContext
-from dop_compile.reducers.greedy import greedy_map
-from dop_compile.reducers.numbers import cosine, stacked
+from dop_compile.reducers.greedy import diverse_tokens
 from dop_compile.reducers.relevance import InstructionRelevance, Relevance, check_relevance
 
 __all__ = ["CDPrunerReducer"]
@@ -51,12 +51,13 @@ class CDPrunerReducer:
     def __call__(self, context: VisualContext, count: int) -> Selection:
         return self.select_many(self.prepare([context]), [count])[0]
 
+    @torch.no_grad()
     def prepare(self, contexts: Sequence[VisualContext]) -> list[VisualContext]:
         scores = self.relevance(contexts)
         return [replace(c, relevance=_scaled(score)) for c, score in zip(contexts, scores, strict=True)]
 
     def select_many(self, contexts: Sequence[VisualContext], counts: Sequence[int]) -> list[Selection]:
-        order = greedy_map(cosine(stacked(contexts, "projected")), stacked(contexts, "relevance"), max(counts))
+        order = diverse_tokens(contexts, max(counts))
         return [Selection(row[:count]) for row, count in zip(order, counts, strict=True)]
 
 

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from dop_compile.reducers.base import Selection, VisualContext
-from dop_compile.reducers.greedy import farthest_points
-from dop_compile.reducers.numbers import cosine, stacked
+from dop_compile.reducers.greedy import far_tokens
 
 __all__ = ["DivPruneReducer"]
 
@@ -31,5 +30,5 @@ class DivPruneReducer:
         return self.select_many([context], [count])[0]
 
     def select_many(self, contexts: Sequence[VisualContext], counts: Sequence[int]) -> list[Selection]:
-        order = farthest_points(1 - cosine(stacked(contexts, "projected")), max(counts))
+        order = far_tokens(contexts, max(counts))
         return [Selection(row[:count]) for row, count in zip(order, counts, strict=True)]

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from dop_compile.reducers.base import Selection, VisualContext
-from dop_compile.reducers.numbers import rows_of, stacked
+from dop_compile.reducers.numbers import NUMBERS, rows_of, stacked
 
-__all__ = ["MERGED_FIELDS", "last_dropped", "merged_selections", "others"]
+__all__ = ["MERGED_FIELDS", "last_dropped", "merged_selections", "others", "pieces"]
 
 MERGED_FIELDS = frozenset({"features", "project"})
 
@@ -23,6 +23,11 @@ def others(indices: Tensor, tokens: int) -> Tensor:
     """(batch, tokens - k) the tokens that are not among `indices` (batch, k), ascending."""
     taken = torch.zeros(len(indices), tokens, dtype=torch.int8, device=indices.device).scatter_(1, indices, 1)
     return taken.sort(dim=1, stable=True).indices[:, : tokens - indices.shape[1]]
+
+
+def pieces(features: Tensor, numbers: int = 1) -> int:
+    """How many tokens of features (batch, tokens, dim) to work on at a time, where each needs as many numbers more."""
+    return max(1, NUMBERS // 4 // max(1, len(features) * max(features.shape[2], numbers)))
 
 
 def last_dropped(indices: Tensor, tokens: int) -> Tensor:

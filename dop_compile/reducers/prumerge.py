@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 
 from dop_compile.reducers.base import Selection, VisualContext
-from dop_compile.reducers.merging import MERGED_FIELDS, last_dropped, merged_selections, others
-from dop_compile.reducers.numbers import by_count, cosine, ranked, rows_of, stacked, wide
+from dop_compile.reducers.merging import MERGED_FIELDS, last_dropped, merged_selections, others, pieces
+from dop_compile.reducers.numbers import at_once, by_count, cosine, order_keys, ranked, rows_of, stacked, wide
 
 __all__ = ["PruMergePlusReducer", "PruMergeReducer"]
 
@@ -72,11 +72,11 @@ class PruMergeReducer:
         if self.adaptive:
             outliers = _outliers(stacked(contexts, "cls_attention"))
             counts = [min(count, (1 + self.spaced) * n + 1) for count, n in zip(counts, outliers, strict=True)]
-        return by_count(contexts, counts, self._select)
+        return by_count(contexts, counts, self._select, at_once(contexts, "features"))
 
-    def _select(self, contexts: Sequence[VisualContext], _: Tensor, count: int) -> list[Selection]:
+    def _select(self, contexts: Sequence[VisualContext], count: int) -> list[Selection]:
         attention = stacked(contexts, "cls_attention")
-        order = ranked(attention)
+        order = ranked(attention.detach())
         tokens = order.shape[1]
         if count in (0, tokens):
             return [Selection(row) for row in order[:, :count]]
@@ -87,14 +87,17 @@ class PruMergeReducer:
             rest = others(kept, tokens)
             middles = (2 * torch.arange(spaced, device=rest.device) + 1) * rest.shape[1] // (2 * spaced)
             kept = torch.cat([kept, rest[:, middles]], dim=1)
-        features = stacked(contexts, "features").to(wide(order.device))
-        weights = torch.cat(
-            [_neighbour_weights(stacked(contexts, "keys"), attention, kept, self.neighbours), attention[:, None]], dim=1
-        ).to(features)
-        weights[:, -1].scatter_(1, kept, 0.0)
-        weights[:, :-1].scatter_add_(2, kept[..., None], torch.ones_like(weights[:, :-1, :1]))
+        features = stacked(contexts, "features")
+        weights = attention.to(wide(order.device))
+        keys = stacked(contexts, "keys").detach()
+        neighbours = min(self.neighbours, tokens - 1)
+        merged = [
+            _with_neighbours(features, weights, part, _nearest(keys, part, neighbours))
+            for part in kept.split(pieces(features, max(tokens, neighbours * features.shape[2])), dim=1)
+        ]
+        merged.append(_sum(features, weights.scatter(1, kept, 0.0)))
         places = torch.cat([kept, last_dropped(kept, tokens)], dim=1)
-        return merged_selections(contexts, places[:, :0], places, weights @ features)
+        return merged_selections(contexts, places[:, :0], places, torch.cat(merged, dim=1))
 
 
 class PruMergePlusReducer(PruMergeReducer):
@@ -104,16 +107,30 @@ class PruMergePlusReducer(PruMergeReducer):
     spaced: ClassVar[int] = SPACED_PER_ATTENDED
 
 
-def _neighbour_weights(keys: Tensor, attention: Tensor, kept: Tensor, neighbours: int) -> Tensor:
-    """(batch, kept, tokens): the attention of each kept token's nearest neighbours, 0 of other tokens."""
+def _nearest(keys: Tensor, kept: Tensor, neighbours: int) -> Tensor:
+    """(batch, kept, neighbours) other tokens of the most similar keys (batch, tokens, key_dim); ties: lowest index."""
     similarity = cosine(rows_of(keys, kept), keys).scatter(2, kept[..., None], -2.0)  # a token is not its own neighbour
-    nearest = ranked(similarity)[..., : min(neighbours, keys.shape[1] - 1)]
-    own = attention[:, None].expand(-1, kept.shape[1], -1)
-    return torch.zeros_like(similarity).scatter(2, nearest, own.gather(2, nearest).to(similarity))
+    return order_keys(similarity).topk(neighbours, dim=2).indices
+
+
+def _with_neighbours(features: Tensor, weights: Tensor, kept: Tensor, nearest: Tensor) -> Tensor:
+    """(batch, kept, vision_hidden): each kept token plus the weighted sum of its nearest (batch, kept, neighbours)."""
+    batch, count, neighbours = nearest.shape
+    flat = nearest.flatten(1)
+    rows = rows_of(features, flat).to(weights).view(batch, count, neighbours, features.shape[2])
+    own = weights.gather(1, flat).view(batch, count, 1, neighbours)
+    return rows_of(features, kept).to(weights) + (own @ rows)[:, :, 0]
+
+
+def _sum(features: Tensor, weights: Tensor) -> Tensor:
+    """(batch, 1, vision_hidden) sum of features weighted by (batch, tokens)."""
+    step = pieces(features)
+    parts = zip(weights.split(step, dim=1), features.split(step, dim=1), strict=True)
+    return torch.stack([own[:, None] @ some.to(weights) for own, some in parts]).sum(dim=0)
 
 
 def _outliers(attention: Tensor) -> list[int]:
-    attention = attention.double().cpu()
+    attention = attention.detach().double().cpu()
     low, high = (attention.quantile(share, dim=1, keepdim=True) for share in (0.25, 0.75))
     counts: list[int] = (attention > high + 1.5 * (high - low)).sum(dim=1).tolist()
     return counts

@@ -4,6 +4,7 @@
    wants them apart.
 2. The reducer is called for each of these parts, or once for all parts of a size if it has `select_many`.
 3. What it returns is checked; a reducer may be anybody's, and a wrong index would be a wrong answer.
+   One that returns features is asked once more where gradients pass (`reducers.gradients`).
 4. The parts' rankings are merged into one by relative rank, so that the best tokens of each image come
    before the worst of any.
 """
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from dop_compile.reducers.base import OPTIONAL_FIELDS, Reducer, Selection, VisualContext
 from dop_compile.reducers.check import check_features, check_indices
+from dop_compile.reducers.gradients import carries_gradients, detached, refusing_gradients
 from dop_compile.reducers.quotas import quotas
 
 __all__ = ["needs", "select_batch", "select_tokens"]
@@ -63,6 +65,28 @@ def select_tokens(reducer: Reducer, context: VisualContext, count: int) -> Selec
 
 def select_batch(reducer: Reducer, contexts: Sequence[VisualContext], counts: Sequence[int]) -> list[Selection]:
     """`select_tokens` for several samples at once; indices and positions are on the CPU."""
+    found = _select(reducer, [detached(context) for context in contexts], counts)
+    merges = any(selection.features is not None for selection in found)
+    if not merges or not any(carries_gradients(context) for context in contexts):
+        return found
+    reason = f"reducer {reducer.name!r} returns features through which no gradient passes to what they were made of: "
+    reason += "make them of the context's tensors by differentiable operations, or train with another reducer"
+    follows = True
+    try:
+        again = _select(reducer, contexts, counts)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # it made features of the same values before, so it cannot follow gradients
+        again, follows, reason = found, False, f"{reason} ({error})"
+    return [
+        selection
+        if selection.features is None or (follows and selection.features.requires_grad)
+        else replace(selection, features=refusing_gradients(selection.features, reason))
+        for selection in again
+    ]
+
+
+def _select(reducer: Reducer, contexts: Sequence[VisualContext], counts: Sequence[int]) -> list[Selection]:
     parts: list[_Part] = []
     for number, (context, count) in enumerate(zip(contexts, counts, strict=True)):
         if count < 0:

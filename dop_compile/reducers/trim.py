@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
-from torch import Tensor
+import torch
 
 from dop_compile.reducers.base import Selection, VisualContext
-from dop_compile.reducers.merging import MERGED_FIELDS, last_dropped, merged_selections, others
-from dop_compile.reducers.numbers import by_count, ranked, rows_of, stacked, wide
+from dop_compile.reducers.merging import MERGED_FIELDS, merged_selections, others, pieces
+from dop_compile.reducers.numbers import at_once, by_count, ranked, rows_of, stacked, wide
 from dop_compile.reducers.relevance import InstructionRelevance, Relevance, check_relevance
 
 __all__ = ["TrimReducer"]
@@ -48,19 +48,21 @@ class TrimReducer:
         return self.select_many(self.prepare([context]), [count])[0]
 
     def prepare(self, contexts: Sequence[VisualContext]) -> list[VisualContext]:
-        scores = self.relevance(contexts)
+        with torch.no_grad():  # it only ranks
+            scores = self.relevance(contexts)
         return [replace(context, relevance=score) for context, score in zip(contexts, scores, strict=True)]
 
     def select_many(self, contexts: Sequence[VisualContext], counts: Sequence[int]) -> list[Selection]:
-        return by_count(contexts, counts, _select)
+        return by_count(contexts, counts, _select, at_once(contexts, "features"))
 
 
-def _select(contexts: Sequence[VisualContext], _: Tensor, count: int) -> list[Selection]:
+def _select(contexts: Sequence[VisualContext], count: int) -> list[Selection]:
     order = ranked(stacked(contexts, "relevance"))
     tokens = order.shape[1]
     if count in (0, tokens):
         return [Selection(row) for row in order[:, :count]]
     kept = order[:, : count - 1]
-    features = stacked(contexts, "features")
-    mean = rows_of(features, others(kept, tokens)).to(wide(features.device)).mean(dim=1, keepdim=True)
-    return merged_selections(contexts, kept, last_dropped(kept, tokens), mean)
+    features, dropped = stacked(contexts, "features"), others(kept, tokens)
+    parts = dropped.split(pieces(features), dim=1)
+    total = sum(rows_of(features, part).to(wide(features.device)).sum(dim=1, keepdim=True) for part in parts)
+    return merged_selections(contexts, kept, dropped[:, -1:], total / dropped.shape[1])

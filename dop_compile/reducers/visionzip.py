@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from dop_compile.reducers.base import Selection, VisualContext
-from dop_compile.reducers.merging import MERGED_FIELDS, merged_selections, others
-from dop_compile.reducers.numbers import by_count, cosine, fraction, ranked, rows_of, stacked, wide
+from dop_compile.reducers.merging import MERGED_FIELDS, merged_selections, others, pieces
+from dop_compile.reducers.numbers import at_once, by_count, cosine, fraction, ranked, rows_of, stacked, wide
 
 __all__ = ["VisionZipReducer"]
 
@@ -50,10 +50,10 @@ class VisionZipReducer:
         return self.select_many([context], [count])[0]
 
     def select_many(self, contexts: Sequence[VisualContext], counts: Sequence[int]) -> list[Selection]:
-        return by_count(contexts, counts, self._select)
+        return by_count(contexts, counts, self._select, at_once(contexts, "features"))
 
-    def _select(self, contexts: Sequence[VisualContext], _: Tensor, count: int) -> list[Selection]:
-        order = ranked(stacked(contexts, "cls_attention"))
+    def _select(self, contexts: Sequence[VisualContext], count: int) -> list[Selection]:
+        order = ranked(stacked(contexts, "cls_attention").detach())
         contextual = int(count * self.contextual + 0.5)
         dominant = order[:, : count - contextual]
         rest = others(dominant, order.shape[1])
@@ -63,14 +63,18 @@ class VisionZipReducer:
         step = max(1, rest.shape[1] // contextual)
         at = torch.arange(contextual, device=rest.device) * step
         targets, assigned = rest[:, at], rest[:, others(at[None], rest.shape[1])[0]]
-        merged = _averaged(stacked(contexts, "features"), stacked(contexts, "keys"), targets, assigned)
+        merged = _averaged(stacked(contexts, "features"), stacked(contexts, "keys").detach(), targets, assigned)
         return merged_selections(contexts, dominant, targets, merged)
 
 
 def _averaged(features: Tensor, keys: Tensor, targets: Tensor, assigned: Tensor) -> Tensor:
     """(batch, targets, vision_hidden): each target plus the mean of the tokens assigned to it."""
-    nearest = cosine(rows_of(keys, assigned), rows_of(keys, targets)).argmax(dim=2)
-    dtype = wide(features.device)
-    member = torch.nn.functional.one_hot(nearest, targets.shape[1]).transpose(1, 2).to(dtype)
-    mean = member @ rows_of(features, assigned).to(dtype) / member.sum(dim=2, keepdim=True).clamp(min=1)
-    return rows_of(features, targets).to(dtype) + mean
+    dtype, count = wide(features.device), targets.shape[1]
+    own = rows_of(keys, targets)
+    total = members = torch.zeros((), dtype=dtype, device=features.device)
+    for part in assigned.split(pieces(features, count), dim=1):
+        nearest = cosine(rows_of(keys, part), own).argmax(dim=2)
+        member = torch.nn.functional.one_hot(nearest, count).transpose(1, 2).to(dtype)
+        total = total + member @ rows_of(features, part).to(dtype)
+        members = members + member.sum(dim=2, keepdim=True)
+    return rows_of(features, targets).to(dtype) + total / members.clamp(min=1)

@@ -136,7 +136,7 @@ def _contexts(prompt: Prompt, counted: Tensor, reducer: Reducer) -> list[VisualC
         text = text & ~prompt.output
     items = vision.items if prompt.items is None and vision is not None else prompt.items
     rows = counted.any(dim=1).nonzero().squeeze(1).tolist()
-    visual_rows, text_rows = (_rows(prompt.embeds.detach(), mask, rows) for mask in (counted, text))
+    visual_rows, text_rows = (_rows(prompt.embeds, mask, rows) for mask in (counted, text))
     contexts = []
     for row, projected, others in zip(rows, visual_rows, text_rows, strict=True):
         columns = counted[row].nonzero().squeeze(1)

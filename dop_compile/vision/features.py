@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from dop_compile.copies import shallow_copy
+from dop_compile.reducers.gradients import refusing_gradients
 from dop_compile.vision.items import feature_parts
 from dop_compile.vision.rows import attention_rows
 from dop_compile.vision.tap import Observed, Tower, VisionModules
@@ -54,7 +55,6 @@ class TokenFeatures:
     missing: dict[str, str] = field(default_factory=dict)
 
 
-@torch.no_grad()
 def token_features(
     wanted: frozenset[str],
     observed: Observed,
@@ -64,6 +64,9 @@ def token_features(
     modules: VisionModules,
 ) -> TokenFeatures | None:
     """The wanted fields of one call of a feature method; None if it returned no features as they enter the decoder.
+
+    Where gradients are recorded, `features`, `cls_attention`, `keys` and what `project` returns carry them, since
+    reducers may make of them what enters the decoder.
 
     Args:
         wanted: names of fields.
@@ -85,7 +88,8 @@ def token_features(
             raise _Unknown("no projector was found between vision tower and decoder")
         if len(observed.projections) != 1:
             raise _Unknown(f"the projector ran {len(observed.projections)} times for one set of images")
-        given, projected, more = observed.projections[0]
+        given, output_rows, more = observed.projections[0]
+        projected = output_rows.detach()
         flat = projected.reshape(-1, projected.shape[-1])
         merge = getattr(getattr(owner, "visual", None), "spatial_merge_size", 1)
         frames = None if grid is None else [(h // merge, w // merge) for t, h, w in grid.tolist() for _ in range(t)]
@@ -99,6 +103,7 @@ def token_features(
     project = functools.cache(lambda: _project(projector, given, flat, more))
     patches = functools.cache(lambda: _patches(observed, given, len(flat), projector, project))
     attention = functools.cache(lambda: _attention(observed, modules.towers, given, patches()))
+    lost = _lost_gradients(observed)
     makers: dict[str, Callable[[], Any]] = {
         "features": lambda: _features(given, len(flat), patches()),
         "project": project,
@@ -110,9 +115,27 @@ def token_features(
             value = makers[name]()
         except _Unknown as unknown:
             result.missing[name] = str(unknown)
-        else:
-            setattr(result, name, value[index] if isinstance(value, Tensor) and index is not None else value)
+            continue
+        if isinstance(value, Tensor):
+            value = value if index is None else value[index]
+            value = refusing_gradients(value, lost[name]) if name in lost else value
+        setattr(result, name, value)
     return result
+
+
+def _lost_gradients(observed: Observed) -> dict[str, str]:
+    """Fields that were noted without the gradients that reach the decoder, and why."""
+    (given, projected, _), lost = observed.projections[0], dict[str, str]()
+    if not torch.is_grad_enabled():
+        return lost
+    reason = "gradients cannot pass through a reducer's {}, since the {} ran without recording them, as reentrant "
+    reason += "checkpointing does; use gradient_checkpointing_kwargs={{'use_reentrant': False}}, or a reducer that "
+    reason += "merges no tokens"
+    if "projector" in observed.unrecorded and projected.requires_grad and not given.requires_grad:
+        lost["features"] = reason.format("features", "projector")
+    if "tower" in observed.unrecorded and given.requires_grad:
+        lost |= {name: reason.format(name, "vision tower") for name in ("cls_attention", "keys")}
+    return lost
 
 
 class _Unknown(Exception):
@@ -171,6 +194,7 @@ def _tiles(
 # Patches to rows of the projector.
 
 
+@torch.no_grad()
 def _patches(observed: Observed, given: Tensor, rows: int, projector: Any, project: Callable[[], Any]) -> Tensor | None:
     """(rows, patches per row) numbers of patches in the order of the tower, on the CPU; None: one each."""
     count = given.shape[:-1].numel()
@@ -208,7 +232,7 @@ def _made_of(projector: Any, given: Tensor, blocks: Tensor) -> bool:
 
 
 def _features(given: Tensor, rows: int, patches: Tensor | None) -> Tensor:
-    flat = given.detach().reshape(-1, given.shape[-1])
+    flat = given.reshape(-1, given.shape[-1])
     if patches is None or len(flat) == rows:  # a pixel shuffle has put them together already
         return flat
     return flat[patches.to(flat.device)].reshape(rows, -1)
@@ -253,7 +277,8 @@ def _project(projector: nn.Module, given: Tensor, flat: Tensor, more: bool) -> C
     middle = len(flat) // 2
     one = given.reshape(len(flat), -1)[middle : middle + 1]
     try:
-        again = project(one)
+        with torch.no_grad():
+            again = project(one)
     except (RuntimeError, ValueError) as error:
         raise _Unknown(reason) from error
     scale = flat[middle].float().abs().amax()

@@ -7,6 +7,8 @@ embeddings it applies, and the tower itself runs under whichever implementation 
 1. With a [CLS] token: softmax of its one query, mean over heads.
 2. Without one: the mean over all queries and heads, some queries at a time.
 3. Sequences packed into one row of the batch: the module's own code calls the attention function for each.
+
+Where gradients are recorded the row carries them, and its backward pass computes the map's parts anew.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dop_compile.copies import rebound, shallow_copy
@@ -28,7 +31,6 @@ CHUNK_NUMBERS = 1 << 24
 """Numbers of an attention map that exist at a time (64 MiB of float32)."""
 
 
-@torch.no_grad()
 def attention_rows(
     attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], class_token: bool
 ) -> tuple[Tensor, Tensor] | None:
@@ -79,15 +81,26 @@ def _keep_rows(
     queries = query[:, :, :1] if module.dop_class_token else query
     row = keys.new_zeros(batch, key.shape[2])
     step = max(1, CHUNK_NUMBERS // (batch * heads * key.shape[2]))
+    differentiable = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)
     for first in range(0, queries.shape[2], step):
-        scores = queries[:, :, first : first + step].float() @ each * scaling
-        if attention_mask is not None:
-            part = slice(first, first + scores.shape[2])
-            mask = attention_mask if attention_mask.shape[-2] == 1 else attention_mask[..., part, :]
-            scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.float()
-        row += scores.softmax(dim=-1).mean(dim=1).sum(dim=1)
+        some = queries[:, :, first : first + step]
+        mask = attention_mask
+        if mask is not None and mask.shape[-2] != 1:
+            mask = mask[..., first : first + some.shape[2], :]
+        if differentiable:
+            row = row + checkpoint(_received, some, each, mask, scaling, use_reentrant=False, preserve_rng_state=False)
+        else:
+            row += _received(some, each, mask, scaling)
     module.dop_rows.append((row / queries.shape[2], keys.mean(dim=1)))
     return value.new_zeros(1).expand(batch, tokens, heads, value.shape[-1]), None
+
+
+def _received(queries: Tensor, keys: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+    """(batch, tokens) what queries (batch, heads, some, head_dim) pay to each key (batch, heads, head_dim, tokens)."""
+    scores = queries.float() @ keys * scaling
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.float()
+    return scores.softmax(dim=-1).mean(dim=1).sum(dim=1)
 
 
 ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, _keep_rows)

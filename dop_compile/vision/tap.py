@@ -53,12 +53,18 @@ class Observed:
         shuffled: per pixel shuffle, the numbers of the patches that it put together, (..., patches per token).
         packed: per packing of tiles, the number of the projector's row at each place, -1 for newlines and None where
             rows were mixed.
+        unrecorded: "projector" and "tower", where what was noted passed while no gradients were recorded.
     """
 
     projections: list[tuple[Tensor, Tensor, bool]] = field(default_factory=list)
     attentions: list[tuple[Tower, nn.Module, tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
     shuffled: list[Tensor] = field(default_factory=list)
     packed: list[Tensor | None] = field(default_factory=list)
+    unrecorded: set[str] = field(default_factory=set)
+
+    def note_mode(self, part: str) -> None:
+        if not torch.is_grad_enabled():
+            self.unrecorded.add(part)
 
 
 @dataclass(frozen=True)
@@ -172,6 +178,7 @@ def _noting_projector(module: nn.Module, observed: Observed) -> Callable[..., An
     plain = _own_forward(module)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
+        observed.note_mode("projector")
         output = plain(*args, **kwargs)
         given = (*args, *kwargs.values())
         observed.projections.append((given[0], output, len(given) > 1))
@@ -184,6 +191,7 @@ def _noting_attention(tower: Tower, module: nn.Module, observed: Observed) -> Ca
     plain = _own_forward(module)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
+        observed.note_mode("tower")
         observed.attentions.append((tower, module, args, kwargs))
         return plain(*args, **kwargs)
 
