@@ -49,7 +49,7 @@ def policy(tmp_path: Path) -> str:
     ("argv", "text"),
     [
         (["--help"], "A policy says how many visual tokens"),
-        (["explain", "--help"], "executed   what is left"),
+        (["explain", "--help"], "executed FLOPs  what is left"),
         (["run", "--help"], "chat template"),
         (["demo", "--help"], "scans that it was not trained on"),
     ],

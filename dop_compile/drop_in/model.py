@@ -12,6 +12,7 @@ from torch import nn
 
 from dop_compile.drop_in.frame import CALL_ARGUMENTS, Frame, Session, presented_as
 from dop_compile.drop_in.model_path import shallow_copy
+from dop_compile.drop_in.presentation import present_tiers
 from dop_compile.errors import UnsupportedUsageError
 from dop_compile.policy import Policy
 from dop_compile.tiers_file import save_policies
@@ -26,8 +27,8 @@ def drop_in(state: Any, base: nn.Module, tier: str) -> Any:
     """An object of the model's class that runs `tier` unless a call names another.
 
     Adds to the class's own interface: `forward` and `generate` take `tier`, `visual_indices` and `token_groups`;
-    `tier(name)` is a view with another default, usable from any thread; `dop` is the `CompiledState` and `dop_tier` the
-    default tier. `save_pretrained` writes the original model, and the tiers beside it.
+    `tier(name)` is a view with another default, usable from any thread; `dop` is the `CompiledState`, `dop_tier` the
+    default tier and `tiers` all policies by name. `save_pretrained` writes the original model, and the tiers beside it.
     """
     view = shallow_copy(base, own_children=False)
 
@@ -84,6 +85,7 @@ def drop_in(state: Any, base: nn.Module, tier: str) -> Any:
     view.tier = lambda name: drop_in(state, base, state.check_tier(name))
     view.dop = state
     view.dop_tier = tier
+    present_tiers(view, state, tier)
     return view
 
 

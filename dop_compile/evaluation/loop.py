@@ -80,16 +80,17 @@ def measured_runs(
         ValueError: from `measure`, naming the sample; a finished sample is another one now.
     """
 
-    def digest(label: str, number: int) -> str:
+    def digest(label: str, number: int, sample: Sample) -> str:
         others = own[label]
-        return question_digest(samples[number], None if others is None else others[number])
+        return question_digest(sample, None if others is None else others[number])
 
     numbers = range(len(samples))
     lacking = {number: [label for label in kept if number not in kept[label].rows] for number in numbers}
-    for label, progress in kept.items():
-        for number, row in progress.rows.items():
-            if number % team.processes == team.rank:
-                check_sample(number, digest(label, number), row["digest"])
+    for number in team.share(samples):
+        if finished := [label for label in kept if label not in lacking[number]]:
+            sample = samples[number]  # once: it may be made when it is asked for
+            for label in finished:
+                check_sample(number, digest(label, number, sample), kept[label].rows[number]["digest"])
     todo = [number for number in numbers if lacking[number]]
     with tqdm(
         desc="answering",
@@ -104,12 +105,13 @@ def measured_runs(
                 bar.update(team.leader)
                 continue
             original = kept[ORIGINAL].rows[number]["run"]["answer"] if _finished(kept, number) else None
+            sample = samples[number]
             try:
-                found = measure(samples[number], number, lacking[number], original)
+                found = measure(sample, number, lacking[number], original)
             except ValueError as error:
                 raise ValueError(f"sample {number}: {error}") from error
             for label, row in found.items():
-                kept[label].add(number, {"digest": digest(label, number), **row})
+                kept[label].add(number, {"digest": digest(label, number, sample), **row})
             bar.update()
     return {label: gather(progress.rows) for label, progress in kept.items()}
 

@@ -173,18 +173,20 @@ def _check_known(
             f"{path} does not say which samples it is of, as an earlier release saved it; choose another file, or "
             "remove it to evaluate again"
         )
+    again = [method for method in methods if method.label in done.labels]
     for number, known in enumerate(done.digests):
-        check_sample(number, question_digest(samples[number]), known)
+        sample = samples[number]
+        check_sample(number, question_digest(sample), known)
+        for method in again:
+            own = done.method(method.label).digests
+            if own is not None and method.samples is not None:
+                check_sample(number, question_digest(sample, method.samples[number]), own[number])
     before, now = dict(done.header["methods"]), dict(header["methods"])
     if other := [label for label in done.labels if label in now and before[label] != now[label]]:
         raise ValueError(
             f"{path} has another method {other[0]!r}, of another policy; name this one otherwise (NAME=FILE), choose "
             "another file, or remove it to evaluate again"
         )
-    for method in methods:
-        if method.label in done.labels and method.samples is not None:
-            for number, own in enumerate(done.method(method.label).digests or ()):
-                check_sample(number, question_digest(samples[number], method.samples[number]), own)
 
 
 def _merged(
