@@ -222,7 +222,7 @@ def markdown(
     rows: list[dict[str, Any]], apart: dict[str, float], matmuls: dict[int, float], around: dict[str, Any]
 ) -> str:
     lines = [
-        "| backend | policy | eq. 11 FLOPs | executed FLOPs | KV cache | prefill ms | ratio to original (quartiles) |",
+        "| backend | policy | policy FLOPs | executed FLOPs | KV cache | prefill ms | ratio to original (quartiles) |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
 

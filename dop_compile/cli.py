@@ -1,7 +1,7 @@
 """The command line: ``dop-compile explain|run|bench|demo|profile|search|greedy|report|eval|export|verify|trtexec``.
 
 Exit codes: 0 done; 2 wrong usage or bad input, with one line on stderr that says what; 1 any other failure. `verify`
-adds 1 for a tier that differs, and 3 for graphs that cannot run here.
+adds 1 for a tier that differs, and 3 for graphs that cannot run here. 130: stopped by Ctrl-C.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ EXPLAIN = """\
 Print, per layer, how many tokens are queries, keys and in the MLP, the FLOPs and the KV cache, and a
 summary against the original. Only the model's configuration is read: no weights are needed.
 
-  eq. 11     the policy as written
-  executed   what is left when work that reaches no requested output is removed
+  policy FLOPs    eq. 11: every operation that the policy keeps, at these token counts
+  executed FLOPs  what is left when work that reaches no requested output is removed
 
 --plot draws the same as a picture: which tokens each operation of each layer processes, in every tier.
 """
@@ -71,6 +71,14 @@ saved as demo-input.png, and image, answers and each tier's operations as demo.p
 Nothing is downloaded. Model and data are in the repository, so this runs in a clone only; it needs
 pip install -e '.[demo]' there.
 """
+
+INTERRUPTED = 130
+STOPPED = {
+    **dict.fromkeys(("profile", "greedy", "eval"), "the same command goes on with what is finished"),
+    "search": "no policy was kept; of measured latencies all or none",
+}
+NOTHING = "nothing was kept"
+"""What Ctrl-C leaves behind, by command."""
 
 
 def _policy_options() -> argparse.ArgumentParser:
@@ -125,6 +133,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--json", action="store_true", help="print JSON instead of a table")
     one.add_argument("--save-policy", metavar="FILE", help="write the policy as JSON")
     one.add_argument("--plot", metavar="FILE", help="draw what every tier computes: FILE.svg, .png or .pdf")
+    one.add_argument("--force", action="store_true", help="replace files that are there")
 
     two = command("run", "answer a prompt about an image with a pruned model", RUN, policy)
     two.add_argument("model", metavar="MODEL", help="model directory or hub id")
@@ -138,7 +147,7 @@ def _parser() -> argparse.ArgumentParser:
 
     three = command("demo", "a small trained model reads digits, in full and pruned; no downloads", DEMO)
     three.add_argument("--checkpoint", metavar="DIR", help="another checkpoint of examples/digits_vlm")
-    three.add_argument("--out", default=".", metavar="DIR", help="where the pictures go (default: here)")
+    three.add_argument("--out", default=".", metavar="DIR", help="where its pictures go and are replaced (here)")
     three.add_argument("--image", metavar="PATH", help="a picture of your own; answers are not marked right or wrong")
     three.add_argument("--number", type=count, default=0, metavar="N", help="which canvas, and questions (0)")
     three.add_argument("--seed", type=count, default=0, metavar="N", help="another series of canvases (0)")
@@ -157,14 +166,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = _parser().parse_args(argv)
     except SystemExit as stop:  # --help, or wrong usage that argparse has already reported
         return int(stop.code or 0)
+    try:
+        return _run(arguments, argv)
+    except KeyboardInterrupt:
+        print(f"dop-compile {arguments.command}: stopped; {STOPPED.get(arguments.command, NOTHING)}", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _run(arguments: argparse.Namespace, argv: Sequence[str] | None) -> int:
     # Imported late: --help and typing errors are answered at once
     from transformers.utils import logging
 
     from dop_compile.benchmark import commands as benchmark
     from dop_compile.commands import run as commands
+    from dop_compile.commands.unused import check_unused, given_options
     from dop_compile.evaluation import commands as evaluation
     from dop_compile.onnx import commands as onnx
     from dop_compile.search import commands as search
+    from dop_compile.search.search_command import search_command
 
     if not arguments.debug:
         logging.set_verbosity(40)  # errors only
@@ -174,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "bench": benchmark.bench_command,
         "demo": commands.demo_command,
         "profile": search.profile_command,
-        "search": search.search_command,
+        "search": search_command,
         "greedy": search.greedy_command,
         "report": search.report_command,
         "eval": evaluation.eval_command,
@@ -183,10 +202,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "trtexec": onnx.trtexec_command,
     }
     try:
+        check_unused(arguments, given_options(_parser(), argv))
         code = run[arguments.command](arguments)
         sys.stdout.flush()
-    except KeyboardInterrupt:
-        return 130
     except BrokenPipeError:  # `dop-compile explain ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -199,6 +217,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.debug:
             raise
         message = " ".join(str(error).split())
+        if isinstance(error, OSError) and error.filename is not None:  # a full disk, for example
+            message = f"{error.filename}: {error.strerror}"
         print(f"dop-compile {arguments.command}: {type(error).__name__}: {message}", file=sys.stderr)
         return 1
     return code or 0

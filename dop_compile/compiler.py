@@ -31,7 +31,7 @@ from dop_compile.passes.cleanup import eliminate_dead_nodes
 from dop_compile.policy import Policy
 from dop_compile.reducers import create
 from dop_compile.runtime.flash import is_flash
-from dop_compile.runtime.pieces import PieceLibrary
+from dop_compile.runtime.pieces import PieceLibrary, check_backend
 from dop_compile.runtime.program import Program
 from dop_compile.tokens import Universe
 from dop_compile.tracing.local_sizes import localise_sizes
@@ -302,12 +302,13 @@ def dop_compile(
 
     Raises:
         TypeError: not a model that can generate, a compiled one, or not a policy.
-        ValueError: a policy of another depth or for another model, an unknown reducer or pass.
+        ValueError: a policy of another depth or for another model, an unknown backend, reducer or pass.
         UnsupportedModelError: the decoder cannot be traced or its blocks cannot be recognised.
     """
     tiers = dict(policy) if isinstance(policy, Mapping) else {DEFAULT_TIER: policy}
     if not tiers:
         raise ValueError("policy: an empty mapping; give at least one tier")
+    check_backend(backend)
     if isinstance(getattr(model, "dop", None), CompiledState):
         raise TypeError("model is a compiled model already; pass the original, with all policies as tiers")
     decoder_path(model)

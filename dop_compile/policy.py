@@ -218,6 +218,16 @@ class Policy:
                 "use a policy for this model"
             )
 
+    def check_model(self, num_layers: int, fingerprint: str) -> None:
+        """Raises ValueError when the policy was made for another depth or, by its provenance, for another model."""
+        self.check_layers(num_layers)
+        wanted = self.provenance.model_fingerprint if self.provenance is not None else None
+        if wanted is not None and wanted != fingerprint:
+            raise ValueError(
+                f"the policy was made for another model (fingerprint {wanted[:12]}, this model has "
+                f"{fingerprint[:12]}); use a policy for this model, or policy.replace(provenance=None)"
+            )
+
     def replace(self, **changes: Any) -> Policy:
         """A copy with other field values, validated like a new policy."""
         return dataclasses.replace(self, **changes)

@@ -6,7 +6,9 @@ NaN and Infinity; layers out of range, unsorted or repeated; another format or v
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import errno
 import itertools
 import json
 import math
@@ -31,6 +33,7 @@ __all__ = [
     "encode",
     "finite",
     "integer",
+    "named",
     "pairs",
     "parse",
     "read",
@@ -39,9 +42,10 @@ __all__ = [
 ]
 
 FORMAT = "dop_compile.policy"
-VERSION = 2
-READABLE = (1, 2)
-"""Version 1 had no rankings."""
+VERSION = 3
+READABLE = (1, 2, 3)
+"""Version 1 had no rankings; before version 3 `divergence` was a predicted one or a measured one. A policy of which no
+measured divergence is known is written as version 2, so that earlier releases read it."""
 _FIELDS = (
     "format",
     "version",
@@ -55,7 +59,7 @@ _FIELDS = (
     "pruned",
     "provenance",
 )
-_PROVENANCE_FIELDS = ("model_fingerprint", "budget", "divergence", "samples", "versions")
+_PROVENANCE_FIELDS = ("model_fingerprint", "budget", "divergence", "samples", "versions", "measured_divergence")
 # A raw newline cannot occur inside a JSON string, so this matches lists of layers and nothing else.
 _LAYER_LIST = re.compile(r"\[\n[\d,\s]+\]")
 
@@ -124,8 +128,9 @@ def pairs(field: str, value: object) -> tuple[tuple[str, Any], ...]:
 class Provenance:
     """Where a policy comes from. Does not change what is executed, but is part of the policy's value.
 
-    `budget`: fraction of eq. 11 prefill FLOPs kept, in (0, 1]. `divergence`: predicted or measured.
-    `versions`: package names and versions, given as a mapping or as pairs.
+    `budget`: fraction of policy FLOPs kept, in (0, 1]. `divergence`: the predicted one, a sum of measured curves;
+    `measured_divergence`: that of the policy as a whole, run on samples. `versions`: package names and versions, given
+    as a mapping or as pairs.
     """
 
     model_fingerprint: str | None = None
@@ -133,6 +138,7 @@ class Provenance:
     divergence: float | None = None
     samples: int | None = None
     versions: tuple[tuple[str, str], ...] = ()
+    measured_divergence: float | None = None
 
     def __post_init__(self) -> None:
         fingerprint = self.model_fingerprint
@@ -143,8 +149,9 @@ class Provenance:
             if not 0 < budget <= 1:
                 raise ValueError(f"budget: expected a fraction of FLOPs kept, 0 < budget <= 1, got {budget}")
             store(self, "budget", budget)
-        if self.divergence is not None:
-            store(self, "divergence", finite("divergence", self.divergence))
+        for field in ("divergence", "measured_divergence"):
+            if getattr(self, field) is not None:
+                store(self, field, finite(field, getattr(self, field)))
         if self.samples is not None:
             store(self, "samples", integer("samples", self.samples, low=1))
         versions = pairs("versions", self.versions)
@@ -160,9 +167,10 @@ def encode(policy: Policy) -> str:
     from dop_compile.policy import MODULES
 
     source = policy.provenance
+    version = 2 if source is None or source.measured_divergence is None else VERSION
     document = {
         "format": FORMAT,
-        "version": VERSION,
+        "version": version,
         "num_layers": policy.num_layers,
         "visual_tokens": policy.visual_tokens,
         "reducer": policy.reducer,
@@ -175,10 +183,14 @@ def encode(policy: Policy) -> str:
             for group in policy.prunable_groups
         },
         "provenance": source
-        and {name: getattr(source, name) for name in _PROVENANCE_FIELDS} | {"versions": dict(source.versions)},
+        and {name: getattr(source, name) for name in _provenance_fields(version)} | {"versions": dict(source.versions)},
     }
     text = json.dumps(document, indent=2, allow_nan=False)
     return _LAYER_LIST.sub(lambda match: re.sub(r"\s+", " ", match[0]).replace("[ ", "[").replace(" ]", "]"), text)
+
+
+def _provenance_fields(version: int) -> tuple[str, ...]:
+    return _PROVENANCE_FIELDS if version > 2 else _PROVENANCE_FIELDS[:-1]
 
 
 def decode(text: str, where: str) -> Policy:
@@ -194,12 +206,12 @@ def decode(text: str, where: str) -> Policy:
             raise ValueError(f"format: expected {FORMAT!r}, got {document.get('format')!r}; this is not a policy file")
         version = document.get("version")
         if version not in READABLE or type(version) is not int:
-            known = " and ".join(map(str, READABLE))
+            known = f"{', '.join(map(str, READABLE[:-1]))} and {READABLE[-1]}"
             raise ValueError(f"version: this release reads versions {known}, got {version!r}; save the policy again")
         _object("document", document, tuple(name for name in _FIELDS if name != "ranking" or version > 1))
         source = document["provenance"]
         if source is not None:
-            versions = _object("provenance", source, _PROVENANCE_FIELDS)["versions"]
+            versions = _object("provenance", source, _provenance_fields(version))["versions"]
             source = Provenance(**source | {"versions": pairs("versions", _object("versions", versions, None))})
         options = _object("reducer_options", document["reducer_options"], None)
         fields = {name: document[name] for name in _FIELDS[2:-3] if name != "reducer_options"}
@@ -228,7 +240,11 @@ def read(path: str | os.PathLike[str]) -> Policy:
 
 
 def write_atomic(path: str | os.PathLike[str], text: str) -> None:
-    """Replace the file at `path` by `text` in one step; a failure leaves the previous file, and no other."""
+    """Replace the file at `path` by `text` in one step; a failure leaves the previous file, and no other.
+
+    Raises:
+        OSError: naming `path`, not the file that is written beside it.
+    """
     # Resolved so that a symbolic link keeps pointing at the file, rather than being replaced by one.
     target = Path(path).resolve()
     # Not tempfile: its 0600 would override the user's umask for the final file.
@@ -239,9 +255,17 @@ def write_atomic(path: str | os.PathLike[str], text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(scratch, target)
-    except BaseException:
-        scratch.unlink(missing_ok=True)
+    except BaseException as error:
+        with contextlib.suppress(OSError):  # of a folder that is no folder, or read-only
+            scratch.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise named(error, path) from error
         raise
+
+
+def named(error: OSError, path: str | os.PathLike[str]) -> OSError:
+    """The same error of the file or folder that the caller named."""
+    return OSError(error.errno or errno.EIO, error.strerror or str(error), os.fspath(path))
 
 
 def parse(text: str) -> object:

@@ -120,7 +120,7 @@ def main() -> None:
         f"{options.model}, {options.samples} samples, {options.questions} validation questions a kind; PyTorch "
         f"{torch.__version__}, transformers {transformers.__version__}, {platform.machine()}",
         "",
-        "| policy | FLOPs | joint KL | " + " | ".join(data.KINDS) + " | mean, of the original's |",
+        "| policy | policy FLOPs | measured divergence | " + " | ".join(data.KINDS) + " | mean, of the original's |",
         "| --- | --- | --- |" + " --- |" * (len(data.KINDS) + 1),
     ]
     base: dict[str, float] = {}

@@ -1,4 +1,4 @@
-"""`dop-compile profile | search | greedy | report`: from samples to policies to pictures."""
+"""`dop-compile profile | greedy | report`: from samples to what was measured, and to pictures."""
 
 from __future__ import annotations
 
@@ -6,34 +6,45 @@ import functools
 import os
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from dop_compile.commands.inputs import UsageError, load_processor, load_vision_model, one_line, write_file
+from dop_compile.commands.inputs import (
+    UsageError,
+    check_backend,
+    load_processor,
+    load_vision_model,
+    one_line,
+    write_file,
+)
+from dop_compile.commands.named_files import named_files
+from dop_compile.commands.outputs import check_new, output_directory, output_file
+from dop_compile.fingerprint import model_fingerprint
 from dop_compile.policy import Policy
+from dop_compile.reports.table import POLICY_FLOPS
 from dop_compile.search import report
 from dop_compile.search.divergences import Divergences
 from dop_compile.search.greedy import greedy_order
 from dop_compile.search.joint import measure_accuracy, measure_policies
-from dop_compile.search.latency import LatencyModel, measure_latency
 from dop_compile.search.measure import measure_divergences
-from dop_compile.search.meter import model_inputs
-from dop_compile.search.optimize import optimize
 from dop_compile.search.samples import Row, Samples, check_images, choose, read_data_set, read_jsonl
 
 __all__ = [
     "decoder_of",
     "greedy_command",
     "model_and_samples",
+    "model_of",
     "processes",
     "profile_command",
+    "read_divergences",
     "report_command",
-    "search_command",
     "usage_errors",
+    "whole_policies",
 ]
 
 
@@ -100,7 +111,8 @@ def processes(arguments: Namespace) -> Iterator[int]:
 
 def profile_command(arguments: Namespace) -> None:
     """Measure the divergences of a model and save them."""
-    out = Path(arguments.out).expanduser()
+    check_backend(arguments.backend)
+    out = output_file(arguments.out)
     with processes(arguments) as rank:
         model, samples, processor = model_and_samples(arguments)
         settings: dict[str, Any] = {} if not arguments.axis else {"axes": tuple(arguments.axis)}
@@ -123,7 +135,8 @@ def profile_command(arguments: Namespace) -> None:
             print(f"\nsaved {out}; next: dop-compile search {out} --budget 0.28 --out policies")
 
 
-def _divergences(path: str) -> Divergences:
+def read_divergences(path: str) -> Divergences:
+    """What `profile` wrote."""
     try:
         return Divergences.load(path)
     except OSError as error:
@@ -132,15 +145,28 @@ def _divergences(path: str) -> Divergences:
         raise UsageError(one_line(error)) from error
 
 
-def _joint(arguments: Namespace, divergences: Divergences) -> Callable[[Sequence[Policy]], list[float]]:
-    """Mean joint divergence of policies on the samples that are named."""
-    if not arguments.model or not arguments.samples:
-        raise UsageError("--verify-top: give also --model and --samples, on which the candidates are measured")
-    model, samples, processor = model_and_samples(arguments)
-    options = dict(divergences.metric_options)
+def model_of(arguments: Namespace, divergences: Divergences) -> tuple[Any, Samples, Any]:
+    """What `model_and_samples` gives, if it is the model that the divergences are of."""
+    check_backend(arguments.backend)
+    found = model_and_samples(arguments)
+    fingerprint = model_fingerprint(found[0])
+    if fingerprint != divergences.model_fingerprint:
+        raise UsageError(
+            f"--model {arguments.model!r}: the divergences are of another model (fingerprint "
+            f"{divergences.model_fingerprint[:12]}, this model has {fingerprint[:12]}); name theirs, or measure this "
+            "one by dop-compile profile"
+        )
+    return found
+
+
+def whole_policies(
+    arguments: Namespace, divergences: Divergences, loaded: Any
+) -> Callable[[Sequence[Policy]], list[float]]:
+    """Mean measured divergence of whole policies, by the metric of the divergences, on the samples that are named."""
+    model, samples, processor = loaded
+    tokens = dict(divergences.metric_options).get("tokens", 1)
 
     def measure(policies: Sequence[Policy]) -> list[float]:
-        tokens = options.get("tokens", 1)
         values = measure_policies(
             model,
             samples,
@@ -148,67 +174,17 @@ def _joint(arguments: Namespace, divergences: Divergences) -> Callable[[Sequence
             metric=divergences.metric,
             tokens=tokens if isinstance(tokens, int) else 1,
             decode=decoder_of(processor),
+            backend=arguments.backend,
         )
         return [float(value) for value in values.mean(axis=1)]
 
     return measure
 
 
-def _latency(arguments: Namespace) -> LatencyModel:
-    """Measured latencies from their file; measured first where there is none."""
-    if arguments.latency is None:
-        raise UsageError("--max-ms: give also --latency, the file with measured latencies")
-    path = Path(arguments.latency).expanduser()
-    if not path.exists():
-        if not arguments.model or not arguments.samples:
-            raise UsageError(f"--latency {arguments.latency!r}: no such file; to measure it give --model and --samples")
-        model, samples, _ = model_and_samples(arguments)
-        with usage_errors():
-            measure_latency(model, model_inputs(samples[0]), backend=arguments.backend).save(path)
-    with usage_errors():
-        return LatencyModel.load(path)
-
-
-def search_command(arguments: Namespace) -> None:
-    """Find a policy per budget and save it."""
-    divergences = _divergences(arguments.divergences)
-    out = Path(arguments.out).expanduser()
-    alpha: float | str | None = {"auto": "auto", "off": None}.get(arguments.alpha, arguments.alpha)
-    if alpha not in ("auto", None):
-        try:
-            alpha = float(arguments.alpha)
-        except ValueError as error:
-            raise UsageError(f"--alpha {arguments.alpha!r}: expected a number, auto or off") from error
-    if not arguments.budget and arguments.max_kv_bytes is None and arguments.max_ms is None:
-        raise UsageError("no budget: give --budget, --max-kv-bytes or --max-ms")
-    measure = _joint(arguments, divergences) if arguments.verify_top > 1 else None
-    latency = _latency(arguments) if arguments.max_ms is not None else None
-    rows = []
-    for budget in arguments.budget or [None]:
-        with usage_errors():
-            policy = optimize(
-                divergences,
-                budget,
-                max_kv_bytes=arguments.max_kv_bytes,
-                max_ms=arguments.max_ms,
-                latency=latency,
-                space=arguments.space,
-                alpha=alpha,
-                monotone=not arguments.raw_curves,
-                verify_top=arguments.verify_top,
-                measure=measure,
-            )
-        name = f"{100 * budget:g}%" if budget is not None else "policy"
-        rows.append(report.policy_row(divergences, name, policy))
-    for row in rows:
-        write_file(out / f"{row.name.rstrip('%')}.json", row.policy.to_json() + "\n", "--out")
-    print(report.policies_table(rows))
-    print(f"\nsaved {len(rows)} policies in {out}")
-
-
 def greedy_command(arguments: Namespace) -> None:
     """Sort operations and save their order."""
-    out = Path(arguments.out).expanduser()
+    check_backend(arguments.backend)
+    out = output_file(arguments.out)
     with processes(arguments) as rank:
         model, samples, processor = model_and_samples(arguments)
         with usage_errors():
@@ -226,8 +202,8 @@ def greedy_command(arguments: Namespace) -> None:
         if rank == 0:
             flops = order.flops
             print(
-                f"{len(order.steps)} steps, from {flops[0]:.1%} of the FLOPs (nothing lost) to {flops[-1]:.1%}, in "
-                f"{order.evaluations} evaluations; saved {out}"
+                f"{len(order.steps)} steps, from {flops[0]:.1%} of the {POLICY_FLOPS} (nothing lost) to "
+                f"{flops[-1]:.1%}, in {order.evaluations} evaluations; saved {out}"
             )
             for budget in arguments.budget:
                 with usage_errors():
@@ -236,44 +212,52 @@ def greedy_command(arguments: Namespace) -> None:
 
 def report_command(arguments: Namespace) -> None:
     """Draw curves, trade-off and operation maps, and write the tables."""
-    divergences = _divergences(arguments.divergences)
-    out = Path(arguments.out).expanduser()
+    divergences = read_divergences(arguments.divergences)
     rows = []
-    for file in arguments.policy:
-        try:
-            policy = Policy.load(file)
-            policy.check_layers(divergences.num_layers)
-        except (OSError, ValueError) as error:
-            raise UsageError(f"policy {file!r}: {one_line(error)}") from error
-        rows.append(report.policy_row(divergences, Path(file).stem, policy))
+    for name, policy in named_files("--policy", arguments.policy, functools.partial(_policy_of, divergences)):
+        rows.append(report.policy_row(divergences, name, policy))
     rows.sort(key=lambda row: -row.flops)
-    if arguments.model and rows:
-        rows = _measured(arguments, divergences, rows)
+    out = output_directory(arguments.out)
+    names = ["divergences.png", *(["pareto.png", "operations.png"] if rows else []), "report.txt"]
+    check_new([out / name for name in names], arguments.force)
+    with processes(arguments) if arguments.model else nullcontext(0) as rank:
+        if arguments.model:
+            rows = _measured(arguments, divergences, rows)
+    if rank > 0:
+        return
     figures = {"divergences.png": report.curves_figure(divergences)}
+    text = report.describe(divergences)
     if rows:
         figures["pareto.png"] = report.pareto_figure(rows, divergences.metric)
         figures["operations.png"] = report.tier_maps_figure(rows, divergences.visual_tokens)
-    text = report.describe(divergences) + ("\n\n" + report.policies_table(rows) if rows else "")
+        text = f"{text}\n\n{report.policies_table(rows)}\n\n{report.costs_note(divergences)}"
     for name, figure in figures.items():
         write_file(out / name, functools.partial(figure.savefig, format="png", dpi=120))
-    write_file(out / "report.txt", text + "\n", "--out")
+    write_file(out / "report.txt", text + "\n")
     print(text)
-    print(f"\nsaved {', '.join([*figures, 'report.txt'])} in {out}")
+    print(f"\nsaved {', '.join(names)} in {out}")
+
+
+def _policy_of(divergences: Divergences, file: str) -> Policy:
+    """A policy from its file, if it is for the model that the divergences are of."""
+    policy = Policy.load(file)
+    policy.check_model(divergences.num_layers, divergences.model_fingerprint)
+    return policy
 
 
 def _measured(
     arguments: Namespace, divergences: Divergences, rows: Sequence[report.PolicyRow]
 ) -> list[report.PolicyRow]:
-    """The rows with joint divergences, and accuracies where the samples have answers."""
-    model, samples, processor = model_and_samples(arguments)
+    """The rows with measured divergences, and accuracies where the samples have answers."""
+    loaded = model_of(arguments, divergences)
+    model, samples, processor = loaded
     policies = [row.policy for row in rows]
-    decode = decoder_of(processor)
     with usage_errors():
-        joint = measure_policies(model, samples, policies, metric="top_k_kl").mean(axis=1)
+        measured = whole_policies(arguments, divergences, loaded)(policies)
         accuracy: list[float | None] = [None] * len(rows)
         if all(row.answers for row in samples.rows):
-            accuracy = [float(share) for share in measure_accuracy(model, samples, policies, decode).mean(axis=1)]
+            right = measure_accuracy(model, samples, policies, decoder_of(processor), backend=arguments.backend)
+            accuracy = [float(share) for share in right.mean(axis=1)]
     return [
-        report.PolicyRow(row.name, row.policy, row.flops, row.kv_bytes, row.predicted, float(value), share)
-        for row, value, share in zip(rows, joint, accuracy, strict=True)
+        replace(row, measured=value, accuracy=share) for row, value, share in zip(rows, measured, accuracy, strict=True)
     ]

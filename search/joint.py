@@ -51,7 +51,8 @@ def measure_policies(
         resume: every finished sample is kept in files beside this path, and a later call goes on there; they stay.
 
     Raises:
-        TypeError, ValueError: no samples or policies; what is found at `resume` belongs to another measurement.
+        TypeError, ValueError: no samples or policies, a policy of another model; what is found at `resume` belongs to
+            another measurement.
     """
     choice("metric", metric, METRICS)
     options = (("tokens", tokens),) if METRICS[metric].forced else ()
@@ -89,8 +90,8 @@ def measure_accuracy(
         settings: of `generate`, beside greedy decoding.
 
     Raises:
-        TypeError, ValueError: no samples or policies, or a sample without answers; what is found at `resume` belongs
-            to another measurement.
+        TypeError, ValueError: no samples or policies, a policy of another model, a sample without answers; what is
+            found at `resume` belongs to another measurement.
     """
     shown = {name: repr(value) for name, value in sorted(settings.items())}
     progress = _progress(resume, model, samples, policies, {"metric": ["accuracy", shown]})
@@ -121,9 +122,16 @@ def _progress(
     for name, given in (("samples", samples), ("policies", policies)):
         if not len(given):
             raise ValueError(f"{name}: expected at least one, got none")
+    layers = model.config.get_text_config(decoder=True).num_hidden_layers
+    fingerprint = model_fingerprint(model)
+    for number, policy in enumerate(policies):
+        try:
+            policy.check_model(layers, fingerprint)
+        except ValueError as error:
+            raise ValueError(f"policies[{number}]: {error}") from error
     plain = [policy.replace(provenance=None).to_json() for policy in policies]
     header = {
-        "fingerprint": model_fingerprint(model) if resume is not None else "",
+        "fingerprint": fingerprint,
         "samples": len(samples),
         "policies": hashlib.sha256(json.dumps(plain).encode()).hexdigest(),
         **measured,

@@ -25,13 +25,15 @@ from tqdm import tqdm
 
 from dop_compile.compiler import dop_compile
 from dop_compile.drop_in.replay import Replay
+from dop_compile.fingerprint import model_fingerprint
 from dop_compile.policy import Policy
 from dop_compile.policy_json import finite, integer, write_atomic
 
 __all__ = ["LatencyModel", "measure_latency"]
 
 FORMAT = "dop_compile.latency"
-VERSION = 1
+VERSION = 2
+"""Version 1 did not say of which model the latencies are."""
 MODULES = ("query", "key_value", "mlp")
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -46,6 +48,7 @@ class LatencyModel:
         base: milliseconds without visual tokens.
         modules: per module ("query", "key_value", "mlp") the milliseconds that one layer takes at each of `tokens`.
         device, backend: where it was measured, in words.
+        model_fingerprint: of the model; "" where it is not known (format version 1).
     """
 
     num_layers: int
@@ -54,6 +57,7 @@ class LatencyModel:
     modules: Mapping[str, tuple[float, ...]]
     device: str
     backend: str
+    model_fingerprint: str = ""
 
     def __post_init__(self) -> None:
         if len(self.tokens) < 2 or self.tokens[0] != 0 or list(self.tokens) != sorted(set(self.tokens)):
@@ -87,8 +91,8 @@ class LatencyModel:
             document = json.loads(Path(path).read_text(encoding="utf-8"))
             if not isinstance(document, dict) or document.pop("format", None) != FORMAT:
                 raise ValueError("format: this is not a file of measured latencies")
-            if document.pop("version", None) != VERSION:
-                raise ValueError(f"version: this release reads version {VERSION}; measure again")
+            if document.pop("version", None) not in (1, VERSION):
+                raise ValueError(f"version: this release reads versions 1 and {VERSION}; measure again")
             modules = {name: tuple(times) for name, times in document.pop("modules").items()}
             return cls(**{**document, "tokens": tuple(document["tokens"])}, modules=modules)
         except (TypeError, ValueError, KeyError, AttributeError) as error:
@@ -149,6 +153,7 @@ def measure_latency(
         modules={name: (0.0, *values) for name, values in modules.items()},
         device=device,
         backend=backend,
+        model_fingerprint=model_fingerprint(model),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, overload
 
 import numpy as np
@@ -94,6 +94,11 @@ def _latency(latency: LatencyModel | None, divergences: Divergences) -> LatencyM
         raise ValueError(
             f"latency: measured on a model of {latency.num_layers} layers, the divergences are of "
             f"{divergences.num_layers}"
+        )
+    if latency.model_fingerprint not in ("", divergences.model_fingerprint):
+        raise ValueError(
+            f"latency: measured on another model (fingerprint {latency.model_fingerprint[:12]}, the divergences are of "
+            f"{divergences.model_fingerprint[:12]}); measure that of this one"
         )
     return latency
 
@@ -210,8 +215,8 @@ def optimize(
 
     Args:
         divergences: as `measure_divergences` returns them, or `transfer`.
-        budget: fraction of the original's eq. 11 FLOPs at the samples' own token counts, 0 < budget <= 1; several give
-            a policy each.
+        budget: policy FLOPs (eq. 11 at the samples' own token counts) as a fraction of the original's, 0 < budget <= 1;
+            several give a policy each.
         max_kv_bytes: mean bytes of a sample's keys and values after prefill.
         max_ms: milliseconds of a decoder prefill, as `latency` predicts them.
         latency: of the device that the policy will run on (`measure_latency`).
@@ -219,7 +224,8 @@ def optimize(
         alpha: at least alpha n_e visual tokens enter (DOP C.4); "auto" is 1.5 for LLaVA and 1.25 for others, None is
             no such bound.
         monotone: see `dop_compile.search.curves`.
-        verify_top: how many of the best candidates are measured jointly, of which the best is returned (DOP F.3).
+        verify_top: how many of the best candidates are measured jointly, of which the best is returned (DOP F.3); its
+            provenance then has the measured divergence beside the predicted one.
         measure: joint divergence of policies, for `verify_top` (`measure_policies` gives it per sample).
 
     Raises:
@@ -243,7 +249,7 @@ def optimize(
         best = int(np.argmin(joint))
         source = policies[best].provenance
         assert source is not None
-        return policies[best].replace(provenance=Provenance(**{**vars(source), "divergence": joint[best]}))
+        return policies[best].replace(provenance=replace(source, measured_divergence=joint[best]))
 
     if isinstance(budget, Sequence):
         return [one(value) for value in budget]

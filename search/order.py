@@ -194,7 +194,9 @@ class OperationOrder:
 
     def _policy(self, number: int, budget: float) -> Policy:
         pruned, divergence = self.prefixes[number]
-        provenance = Provenance(self.model_fingerprint, budget, divergence, len(self.counts), self.versions)
+        provenance = Provenance(
+            self.model_fingerprint, budget, None, len(self.counts), self.versions, measured_divergence=divergence
+        )
         return self.base.replace(pruned=pruned, provenance=provenance)
 
     # --- JSON -----------------------------------------------------------------------------------------------------

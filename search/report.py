@@ -15,12 +15,14 @@ from dop_compile.costs import kv_cache_bytes, policy_tokens, prefill_flops
 from dop_compile.policy import Policy
 from dop_compile.reports.operation_map import OperationMap
 from dop_compile.reports.operation_picture import TierPicture, new_figure, tiers_figure
-from dop_compile.reports.table import columns, show_bytes, show_percent
+from dop_compile.reports.table import MEASURED, POLICY_FLOPS, PREDICTED, columns, show_bytes, show_percent
 from dop_compile.search.axes import VISUAL_TOKENS
 from dop_compile.search.divergences import Divergences
+from dop_compile.search.predict import predicted_divergence
 
 __all__ = [
     "PolicyRow",
+    "costs_note",
     "curves_figure",
     "describe",
     "pareto_figure",
@@ -45,7 +47,8 @@ LABELS = {
 class PolicyRow:
     """What is known of one policy: costs as means over the samples, divergences of the measured metric.
 
-    `predicted` is the additive proxy's; `measured` the joint one and `accuracy` a fraction, None where not measured.
+    `flops` are policy FLOPs as a fraction of the original's. `predicted` is the sum of measured curves; `measured` that
+    of the policy as a whole, and `accuracy` a fraction. None where not known.
     """
 
     name: str
@@ -58,7 +61,10 @@ class PolicyRow:
 
 
 def policy_row(divergences: Divergences, name: str, policy: Policy, measured: float | None = None) -> PolicyRow:
-    """The costs of a policy at the samples' own token counts, and the divergence that its provenance predicts."""
+    """The costs of a policy at the samples' own token counts, and its divergence as these curves predict it.
+
+    `measured` is taken from the policy's provenance where it is None.
+    """
     full = Policy.full(divergences.num_layers)
     spent = sum(prefill_flops(divergences.dims, policy, *counts) for counts in divergences.counts)
     whole = sum(prefill_flops(divergences.dims, full, *counts) for counts in divergences.counts)
@@ -66,8 +72,23 @@ def policy_row(divergences: Divergences, name: str, policy: Policy, measured: fl
         kv_cache_bytes(divergences.dims, policy_tokens(policy, *counts), divergences.dtype_bytes)
         for counts in divergences.counts
     ]
-    predicted = policy.provenance.divergence if policy.provenance is not None else None
+    if measured is None and policy.provenance is not None:
+        measured = policy.provenance.measured_divergence
+    predicted = predicted_divergence(divergences, policy)
     return PolicyRow(name, policy, spent / whole, float(np.mean(stored)), predicted, measured)
+
+
+def costs_note(divergences: Divergences) -> str:
+    """At which token counts costs are given."""
+    means = " + ".join(
+        f"{mean:.4g} {group}"
+        for mean, group in zip(np.mean(divergences.counts, axis=0), ("system", "visual", "text"), strict=True)
+    )
+    prompts = "prompts" if divergences.transferred else "samples"
+    return (
+        f"{POLICY_FLOPS} (eq. 11) and KV cache: at the token counts of {len(divergences.counts)} {prompts}, {means} "
+        "tokens in the mean"
+    )
 
 
 def _depths(policy: Policy) -> list[str]:
@@ -84,7 +105,7 @@ def policies_table(rows: Sequence[PolicyRow]) -> str:
     def number(value: float | None) -> str:
         return "" if value is None else f"{value:.4f}"
 
-    heads = ["policy", "queries", "keys", "MLP", "tokens", "FLOPs", "KV cache", "predicted", "measured", "accuracy"]
+    heads = ["policy", "queries", "keys", "MLP", "tokens", POLICY_FLOPS, "KV cache", PREDICTED, MEASURED, "accuracy"]
     lines = [heads] + [
         [
             row.name,
@@ -160,18 +181,19 @@ def pareto_figure(rows: Sequence[PolicyRow], metric: str) -> Any:
     known = any(row.accuracy is not None for row in rows)
     figure = new_figure(11 if known else 6, 4.2)
     panels = figure.subplots(1, 2 if known else 1, squeeze=False)[0]
-    for field, marker in (("predicted", "x"), ("measured", "o")):
+    for field, label, marker in (("predicted", PREDICTED, "x"), ("measured", MEASURED, "o")):
         found = [(100 * row.flops, value) for row in rows if (value := getattr(row, field)) is not None]
         if found:
-            panels[0].plot(*zip(*sorted(found), strict=True), marker=marker, label=field)
+            panels[0].plot(*zip(*sorted(found), strict=True), marker=marker, label=label)
     panels[0].set_ylabel(f"divergence ({metric})")
-    panels[0].legend(fontsize=8)
+    if panels[0].lines:
+        panels[0].legend(fontsize=8)
     if known:
         found = sorted((100 * row.flops, 100 * row.accuracy) for row in rows if row.accuracy is not None)
         panels[1].plot(*zip(*found, strict=True), marker="o")
         panels[1].set_ylabel("right answers (%)")
     for panel in panels:
-        panel.set_xlabel("FLOPs (eq. 11, % of the original)")
+        panel.set_xlabel(f"{POLICY_FLOPS} (% of the original)")
         panel.grid(alpha=0.3)
     return figure
 
@@ -181,7 +203,7 @@ def tier_maps_figure(rows: Sequence[PolicyRow], visual_tokens: int) -> Any:
     return tiers_figure(
         [
             TierPicture(
-                f"{row.name}\nFLOPs {show_percent(row.flops)}",
+                f"{row.name}\n{POLICY_FLOPS} {show_percent(row.flops)}",
                 OperationMap.of_policy(row.policy, visual=visual_tokens),
             )
             for row in rows

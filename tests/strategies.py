@@ -22,6 +22,7 @@ def provenances() -> st.SearchStrategy[Provenance]:
         divergence=st.none() | _FINITE,
         samples=st.none() | st.integers(1, 1000),
         versions=st.dictionaries(_NAMES, st.text(max_size=8), max_size=3),
+        measured_divergence=st.none() | _FINITE,
     )
 
 

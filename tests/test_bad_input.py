@@ -81,6 +81,16 @@ def test_policy_for_another_model() -> None:
         dop_compile(model, FULL.replace(reducer="cdpruned"))
 
 
+def test_an_unknown_backend_is_refused_at_once() -> None:
+    model = shared_model("llava")
+    with pytest.raises(ValueError, match=r"backend: expected one of .*eager.*, got 'inductr'; did you mean 'inductor'"):
+        dop_compile(model, FULL, backend="inductr")
+    with pytest.raises(TypeError, match="backend: expected a name or a function, got None"):
+        dop_compile(model, FULL, backend=None)  # type: ignore[arg-type]
+    for known in ("aot_eager", lambda graph, inputs: graph.forward):
+        dop_compile(model, FULL, backend=known)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("name", ["no_such_pass", "slice_operations", "annotate"])
 def test_pass_that_cannot_be_disabled(name: str) -> None:
     with pytest.raises(ValueError, match=f"'{name}' is not an optional pass; choose from remove_dead"):

@@ -49,7 +49,7 @@ def policy(tmp_path: Path) -> str:
     ("argv", "text"),
     [
         (["--help"], "A policy says how many visual tokens"),
-        (["explain", "--help"], "executed   what is left"),
+        (["explain", "--help"], "executed FLOPs  what is left"),
         (["run", "--help"], "chat template"),
         (["demo", "--help"], "scans that it was not trained on"),
     ],
@@ -280,7 +280,12 @@ def test_bad_policies(capsys: pytest.CaptureFixture[str], model: str, tmp_path: 
     assert "--tier: 'b' is not one of" in answer("--policy", policy, "--tier", "b")
     assert "unknown reducer 'best'" in answer("--visual-tokens", "3", "--reducer", "best")
     assert "reach into the visual tokens" in answer("--visual-tokens", "3", "--rows", "200")
-    assert "--save-policy" in answer("--save-policy", str(tmp_path / "no" / "p.json"), "--json")
+    assert "cannot write there" in answer("--save-policy", str(tmp_path / "deep.json" / "p.json"), "--json")
+    before = Path(policy).read_bytes()
+    assert "there already" in answer("--save-policy", policy)
+    assert Path(policy).read_bytes() == before
+    code, _, _ = run(capsys, "explain", model, "--save-policy", policy, "--force")
+    assert (code, Policy.load(policy)) == (0, Policy.full(LAYERS))
     assert "no policy" in refused(capsys, "run", model, "--prompt", "x")
 
 
@@ -303,6 +308,16 @@ def test_bad_images_and_prompts(
     backend = refused(capsys, "run", model, "--prompt", "x", "--policy", policy, "--backend", "abacus")
     assert "--backend 'abacus'" in backend
     assert "inductor" in backend
+
+
+def test_ctrl_c_is_code_130_and_says_that_nothing_was_kept(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dop_compile.commands.run.explain_command", stopped)
+    assert run(capsys, "explain", "x") == (130, "", "dop-compile explain: stopped; nothing was kept\n")
 
 
 def test_other_failures_are_code_1_and_debug_shows_them(

@@ -41,13 +41,15 @@ def chat(example: data.Example) -> list[dict[str, Any]]:
 
 
 def test_a_pipeline_answers_by_tier() -> None:
+    """By `generate_kwargs`, of the pipeline or of one call, or by a view. `tier` alone goes to the processor."""
     model, pruned, reader = compiled()
     examples = list(data.examples("validation", 4, seed=7))
     processor = AutoProcessor.from_pretrained(CHECKPOINT)
 
-    def said(own: Any, **settings: Any) -> list[str]:
-        ask = pipeline("image-text-to-text", model=own, processor=processor)
-        found = ask(text=[chat(e) for e in examples], return_full_text=False, generate_kwargs=settings)
+    def said(own: Any, of_pipeline: dict[str, Any] | None = None, **settings: Any) -> list[str]:
+        ask = pipeline("image-text-to-text", model=own, processor=processor, **(of_pipeline or {}))
+        settings = {"generate_kwargs": settings} if settings else {}
+        found = ask(text=[chat(e) for e in examples], return_full_text=False, **settings)
         return [(one[0] if isinstance(one, list) else one)["generated_text"].strip() for one in found]
 
     def alone(tier: str) -> list[str]:
@@ -60,6 +62,7 @@ def test_a_pipeline_answers_by_tier() -> None:
 
     assert said(model) == said(pruned) == alone("100%")
     assert said(pruned.tier("none")) == said(pruned, tier="none") == alone("none") != alone("100%")
+    assert said(pruned, {"generate_kwargs": {"tier": "none"}}) == alone("none")
 
 
 def test_a_stream_from_a_thread() -> None:

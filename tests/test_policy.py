@@ -406,8 +406,8 @@ def test_wrong_lists_of_layers_are_named(layers: list[Any], message: str) -> Non
         ),
         (PUBLISHED.to_json().replace("0.125", "9" * 5000), "policy JSON"),
         (
-            PUBLISHED.to_json().replace('"version": 2', '"version": 3'),
-            "version: this release reads versions 1 and 2, got 3",
+            PUBLISHED.to_json().replace('"version": 2', '"version": 4'),
+            "version: this release reads versions 1, 2 and 3, got 4",
         ),
         (PUBLISHED.to_json().replace('"version": 2', '"version": 2.0'), "version: .*got 2.0"),
         (PUBLISHED.to_json().replace('"version": 2', '"version": 1'), "unknown field.*ranking"),
@@ -419,6 +419,30 @@ def test_wrong_lists_of_layers_are_named(layers: list[Any], message: str) -> Non
 def test_other_texts_are_refused(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Policy.from_json(text)
+
+
+def test_a_measured_divergence_is_kept_beside_the_predicted_one() -> None:
+    """Only then the file is one that earlier releases do not read."""
+    assert PUBLISHED.provenance is not None
+    policy = PUBLISHED.replace(provenance=dataclasses.replace(PUBLISHED.provenance, measured_divergence=0.5))
+    document = json.loads(policy.to_json())
+    assert document["version"] == 3
+    assert (document["provenance"]["divergence"], document["provenance"]["measured_divergence"]) == (0.125, 0.5)
+    assert Policy.from_json(policy.to_json()) == policy
+    with pytest.raises(ValueError, match="measured_divergence: unknown field"):
+        Policy.from_json(policy.to_json().replace('"version": 3', '"version": 2'))
+
+
+def test_a_policy_knows_which_model_it_was_made_for() -> None:
+    policy = Policy.full(3).replace(provenance=Provenance("a" * 64))
+    policy.check_model(3, "a" * 64)
+    Policy.full(3).check_model(3, "b" * 64)
+    with pytest.raises(
+        ValueError, match=r"made for another model \(fingerprint aaaaaaaaaaaa, this model has bbbbbbbbbbbb"
+    ):
+        policy.check_model(3, "b" * 64)
+    with pytest.raises(ValueError, match="the policy is for 3 layers, the model has 4"):
+        policy.check_model(4, "a" * 64)
 
 
 def test_version_1_had_no_rankings() -> None:

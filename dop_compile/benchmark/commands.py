@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +23,7 @@ from dop_compile.commands.inputs import (
     resized_processor,
     write_file,
 )
+from dop_compile.commands.outputs import check_new, output_directory
 from dop_compile.commands.processing import prompt_inputs
 
 __all__ = ["bench_command"]
@@ -39,6 +39,9 @@ def bench_command(arguments: Namespace) -> None:
             raise UsageError(f"{name}: {', '.join(map(str, given))}: name each once")
     for backend in backends:
         check_backend(backend)
+    out = None if arguments.out is None else output_directory(arguments.out)
+    if out is not None:
+        check_new([out / "bench.json", out / "bench.md"], arguments.force)
     images = read_images(arguments.image) or [_noise()]
     config = load_vision_config(arguments.model)
     tiers = read_policies(arguments, config.get_text_config(decoder=True).num_hidden_layers)
@@ -73,8 +76,7 @@ def bench_command(arguments: Namespace) -> None:
         raise UsageError(one_line(error)) from error
     text = markdown(result)
     print(text)
-    if arguments.out is not None:
-        out = Path(arguments.out).expanduser()
+    if out is not None:
         write_file(out / "bench.json", result.to_json())
         write_file(out / "bench.md", text + "\n")
         print(f"\nsaved bench.json and bench.md in {out}")

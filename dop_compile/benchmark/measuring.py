@@ -80,9 +80,12 @@ def bench(
         where = {**environment(model.device), "memory": asker.memory.what}
         counts = prompt_counts(compiled, inputs)
         costs = {name: _cost(compiled, name, prompt_counts(compiled, own)) for name, own in own_inputs.items()}
-        # Smaller pictures, too, are compared with the original's prompt
-        flops = costs[FULL].original_flops
-        costs = {name: replace(cost, original_flops=flops) for name, cost in costs.items()}
+        # Policies for smaller pictures, too, are compared with the original's prompt, and written for it
+        as_written = {name: _cost(compiled, name, counts) for name in policies}
+        costs = {
+            name: replace(cost, eq11_flops=as_written[name].eq11_flops, original_flops=as_written[name].original_flops)
+            for name, cost in costs.items()
+        }
         for batch in batches:
             rows = {name: repeated(own, batch) for name, own in own_inputs.items()}
             whole = repeated(inputs, batch)

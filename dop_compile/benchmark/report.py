@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dop_compile.benchmark.result import AGAIN, ORIGINAL, Benchmark, Contender, Setting
-from dop_compile.reports.table import show_bytes, show_percent
+from dop_compile.reports.table import EXECUTED_FLOPS, POLICY_FLOPS, show_bytes, show_percent
 
 __all__ = ["markdown"]
 
-HEADS = ("", "FLOPs", "executed", "KV cache", "vision ms", "selection ms", "prefill ms", "of original",
+HEADS = ("", POLICY_FLOPS, EXECUTED_FLOPS, "KV cache", "vision ms", "selection ms", "prefill ms", "of original",
          "first token ms", "decode ms/token", "of original", "tokens/s", "peak memory")  # fmt: skip
 
 
@@ -36,7 +36,8 @@ def markdown(result: Benchmark) -> str:
     lines += [
         "",
         f"Medians of {rounds} interleaved rounds; of original: the median of the ratios within a round, and its "
-        "quartiles. FLOPs (DOP eq. 11) and executed FLOPs: of the decoder's prefill. vision: all before the decoder. "
+        f"quartiles. {POLICY_FLOPS} (eq. 11 at this prompt's token counts) and {EXECUTED_FLOPS} (without work that "
+        "reaches no output): of the decoder's prefill. vision: all before the decoder. "
         "decode: per step after the first. The original is not compiled; `full` is, with nothing pruned. peak memory: "
         f"{where['memory']}.",
     ]

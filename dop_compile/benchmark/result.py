@@ -49,8 +49,8 @@ class Contender:
         name: `ORIGINAL`, `AGAIN`, `FULL` or the tier's.
         timings: of each round.
         kv_bytes: of the batch's cache after prefill, as stored.
-        eq11_ratio, executed_ratio: decoder FLOPs as fractions of the original's, as the policy is written and as it is
-            run; None where the model's sizes are not known.
+        eq11_ratio, executed_ratio: policy FLOPs and executed FLOPs as fractions of the original's; None where the
+            model's sizes are not known.
     """
 
     name: str

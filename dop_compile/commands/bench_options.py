@@ -36,3 +36,4 @@ def add_bench_command(command: Callable[..., argparse.ArgumentParser], policy: a
     one.add_argument("--dtype", choices=dtypes, default="auto", help="of the weights; auto: as saved")
     one.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
     one.add_argument("--out", metavar="DIR", help="where bench.json and bench.md go; unless given, only printed")
+    one.add_argument("--force", action="store_true", help="replace files that are there")

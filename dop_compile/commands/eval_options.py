@@ -12,7 +12,7 @@ __all__ = ["add_eval_command"]
 EVAL = """\
 Compare methods on the same model and the same samples: right answers by task, FLOPs, KV cache, times of
 vision, selection, prefill and decode, peak memory, and how many answers changed. Each --method is made
-for each --budget, a fraction of the original's FLOPs (eq. 11) on these samples, found by computation.
+for each --budget, a fraction of the original's policy FLOPs (eq. 11 at the samples' token counts).
 
   original          the untouched model; always there
   full              the compiled model with nothing pruned
@@ -26,7 +26,8 @@ for each --budget, a fraction of the original's FLOPs (eq. 11) on these samples,
 Samples are those of profile, with answers, and may name a task each:
   {"image": "photos/7.png", "prompt": "What does the sign say?", "answers": ["exit"], "task": "signs"}
 
-Finished samples are kept beside the result, so that the same command goes on where it was stopped. Under
+Finished answers are kept beside the result, so that the same command goes on where it was stopped. With
+further methods or budgets and the same --out these alone are run, and the others' results stay. Under
 torchrun every process takes its share of the samples.
 """
 

@@ -15,6 +15,7 @@ from PIL import Image, UnidentifiedImageError
 from dop_compile.compiler import dop_compile
 from dop_compile.policy import Policy
 from dop_compile.reducers import ResizeReducer, resize_processor
+from dop_compile.runtime import pieces
 
 # Typed loosely: transformers annotates only a part of what is used here
 hf: Any = transformers
@@ -120,17 +121,10 @@ def read_images(paths: list[str]) -> list[Image.Image]:
 
 
 def check_backend(name: str) -> None:
-    if name == "eager":
-        return
-    # Imported late: it takes seconds, and eager does not need it
-    from torch._dynamo import lookup_backend
-    from torch._dynamo.exc import InvalidBackend
-
     try:
-        lookup_backend(name)
-    except InvalidBackend as error:
-        known = ", ".join(["eager", *torch.compiler.list_backends()])
-        raise UsageError(f"--backend {name!r}: not a backend of torch.compile; expected one of {known}") from error
+        pieces.check_backend(name)
+    except ValueError as error:
+        raise UsageError(f"--backend {name!r}: not a backend of torch.compile; {one_line(error)}") from error
 
 
 def compile_model(model: Any, tiers: Mapping[str, Policy], backend: str) -> Any:

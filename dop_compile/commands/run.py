@@ -28,6 +28,7 @@ from dop_compile.commands.inputs import (
     resized_processor,
     write_file,
 )
+from dop_compile.commands.outputs import check_new, output_directory, output_file
 from dop_compile.commands.processing import prompt_inputs
 from dop_compile.demo.picture import draw
 from dop_compile.demo.run import compose, demo_policies, open_checkpoint, require_packages, run_demo
@@ -44,6 +45,9 @@ PLOT_DPI = 120
 def explain_command(arguments: Namespace) -> None:
     """Print what policies cost on a model, of which only the configuration is read."""
     plot = _picture(arguments.plot)
+    for option, name in (("--plot", arguments.plot), ("--save-policy", arguments.save_policy)):
+        if name:
+            check_new([output_file(name, option)], arguments.force, option)
     model = load_model_on_meta(arguments.model, arguments.dtype)
     layers = model.config.get_text_config(decoder=True).num_hidden_layers
     tiers = read_policies(arguments, layers) or {"full": Policy.full(layers)}
@@ -60,10 +64,7 @@ def explain_command(arguments: Namespace) -> None:
         write_file(plot, save, "--plot")
         print(f"saved picture {plot}", file=sys.stderr)
     if arguments.save_policy:
-        try:
-            tiers[result.tier].save(arguments.save_policy)
-        except OSError as error:
-            raise UsageError(f"--save-policy {arguments.save_policy!r}: {error.strerror}") from error
+        write_file(Path(arguments.save_policy).expanduser(), tiers[result.tier].to_json() + "\n", "--save-policy")
         print(f"saved policy {result.tier!r} to {arguments.save_policy}", file=sys.stderr)
     print(json.dumps(result.to_dict(), indent=1) if arguments.json else result)
 
@@ -148,17 +149,17 @@ def demo_command(arguments: Namespace) -> None:
     require_packages()
     check_backend(arguments.backend)
     own = read_images([arguments.image])[0] if arguments.image is not None else None
-    out = Path(arguments.out).expanduser()
+    out = output_directory(arguments.out)
     checkpoint = None if arguments.checkpoint is None else Path(arguments.checkpoint).expanduser()
     try:
         model, reader = open_checkpoint(checkpoint)
     except (OSError, ValueError) as error:
         raise UsageError(one_line(error)) from error
     image, questions = compose(arguments.number, arguments.seed, own)
-    write_file(out / "demo-input.png", lambda file: image.save(file, format="png"))
     compiled = compile_model(model, demo_policies(), arguments.backend)
     exact = arguments.backend == "eager"
     result = run_demo(model, compiled, reader, image, questions, exact=exact, repeats=arguments.repeats)
+    write_file(out / "demo-input.png", lambda file: image.save(file, format="png"))
     with tqdm(desc="drawing", total=1, leave=False, file=sys.stderr) as bar:
         figure = draw(result)
         write_file(out / "demo.png", lambda file: figure.savefig(file, format="png", dpi=100))

@@ -20,21 +20,23 @@ Finished samples are kept beside --out, so that the same command goes on where i
 torchrun every process takes its share of the samples.
 """
 SEARCH = """\
-Find the best policy for each budget in measured divergences, and save it as OUT/<budget>.json.
+Find the best policy for each budget in measured divergences, and save it as OUT/<budget>.json. A budget is
+a fraction of the original's policy FLOPs: eq. 11 at the token counts of the measured samples.
 
   split   (default) queries and keys apart: visual tokens may stop being updated and still be read
   dop     one depth for attention, one for the MLP, and a number of tokens: the paper's space
 
-With --verify-top the best candidates are run on samples, and the best of those is taken.
+With --verify-top the best candidates are run on samples, and the best of those is taken: the predicted
+divergence is a sum of curves, the measured one that of the policy as a whole.
 """
 GREEDY = """\
 Sort operations by how little they are missed, one after the other (GSOP): finer than depths, and slower.
 Any budget is a prefix of the order.
 """
 REPORT = """\
-Draw what was measured: divergence along each axis with 95 % confidence bands, divergence against FLOPs
-of policies, and which operations each keeps. With --model and --samples the policies are also run:
-joint divergence, and right answers where samples have them.
+Draw what was measured: divergence along each axis with 95 % confidence bands, divergence against policy
+FLOPs, and which operations each policy keeps. With --model and --samples the policies are also run: measured
+divergence, and right answers where samples have them.
 """
 
 
@@ -102,6 +104,7 @@ def add_search_commands(command: Callable[..., argparse.ArgumentParser]) -> None
     two.add_argument("--raw-curves", action="store_true", help="do not make the curves monotone")
     two.add_argument("--verify-top", type=positive, default=1, metavar="N", help="candidates that are run (1)")
     two.add_argument("--model", metavar="MODEL", help="for --verify-top and --latency")
+    two.add_argument("--force", action="store_true", help="replace policies that are there")
 
     three = command("greedy", "sort operations by how little they are missed", GREEDY, samples_options(True))
     three.add_argument("model", metavar="MODEL", help="model directory or hub id")
@@ -114,6 +117,7 @@ def add_search_commands(command: Callable[..., argparse.ArgumentParser]) -> None
 
     four = command("report", "tables and pictures", REPORT, samples_options(False))
     four.add_argument("divergences", metavar="FILE", help="what profile wrote")
-    four.add_argument("--policy", action="append", default=[], metavar="FILE", help="a policy; repeat for several")
+    four.add_argument("--policy", action="append", default=[], metavar="[NAME=]FILE", help="a policy; repeat")
     four.add_argument("--out", required=True, metavar="DIR", help="where tables and pictures go")
     four.add_argument("--model", metavar="MODEL", help="run the policies on --samples")
+    four.add_argument("--force", action="store_true", help="replace files that are there")

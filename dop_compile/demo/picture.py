@@ -13,7 +13,7 @@ import numpy as np
 from dop_compile.demo.result import DemoResult, TierResult, shorten
 from dop_compile.reports.operation_map import OperationMap
 from dop_compile.reports.operation_picture import draw_map, new_figure
-from dop_compile.reports.table import show_percent
+from dop_compile.reports.table import POLICY_FLOPS, show_percent
 
 __all__ = ["draw"]
 
@@ -44,7 +44,7 @@ def _caption(tier: TierResult, result: DemoResult) -> str:
     cost = tier.cost
     prefill = tier.answered.milliseconds[-1] / result.original.milliseconds[-1]
     return (
-        f"{cost.tier}\nFLOPs {show_percent(cost.eq11_ratio)} (executed {show_percent(cost.executed_ratio)})\n"
+        f"{cost.tier}\n{POLICY_FLOPS} {show_percent(cost.eq11_ratio)}, executed {show_percent(cost.executed_ratio)}\n"
         f"KV cache {show_percent(cost.kv_ratio)}, prefill time {show_percent(prefill)} (batch {result.batches[-1]})"
     )
 

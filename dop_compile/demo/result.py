@@ -9,7 +9,7 @@ from PIL import Image
 
 from dop_compile.policy import Policy
 from dop_compile.reports.explain import TierCost
-from dop_compile.reports.table import columns, show_bytes, show_flops, show_percent
+from dop_compile.reports.table import EXECUTED_FLOPS, POLICY_FLOPS, columns, show_bytes, show_flops, show_percent
 
 __all__ = ["Answered", "DemoResult", "Question", "TierResult", "shorten"]
 
@@ -120,7 +120,7 @@ def _answers(result: DemoResult) -> list[str]:
 
 def _costs(result: DemoResult) -> list[str]:
     timed = [name for count in result.batches for name in (f"prefill, batch {count}", "of original")]
-    rows = [["tier", "FLOPs (eq. 11)", "executed", "KV cache", *timed]]
+    rows = [["tier", POLICY_FLOPS, EXECUTED_FLOPS, "KV cache", *timed]]
     first, whole = result.tiers[0].cost, result.original.milliseconds
     flops = show_flops(first.original_flops)
     took = [cell for time in whole for cell in (f"{time:.1f} ms", "")]

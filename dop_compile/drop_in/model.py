@@ -13,6 +13,7 @@ from torch import nn
 from dop_compile.copies import own, shallow_copy
 from dop_compile.drop_in.frame import CALL_ARGUMENTS, Frame, Session, presented_as
 from dop_compile.drop_in.no_export import refuse_recording
+from dop_compile.drop_in.presentation import present_tiers
 from dop_compile.drop_in.saving import check_push, save_compiled
 from dop_compile.drop_in.wrapped_forward import OwnForward, forget_preparation
 from dop_compile.errors import UnsupportedUsageError
@@ -31,8 +32,8 @@ def drop_in(state: Any, source: nn.Module, tier: str, outer: OwnForward | None =
     the original, or another view.
 
     Adds to the class's own interface: `forward` and `generate` take `tier`, `visual_indices` and `token_groups`;
-    `tier(name)` is a view with another default, usable from any thread; `dop` is the `CompiledState` and `dop_tier` the
-    default tier. `save_pretrained` writes the original model, and the tiers beside it.
+    `tier(name)` is a view with another default, usable from any thread; `dop` is the `CompiledState`, `dop_tier` the
+    default tier and `tiers` all policies by name. `save_pretrained` writes the original model, and the tiers beside it.
     """
     view = shallow_copy(source, own_children=False)
     forget_preparation(view)
@@ -89,6 +90,7 @@ def drop_in(state: Any, source: nn.Module, tier: str, outer: OwnForward | None =
     view.tier = own(lambda name: drop_in(state, view, state.check_tier(name), own_forward))
     view.dop = state
     view.dop_tier = tier
+    present_tiers(view, state, tier)
     return view
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import functools
 import itertools
-import tempfile
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, TypeVar
 
-from dop_compile.commands.inputs import UsageError, check_backend, one_line, write_file
+from dop_compile.commands.inputs import UsageError, check_backend, write_file
+from dop_compile.commands.named_files import named_files, read_file
+from dop_compile.commands.outputs import output_directory
 from dop_compile.evaluation.in_decoder import FITPRUNE
 from dop_compile.evaluation.measuring import check_tasks, count_tokens, evaluate
 from dop_compile.evaluation.methods import FULL, ORIGINAL, RESIZE, Counts, Method, Planner, check_name
@@ -30,20 +29,18 @@ __all__ = ["eval_command"]
 RESULT, TOKENS = "evaluation.json", "tokens"
 FIT_SAMPLES = 25
 """So many of the samples is FitPrune fitted to."""
-Read = TypeVar("Read")
 
 
 def eval_command(arguments: Namespace) -> None:
     """Compare methods on samples; write JSON, Markdown and a picture."""
-    out = Path(arguments.out).expanduser()
     check_backend(arguments.backend)
-    policies = dict(_named_files("--policy", arguments.policy, Policy.load))
-    orders = dict(_named_files("--order", arguments.order, OperationOrder.load))
+    policies = dict(named_files("--policy", arguments.policy, Policy.load))
+    orders = dict(named_files("--order", arguments.order, OperationOrder.load))
     divergences = None
     if arguments.divergences is not None:
-        divergences = _read("--divergences", arguments.divergences, Divergences.load)
+        divergences = read_file("--divergences", arguments.divergences, Divergences.load)
     _check_methods(arguments, bool(orders))
-    _check_writable(out)
+    out = output_directory(arguments.out)
     with processes(arguments) as rank:
         model, samples, processor = model_and_samples(arguments)
         with usage_errors():
@@ -101,15 +98,6 @@ def _check_methods(arguments: Namespace, has_orders: bool) -> None:
         raise UsageError("nothing to compare: give --method, --policy or --order")
 
 
-def _check_writable(out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
-            pass
-    except OSError as error:
-        raise UsageError(f"--out {str(out)!r}: cannot write there: {error.strerror or one_line(error)}") from error
-
-
 def _methods(
     arguments: Namespace,
     planner: Planner,
@@ -145,25 +133,3 @@ def _with_own_pictures(method: Method, smaller: Callable[[int], Resized], count:
         return method
     own = smaller(policy.visual_tokens)
     return replace(method, samples=own, counts=tuple(count(own)))
-
-
-def _named_files(option: str, given: Iterable[str], load: Callable[[str], Read]) -> Iterator[tuple[str, Read]]:
-    """Of `[NAME=]FILE`, the name (the file's unless given) and what is read from the file."""
-    names = set()
-    for text in given:
-        name, separator, file = text.partition("=")
-        if not separator or Path(text).exists():
-            name, file = Path(text).stem, text
-        if name in names:
-            raise UsageError(f"{option}: the name {name!r} is given twice; name files apart with NAME=FILE")
-        names.add(name)
-        yield name, _read(option, file, load)
-
-
-def _read(option: str, file: str, load: Callable[[str], Any]) -> Any:
-    try:
-        return load(str(Path(file).expanduser()))
-    except OSError as error:
-        raise UsageError(f"{option} {file!r}: {error.strerror or one_line(error)}") from error
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"{option} {file!r}: {one_line(error)}") from error

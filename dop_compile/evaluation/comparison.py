@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from dop_compile.compiler import dop_compile
 from dop_compile.costs import DecoderDims, kv_cache_bytes, policy_tokens, prefill_flops
 from dop_compile.evaluation.answers import Answer, Asker
-from dop_compile.evaluation.methods import Method
+from dop_compile.evaluation.methods import ORIGINAL, Method
 from dop_compile.evaluation.result import Run
 from dop_compile.policy import Policy
 from dop_compile.reports.executed import Prompt, layer_costs
@@ -25,10 +25,10 @@ __all__ = ["Comparison", "question_digest"]
 Sample = Mapping[str, Any]
 
 
-def question_digest(methods: Sequence[Method], sample: Sample, number: int) -> str:
-    """SHA-256 of a sample, and of what methods have in its place."""
-    own = [sample_digest(method.samples[number]) for method in methods if method.samples is not None]
-    return hashlib.sha256("".join([sample_digest(sample), *own]).encode()).hexdigest()
+def question_digest(sample: Sample, own: Sample | None = None) -> str:
+    """SHA-256 of a sample, and of what a method has in its place."""
+    both = [sample_digest(one) for one in (sample, own) if one is not None]
+    return hashlib.sha256("".join(both).encode()).hexdigest()
 
 
 class Comparison:
@@ -36,7 +36,7 @@ class Comparison:
 
     Args:
         model: the untouched model.
-        methods: the first is the untouched model itself.
+        methods: what is asked.
         decode: new token ids to text.
         backend: of `dop_compile`.
         settings: of `generate`.
@@ -59,15 +59,25 @@ class Comparison:
         self._state = compiled.dop
         self._asker = Asker(model, compiled, settings)
         self._cost = lru_cache(maxsize=None)(self._costs)
-        self._warm = False
+        self._warm: set[str] = set()
 
     @property
     def memory(self) -> str:
         """What peak memory is, in words."""
         return self._asker.memory.what
 
-    def runs(self, sample: Sample, number: int, counts: tuple[int, int, int]) -> list[dict[str, Any]]:
-        """A run per method, as JSON values.
+    def runs(
+        self,
+        sample: Sample,
+        number: int,
+        counts: tuple[int, int, int],
+        labels: Collection[str],
+        original: str | None,
+    ) -> dict[str, dict[str, Any]]:
+        """A run of each method of `labels`, as JSON values.
+
+        Args:
+            original: what the untouched model says, where it is not among them.
 
         Raises:
             ValueError: the sample has no answers.
@@ -77,28 +87,34 @@ class Comparison:
             raise ValueError("it has no answers to compare with")
         if isinstance(right, str):
             raise ValueError(f"answers: expected a list of strings, got {right!r}")
-        inputs = [model_inputs(sample if m.samples is None else m.samples[number]) for m in self._methods]
-        if not self._warm:  # what is compiled or allocated on first use is no part of the times
-            for method, own in zip(self._methods, inputs, strict=True):
+        asked = [method for method in self._methods if method.label in labels]
+        inputs = [model_inputs(sample if m.samples is None else m.samples[number]) for m in asked]
+        for method, own in zip(asked, inputs, strict=True):
+            if method.label not in self._warm:  # what is compiled or allocated on first use is no part of the times
                 self._asker.ask(own, method.policy)
-            self._warm = True
-        found: list[Run] = []
-        for method, own in zip(self._methods, inputs, strict=True):
+                self._warm.add(method.label)
+        found: dict[str, dict[str, Any]] = {}
+        for method, own in zip(asked, inputs, strict=True):
             answer = self._asker.ask(own, method.policy)
             text = self._decode(answer.ids)
-            changed = bool(found) and not is_right(text, [found[0].answer])
-            system, visual, words = counts if method.counts is None else method.counts[number]
-            # What entered, not what the policy allows: some reducers keep fewer tokens than they may
-            cost = self._cost(method.label, method.policy, (system, visual - answer.dropped, words))
-            found.append(_run(answer, text, is_right(text, right), changed, cost))
-        return [dataclasses.asdict(run) for run in found]
+            original = text if method.label == ORIGINAL else original
+            assert original is not None
+            changed = not is_right(text, [original])
+            system, visual, words = own_counts = counts if method.counts is None else method.counts[number]
+            # What is executed is of the tokens that entered: some reducers keep fewer than the policy allows
+            entered = (system, visual - answer.dropped, words)
+            cost = self._cost(method.label, method.policy, own_counts if method.policy is None else counts, entered)
+            found[method.label] = dataclasses.asdict(_run(answer, text, is_right(text, right), changed, cost))
+        return found
 
-    def _costs(self, label: str, policy: Policy | None, counts: tuple[int, int, int]) -> tuple[int, int, int]:
-        """Eq. 11 FLOPs, executed FLOPs and KV bytes of one prompt, of which so many tokens enter."""
+    def _costs(
+        self, label: str, policy: Policy | None, counts: tuple[int, int, int], entered: tuple[int, int, int]
+    ) -> tuple[int, int, int]:
+        """Policy FLOPs of one prompt; executed FLOPs and KV bytes of what entered of it."""
         flops = prefill_flops(self._dims, policy or self._full, *counts)
         if policy is None:
             return flops, flops, kv_cache_bytes(self._dims, policy_tokens(self._full, *counts), self._bytes)
-        layers = layer_costs(self._state, label, Prompt(*counts, rows=1, use_cache=True), self._dims)
+        layers = layer_costs(self._state, label, Prompt(*entered, rows=1, use_cache=True), self._dims)
         return flops, sum(layer.flops or 0 for layer in layers), sum(layer.kv_bytes or 0 for layer in layers)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from dop_compile.evaluation.methods import ORIGINAL
 from dop_compile.evaluation.result import Evaluation, Row
 from dop_compile.reports.operation_picture import new_figure
-from dop_compile.reports.table import show_bytes, show_flops, show_percent
+from dop_compile.reports.table import EXECUTED_FLOPS, POLICY_FLOPS, show_bytes, show_flops, show_percent
 
 __all__ = ["markdown", "tradeoff_figure"]
 
@@ -17,17 +17,29 @@ def markdown(result: Evaluation) -> str:
     """A line about what was measured, a table with a row per method, and what its columns are."""
     rows = result.rows()
     tasks = list(dict.fromkeys(result.tasks))
-    heads = ["method", "FLOPs", "executed", "KV cache", *(tasks if len(tasks) > 1 else []), "accuracy", "Rel. Avg."]
+    heads = [
+        "method",
+        POLICY_FLOPS,
+        EXECUTED_FLOPS,
+        "KV cache",
+        *(tasks if len(tasks) > 1 else []),
+        "accuracy",
+        "Rel. Avg.",
+    ]
     heads += ["difference (95 %)", "changed", "vision ms", "selection ms", "prefill ms", "decode ms", "peak memory"]
     lines = [_about(result), "", _line(heads), _line(["---"] * len(heads))]
     lines += [_line(_cells(row, tasks if len(tasks) > 1 else [])) for row in rows]
     notes = [
-        "FLOPs by DOP eq. 11, executed FLOPs and KV cache: of the decoder's prefill, as fractions of the original's.",
+        f"{POLICY_FLOPS} (eq. 11 at the samples' token counts), {EXECUTED_FLOPS} (of the tokens that entered, without",
+        "work that reaches no output) and KV cache: of the decoder's prefill, as fractions of the original's.",
         "accuracy: mean over tasks; Rel. Avg.: mean over tasks of accuracy / original's. difference: of accuracy from",
         "the original's in points, with a paired bootstrap interval. changed: answers that are not the original's.",
         "Times are medians over samples; decode per token after the first. peak memory: "
         f"{result.environment['memory']}.",
     ]
+    for session in range(1, 1 + max(method.session for method in result.methods)):
+        later = ", ".join(method.label for method in result.methods if method.session == session)
+        notes.append(f"Measured later than the rest, and their times at another moment: {later}.")
     if rows[0].relative_average is None:
         zero = [task for task, share in rows[0].accuracy.items() if not share]
         notes.append(f"Rel. Avg. is not defined: the original answers nothing right of {', '.join(zero)}.")
@@ -38,10 +50,13 @@ def _about(result: Evaluation) -> str:
     header, where, runs = result.header, result.environment, result.method(ORIGINAL).runs
     flops, kv_bytes = (sum(values) / len(runs) for values in ((r.flops for r in runs), (r.kv_bytes for r in runs)))
     versions = ", ".join(f"{name} {where['packages'][name]}" for name in ("torch", "transformers"))
+    groups = zip(zip(*result.counts, strict=True), ("system", "visual", "text"), strict=True)
+    means = " + ".join(f"{sum(counts) / len(counts):.4g} {group}" for counts, group in groups)
     return (
         f"{header['model']} ({header['fingerprint'][:12]}), {header['dtype']}, {len(result.tasks)} samples; "
         f"{where['device']}, {where['threads']} threads, {versions}, backend {header['backend']}. A prompt takes the "
-        f"original's decoder {show_flops(flops)} and {show_bytes(kv_bytes)} of KV cache."
+        f"original's decoder {show_flops(flops)} and {show_bytes(kv_bytes)} of KV cache; it has {means} tokens, in the "
+        "mean."
     )
 
 
@@ -94,7 +109,7 @@ def tradeoff_figure(result: Evaluation) -> Any:
         shown = [row.relative_average if relative else row.mean_accuracy for row in own]
         style = {"marker": "*", "markersize": 12, "color": "black"} if name == ORIGINAL else {"marker": "o"}
         panel.plot([100 * row.flops for row in own], [100 * (value or 0.0) for value in shown], label=name, **style)
-    panel.set_xlabel("FLOPs (eq. 11, % of the original)")
+    panel.set_xlabel(f"{POLICY_FLOPS} (% of the original)")
     panel.set_ylabel("Rel. Avg. (% of the original)" if relative else "right answers (%)")
     panel.grid(alpha=0.3)
     panel.legend(fontsize=8)

@@ -13,15 +13,15 @@ from typing import Any
 import numpy as np
 
 from dop_compile.evaluation.intervals import Difference, paired_difference
-from dop_compile.evaluation.methods import ORIGINAL
+from dop_compile.evaluation.methods import ORIGINAL, RESIZE
 from dop_compile.policy import Policy
-from dop_compile.policy_json import choice, parse, write_atomic
+from dop_compile.policy_json import choice, integer, parse, write_atomic
 
 __all__ = ["Evaluation", "Measured", "Row", "Run"]
 
 FORMAT = "dop_compile.evaluation"
-VERSION = 2
-"""Version 1 did not say of which samples a result is."""
+VERSION = 3
+"""Version 1 did not say of which samples a result is; until version 2 all methods had been run at once."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,8 @@ class Run:
         right: whether that is one of the right answers.
         changed: whether the original said something else, by the same comparison.
         tokens: generated ones.
-        flops, executed_flops: of the decoder's prefill, by eq. 11 and without work that reaches no output.
+        flops: policy FLOPs of the decoder's prefill, by eq. 11 at the sample's token counts.
+        executed_flops: of the tokens that entered, without work that reaches no output.
         kv_bytes: of keys and values after it.
         vision_ms, selection_ms, prefill_ms, decode_ms, memory_bytes: see `dop_compile.evaluation.answers.Answer`.
     """
@@ -54,13 +55,19 @@ class Run:
 
 @dataclass(frozen=True)
 class Measured:
-    """A method's name, budget and policy, and its runs, one per sample. The policy of the untouched model is None."""
+    """A method's name, budget and policy, and its runs, one per sample. The policy of the untouched model is None.
+
+    `session` counts the calls of `evaluate` that added methods, from 0: times of different sessions are those of
+    different moments. `digests` are SHA-256 of the inputs that the method has in place of the samples', if it has any.
+    """
 
     name: str
     budget: float | None
     label: str
     policy: Policy | None
     runs: tuple[Run, ...]
+    session: int = 0
+    digests: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -75,7 +82,7 @@ class Row:
             original answers nothing right in a task.
         difference: of `mean_accuracy` from the original's, with its confidence interval.
         changed: how many answers are not the original's.
-        flops, executed_flops, kv_bytes: fractions of the original's, all summed over samples.
+        flops (policy FLOPs), executed_flops, kv_bytes: fractions of the original's, all summed over samples.
         vision_ms, selection_ms, prefill_ms, decode_ms: medians over samples; `decode_ms` per token after the first,
             None where no answer has two.
         memory_bytes: the largest peak; None where it is not known.
@@ -109,8 +116,8 @@ class Evaluation:
         tasks: of each sample.
         counts: system, visual and text tokens of each sample, before reduction.
         methods: with their runs.
-        digests: SHA-256 of each sample's inputs and answers, and of what methods have in their place; None in results
-            of format version 1, which can be read and not gone on with.
+        digests: SHA-256 of each sample's inputs and answers; None in results of format version 1, which can be read
+            and not gone on with.
     """
 
     header: Mapping[str, Any]
@@ -233,15 +240,19 @@ class Evaluation:
             document = parse(text)
             if not isinstance(document, dict) or document.get("format") != FORMAT:
                 raise ValueError("format: this is not a file of an evaluation")
-            if document.get("version") not in (1, VERSION):
-                raise ValueError(f"version: this release reads versions 1 and {VERSION}; evaluate again")
+            version = document.get("version")
+            if version not in (1, 2, VERSION):
+                raise ValueError(f"version: this release reads versions 1 to {VERSION}; evaluate again")
+            methods = tuple(_read_method(method, version) for method in document["methods"])
+            # In version 2 they were also of the inputs that methods had of their own
+            mixed = version == 2 and any(map(_has_own_inputs, methods))
             found = cls(
                 document["header"],
                 document["environment"],
                 tuple(document["tasks"]),
                 tuple((system, visual, text) for system, visual, text in document["counts"]),
-                tuple(map(_read_method, document["methods"])),
-                None if document["version"] == 1 else _read_digests(document["digests"]),
+                methods,
+                None if version == 1 or mixed else _read_digests(document["digests"]),
             )
             found.check()
             return found
@@ -259,6 +270,7 @@ class Evaluation:
         sizes = {"counts": len(self.counts), **{method.label: len(method.runs) for method in self.methods}}
         if self.digests is not None:
             sizes["digests"] = len(self.digests)
+        sizes |= {f"digests of {m.label}": len(m.digests) for m in self.methods if m.digests is not None}
         for name, size in sizes.items():
             if size != len(self.tasks) or not size:
                 raise ValueError(f"{name}: expected one entry for each of {len(self.tasks)} samples, got {size}")
@@ -279,18 +291,27 @@ def _method_document(method: Measured) -> dict[str, Any]:
         "budget": method.budget,
         "label": method.label,
         "policy": None if method.policy is None else json.loads(method.policy.to_json()),
+        "session": method.session,
+        "digests": method.digests,
         "runs": [dataclasses.asdict(run) for run in method.runs],
     }
 
 
-def _read_method(document: Mapping[str, Any]) -> Measured:
+def _has_own_inputs(method: Measured) -> bool:
+    return RESIZE in (method.name, method.policy.reducer if method.policy is not None else None)
+
+
+def _read_method(document: Mapping[str, Any], version: int) -> Measured:
     policy = document["policy"]
+    later = version > 2
     return Measured(
         document["name"],
         document["budget"],
         document["label"],
         None if policy is None else Policy.from_json(json.dumps(policy)),
         read_runs(document["runs"]),
+        integer("session", document["session"], low=0) if later else 0,
+        _read_digests(document["digests"]) if later else None,
     )
 
 

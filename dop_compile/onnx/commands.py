@@ -10,9 +10,11 @@ from typing import Any
 from PIL import Image
 
 from dop_compile.commands.inputs import UsageError, load_processor, load_vision_model, one_line, read_policies
+from dop_compile.commands.outputs import output_directory, output_file
 from dop_compile.commands.processing import prompt_inputs
 from dop_compile.onnx import require_packages
 from dop_compile.policy import Policy
+from dop_compile.reports.table import POLICY_FLOPS
 
 __all__ = ["NOT_RUNNABLE", "export_command", "trtexec_command", "verify_command"]
 
@@ -31,8 +33,10 @@ def export_command(arguments: Namespace) -> None:
     """Export a model with the tiers that the command line names."""
     _require()
     from dop_compile.onnx.export import export_onnx
+    from dop_compile.onnx.manifest import MANIFEST
     from dop_compile.onnx.shapes import Shapes
     from dop_compile.onnx.triton import TRITON, check_layout
+    from dop_compile.onnx.workspace import check_target
 
     try:
         shapes = Shapes(
@@ -43,8 +47,10 @@ def export_command(arguments: Namespace) -> None:
             static=arguments.static,
         )
         check_layout(arguments.layout, arguments.dtype)  # before a model is loaded
-    except ValueError as error:
+        check_target(arguments.out, force=arguments.force, mark=MANIFEST)
+    except (FileExistsError, ValueError) as error:
         raise UsageError(one_line(error)) from error
+    output_directory(str(Path(arguments.out).expanduser().resolve().parent))
     model = load_vision_model(arguments.model, "cpu", arguments.dtype)
     processor = load_processor(arguments.model)
     layers = model.config.get_text_config(decoder=True).num_hidden_layers
@@ -69,6 +75,8 @@ def export_command(arguments: Namespace) -> None:
     except (FileExistsError, ValueError, TypeError) as error:
         raise UsageError(one_line(error)) from error
     print(_table(manifest))
+    system, visual, text = next(iter(manifest.tiers.values())).counts
+    print(f"{POLICY_FLOPS} (eq. 11) and KV cache: of {system} system + {visual} visual + {text} text tokens")
     print(
         f"saved {len(manifest.graphs)} graphs and {manifest.weights.bytes / 1e6:,.1f} MB of weights to {arguments.out}"
     )
@@ -77,11 +85,11 @@ def export_command(arguments: Namespace) -> None:
 
 
 def _table(manifest: Any) -> str:
-    lines = [f"{'tier':<12} {'FLOPs':>8} {'KV cache':>12}  prefill"]
+    lines = [f"{'tier':<12} {POLICY_FLOPS:>12} {'KV cache':>12}  prefill"]
     for name, tier in manifest.tiers.items():
         flops = "-" if tier.eq11_fraction is None else f"{tier.eq11_fraction:.1%}"
         stored = "-" if tier.kv_bytes is None else f"{tier.kv_bytes / 1e6:,.2f} MB"
-        lines.append(f"{name:<12} {flops:>8} {stored:>12}  {manifest.graphs[tier.prefill].data.file}")
+        lines.append(f"{name:<12} {flops:>12} {stored:>12}  {manifest.graphs[tier.prefill].data.file}")
     return "\n".join(lines)
 
 
@@ -101,7 +109,7 @@ def trtexec_command(arguments: Namespace) -> None:
 def verify_command(arguments: Namespace) -> int:
     """Compare and print; returns the exit code."""
     _require()
-    from dop_compile.onnx.manifest import Manifest
+    from dop_compile.onnx.manifest import MANIFEST, Manifest
     from dop_compile.onnx.verification import file_digest, verify
     from dop_compile.search.samples import Samples, read_jsonl
 
@@ -110,6 +118,7 @@ def verify_command(arguments: Namespace) -> int:
         rows = read_jsonl(arguments.samples)[: arguments.max_samples]
     except (OSError, ValueError) as error:
         raise UsageError(one_line(error)) from error
+    output_file(str(Path(arguments.directory) / MANIFEST), "DIRECTORY")
     source = arguments.model or manifest.model.source
     if not source:
         raise UsageError("--model: the manifest does not say where the model was loaded from; name it")

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["new_directory"]
+__all__ = ["check_target", "new_directory"]
 
 
 @contextmanager
@@ -30,14 +30,7 @@ def new_directory(target: str | os.PathLike[str], *, force: bool, mark: str, nee
         OSError: the disk is full or cannot be written; the message names the directory.
     """
     path = Path(target)
-    if path.exists() and not path.is_dir():
-        raise FileExistsError(f"{path}: a file is there; name another directory")
-    if path.exists() and not force:
-        raise FileExistsError(f"{path}: exists; name another directory, or replace it with --force (force=True)")
-    if path.exists() and any(path.iterdir()) and not any(path.glob(mark)):
-        raise FileExistsError(
-            f"{path}: is not replaced, since it is no earlier export (there is no {mark}); remove it, or name another"
-        )
+    check_target(path, force=force, mark=mark)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(path.parent).free
@@ -55,6 +48,19 @@ def new_directory(target: str | os.PathLike[str], *, force: bool, mark: str, nee
             raise _named(error, path) from error
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
+
+
+def check_target(target: str | os.PathLike[str], *, force: bool, mark: str) -> None:
+    """Raises FileExistsError where `new_directory` would."""
+    path = Path(target)
+    if path.exists() and not path.is_dir():
+        raise FileExistsError(f"{path}: a file is there; name another directory")
+    if path.exists() and not force:
+        raise FileExistsError(f"{path}: exists; name another directory, or replace it with --force (force=True)")
+    if path.exists() and any(path.iterdir()) and not any(path.glob(mark)):
+        raise FileExistsError(
+            f"{path}: is not replaced, since it is no earlier export (there is no {mark}); remove it, or name another"
+        )
 
 
 def _replace(scratch: Path, path: Path) -> None:

@@ -22,7 +22,7 @@ __all__ = ["LayerCost", "Prompt", "group_tokens", "layer_costs", "resumed_flops"
 
 @dataclass(frozen=True)
 class LayerCost:
-    """What one layer computes for one sample: token counts, FLOPs and stored KV bytes.
+    """What one layer computes for one sample: token counts, executed FLOPs and stored KV bytes.
 
     `flops` and `kv_bytes` are None where the model's sizes are not known (`Explanation.missing` says why).
     """

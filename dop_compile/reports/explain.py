@@ -1,11 +1,11 @@
 """What a compiled model computes for a prompt: tokens, FLOPs and KV bytes per layer, against the original.
 
-Two costs are told apart. *eq. 11* is the policy as written: every operation that it keeps is paid for. *Executed* is
-what the compiled graph runs after dead work is removed, read off the token sets of the program's own blocks; it
-depends on how many rows of logits are asked for and on whether keys and values are cached.
+Two costs are told apart. *Policy FLOPs* are eq. 11 of the policy: every operation that it keeps is paid for. *Executed
+FLOPs* are what the compiled graph runs after dead work is removed, read off the token sets of the program's own blocks;
+they depend on how many rows of logits are asked for and on whether keys and values are cached.
 
 All counts are per sample and before reduction; FLOPs are of the decoder layers alone (see `dop_compile.costs`). The
-original computes every row of every layer, so its eq. 11 FLOPs are also the ones that it executes.
+original computes every row of every layer, so its policy FLOPs are also those that it executes.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ class TierCost:
 
     @property
     def eq11_ratio(self) -> float | None:
-        """FLOPs of the policy as written (eq. 11), as a fraction of the original's."""
+        """Policy FLOPs (eq. 11) as a fraction of the original's."""
         return _ratio(self.eq11_flops, self.original_flops)
 
     @property
     def executed_ratio(self) -> float | None:
-        """FLOPs that run once dead work is removed, as a fraction of the original's."""
+        """Executed FLOPs, those that run once dead work is removed, as a fraction of the original's."""
         return _ratio(self.executed_flops, self.original_flops)
 
     @property
@@ -131,7 +131,7 @@ def executed_flops(
     rows: int = 1,
     use_cache: bool = True,
 ) -> int:
-    """FLOPs of the decoder layers that a compiled model runs for one sample's prompt, after dead work is removed.
+    """Executed FLOPs: what a compiled model's decoder layers run for one sample's prompt, dead work removed.
 
     Arguments and errors as in `explain`; ValueError also where the model's sizes cannot be read.
     """

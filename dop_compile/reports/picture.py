@@ -9,7 +9,7 @@ from dop_compile.reports.executed import Prompt, layer_costs
 from dop_compile.reports.explain import explain
 from dop_compile.reports.operation_map import OperationMap
 from dop_compile.reports.operation_picture import TierPicture, tiers_figure
-from dop_compile.reports.table import show_percent
+from dop_compile.reports.table import EXECUTED_FLOPS, POLICY_FLOPS, show_percent
 
 __all__ = ["explain_figure"]
 
@@ -40,7 +40,7 @@ def explain_figure(
     for cost in found.tiers:
         layers = layer_costs(state, cost.tier, prompt, dims)
         costs = [
-            f"FLOPs {show_percent(cost.eq11_ratio)} as written, {show_percent(cost.executed_ratio)} executed",
+            f"{POLICY_FLOPS} {show_percent(cost.eq11_ratio)}, {EXECUTED_FLOPS} {show_percent(cost.executed_ratio)}",
             f"KV cache {show_percent(cost.kv_ratio)}",
         ]
         tiers.append(

@@ -1,4 +1,4 @@
-"""An `Explanation` as text."""
+"""An `Explanation` as text, and the words that all tables share."""
 
 from __future__ import annotations
 
@@ -9,7 +9,22 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from dop_compile.reports.explain import Explanation, LayerCost, TierCost
 
-__all__ = ["columns", "render", "show_bytes", "show_flops", "show_percent"]
+__all__ = [
+    "EXECUTED_FLOPS",
+    "MEASURED",
+    "POLICY_FLOPS",
+    "PREDICTED",
+    "columns",
+    "render",
+    "show_bytes",
+    "show_flops",
+    "show_percent",
+]
+
+POLICY_FLOPS, EXECUTED_FLOPS = "policy FLOPs", "executed FLOPs"
+"""Of a decoder's prefill: each operation that the policy keeps (DOP eq. 11), and what the compiled program computes."""
+PREDICTED, MEASURED = "predicted divergence", "measured divergence"
+"""A sum of curves that were measured one axis at a time, and that of a policy which was run as a whole."""
 
 
 def show_flops(flops: float | None) -> str:
@@ -54,7 +69,7 @@ def render(explanation: Explanation) -> str:
 
 
 def _layers(layers: Sequence[LayerCost]) -> list[str]:
-    rows = [["layer", "queries", "keys/values", "MLP", "FLOPs", "KV cache", "note"]]
+    rows = [["layer", "queries", "keys/values", "MLP", EXECUTED_FLOPS, "KV cache", "note"]]
 
     def content(c: LayerCost) -> tuple[object, ...]:
         return (c.query, c.key_value, c.mlp, c.flops, c.kv_bytes, c.note)
@@ -68,7 +83,7 @@ def _layers(layers: Sequence[LayerCost]) -> list[str]:
 
 
 def _tiers(tiers: Sequence[TierCost]) -> list[str]:
-    rows = [["tier", "FLOPs (eq. 11)", "of original", "executed", "of original", "KV cache", "of original"]]
+    rows = [["tier", POLICY_FLOPS, "of original", EXECUTED_FLOPS, "of original", "KV cache", "of original"]]
     for cost in tiers:
         flops = [show_flops(cost.eq11_flops), show_percent(cost.eq11_ratio)]
         executed = [show_flops(cost.executed_flops), show_percent(cost.executed_ratio)]

@@ -12,10 +12,21 @@ from torch import fx, nn
 from torch._dynamo.exc import Unsupported, UserError
 from torch.fx.experimental import _config as fx_config
 
-__all__ = ["PieceLibrary", "call_module", "piece_kind"]
+from dop_compile.policy_json import choice
+
+__all__ = ["PieceLibrary", "call_module", "check_backend", "piece_kind"]
 
 # Two token counts that happen to be equal in the first call are not equal in every call
 _NO_DUCK_SHAPES = functools.partial(fx_config.patch, use_duck_shape=False)  # type: ignore[attr-defined]
+
+
+def check_backend(backend: Any) -> None:
+    """Raises TypeError or ValueError for a backend that torch.compile would refuse much later, in the first call."""
+    if callable(backend) or (isinstance(backend, str) and backend in ("eager", "inductor")):
+        return
+    if not isinstance(backend, str):
+        raise TypeError(f"backend: expected a name or a function, got {backend!r}")
+    choice("backend", backend, torch._dynamo.list_backends(exclude_tags=()))
 
 
 def call_module(module: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -270,7 +270,7 @@ def test_bad_options(capsys: pytest.CaptureFixture[str], checkpoint: Path, tmp_p
     (tmp_path / "file").write_text("nothing")
     file = str(tmp_path / "file")
     named = ["--checkpoint", str(checkpoint)]
-    assert "cannot write demo-input.png" in refused(capsys, "demo", *named, "--out", file)
+    assert "cannot write there: Not a directory" in refused(capsys, "demo", *named, "--out", file)
     assert "not an image" in refused(capsys, "demo", *named, "--out", str(tmp_path), "--image", file)
     assert "No such file" in refused(capsys, "demo", "--out", str(tmp_path), "--image", f"{file}.png")
     assert "--backend 'abacus'" in refused(capsys, "demo", "--out", str(tmp_path), "--backend", "abacus")

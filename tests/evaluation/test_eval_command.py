@@ -73,6 +73,11 @@ def test_methods_at_budgets_and_files(capsys: pytest.CaptureFixture[str], folder
     before = (out / "evaluation.json").read_bytes()
     assert run(capsys, *command(folder, out, *methods, *files))[0] == 0
     assert (out / "evaluation.json").read_bytes() == before, "what is finished is not measured again"
+    code, text, _ = run(capsys, *command(folder, out, *methods, *files, "--method", "full"))
+    assert code == 0
+    after = Evaluation.load(out / "evaluation.json")
+    assert (after.labels, after.methods[:-1]) == ((*result.labels, "full"), result.methods)
+    assert "their times at another moment: full." in text
 
 
 def test_bad_input(capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import multiprocessing
 import time
@@ -11,8 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from dop_compile import Policy, dop_compile, explain
+from dop_compile import Policy, dop_compile, explain, prefill_flops
 from dop_compile.evaluation import Evaluation, Method, Planner, count_tokens, evaluate, measuring
+from dop_compile.evaluation.comparison import Comparison
+from dop_compile.evaluation.report import markdown
 from dop_compile.reducers import Selection, VisualContext, register
 from dop_compile.reducers import registry as reducers
 from tests.evaluation import worker
@@ -109,14 +112,13 @@ def test_a_reducer_that_keeps_fewer_than_it_may_is_charged_for_what_it_keeps() -
     own = kept[1:]  # the first sample is asked twice: once to warm up
     assert len(own) == len(samples)
     assert len(set(own)) > 1
-    for count, run, (system, _, text) in zip(own, found.methods[1].runs, found.counts, strict=True):
+    for count, run, (system, visual, text) in zip(own, found.methods[1].runs, found.counts, strict=True):
         plain = dop_compile(model, policy.replace(reducer="uniform", visual_tokens=count), backend="eager")
         cost = explain(plain, system=system, visual=count + 2, text=text).summary
-        assert (run.flops, run.executed_flops, run.kv_bytes) == (
-            cost.eq11_flops,
-            cost.executed_flops,
-            cost.kv_bytes,
-        )
+        assert (run.executed_flops, run.kv_bytes) == (cost.executed_flops, cost.kv_bytes)
+        assert cost.eq11_flops is not None
+        written = prefill_flops(model.config, policy, system=system, visual=visual, text=text)
+        assert run.flops == written >= cost.eq11_flops, "policy FLOPs are those that every command prints"
 
 
 def test_times_and_memory_are_there(found: Evaluation) -> None:
@@ -227,15 +229,92 @@ def test_interrupted_it_goes_on_where_it_was(found: Evaluation, tmp_path: Path) 
     samples, path = worker.questions(), tmp_path / "results" / "e.json"
     with pytest.raises(KeyboardInterrupt):
         worker.compare(Interrupted(samples), path, counts=found.counts)
-    (progress,) = path.parent.iterdir()
-    kept = progress.read_text().splitlines()
-    assert len(kept) == 3, "a header and two samples"
+    kept = {}
+    for progress in path.parent.iterdir():
+        header, *rows = map(json.loads, progress.read_text().splitlines())
+        assert len(rows) == 2, "a header and two samples"
+        ((label, _),) = header["methods"]
+        kept[label] = [row["run"] for row in rows]
     result = worker.compare(samples, path)
     assert without_times(result) == without_times(found)
-    assert [json.loads(line)["runs"] for line in kept[1:]] == [
-        [vars(method.runs[number]) for method in result.methods] for number in range(2)
-    ], "finished samples are not measured again"
+    assert kept == {method.label: [vars(run) for run in method.runs[:2]] for method in result.methods}, (
+        "finished samples are not measured again"
+    )
     assert [file.name for file in path.parent.iterdir()] == ["e.json"]
+
+
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, tuple[str, ...]]]:
+    """The number of every sample that is asked about from now on, and the methods that are asked."""
+    found: list[tuple[int, tuple[str, ...]]] = []
+    runs = Comparison.runs
+
+    def noting(self: Any, sample: Any, number: int, counts: Any, labels: Any, original: Any) -> Any:
+        found.append((number, tuple(labels)))
+        return runs(self, sample, number, counts, labels, original)
+
+    monkeypatch.setattr(Comparison, "runs", noting)
+    return found
+
+
+def test_further_methods_are_run_alone(found: Evaluation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In whichever order methods come, the same answers; what is there is neither run again nor lost."""
+    samples, path = worker.questions(), tmp_path / "e.json"
+    small, full = worker.METHODS
+    first = worker.compare(samples, path, methods=[full])
+    calls = asked(monkeypatch)
+    both = worker.compare(samples, path, methods=[full, small])
+    assert calls == [(number, (small.label,)) for number in range(len(samples))]
+    assert both.labels == ("original", full.label, small.label)
+    assert both.methods[:2] == first.methods
+    assert [method.session for method in both.methods] == [0, 0, 1]
+    assert f"another moment: {small.label}." in markdown(both)
+    assert "another moment" not in markdown(first)
+    for label in found.labels:
+        answers = [[(run.answer, run.changed) for run in one.method(label).runs] for one in (both, found)]
+        assert answers[0] == answers[1]
+    assert Evaluation.load(path) == both
+    calls.clear()
+    assert worker.compare(samples, path, methods=[small]) == both
+    assert not calls
+    assert [file.name for file in tmp_path.iterdir()] == ["e.json"]
+
+
+def test_an_interrupted_evaluation_takes_further_methods(
+    found: Evaluation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples, path = worker.questions(), tmp_path / "e.json"
+    small, full = worker.METHODS
+    with pytest.raises(KeyboardInterrupt):
+        worker.compare(Interrupted(samples), path, counts=found.counts, methods=[small])
+    calls = asked(monkeypatch)
+    result = worker.compare(samples, path)
+    everything = ("original", small.label, full.label)
+    assert calls == [(number, (full.label,) if number < 2 else everything) for number in range(len(samples))]
+    assert without_times(result) == without_times(found)
+
+
+def test_another_policy_of_the_same_label_is_refused(found: Evaluation, tmp_path: Path) -> None:
+    path = tmp_path / "e.json"
+    found.save(path)
+    small = worker.METHODS[0]
+    assert small.policy is not None
+    other = dataclasses.replace(small, policy=small.policy.replace(visual_tokens=1))
+    with pytest.raises(ValueError, match=r"has another method 'small 40%', of another policy; name this one otherwise"):
+        worker.compare(worker.questions(), path, methods=[other])
+    assert Evaluation.load(path) == found
+
+
+def test_results_of_the_second_version_are_gone_on_with(
+    found: Evaluation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    document = json.loads(found.to_json()) | {"version": 2}
+    for method in document["methods"]:
+        del method["session"], method["digests"]
+    path = tmp_path / "e.json"
+    path.write_text(json.dumps(document))
+    calls = asked(monkeypatch)
+    assert worker.compare(worker.questions(), path) == found
+    assert not calls
 
 
 def test_a_finished_result_is_returned_and_nothing_is_asked_again(
@@ -253,11 +332,11 @@ def test_another_evaluation_is_refused_by_name(tmp_path: Path) -> None:
     for finished in (False, True):
         given = samples if finished else [*samples, None]
         if finished:
-            (tmp_path / "e.json.progress-0").unlink()
+            for file in tmp_path.iterdir():
+                file.unlink()
             worker.compare(samples, path)
         before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
         for changes, named in (
-            ({"methods": worker.METHODS[:1]}, "methods differ"),
             ({"max_new_tokens": 2}, "settings differ"),
             ({"backend": "aot_eager"}, "backend differ"),
             ({"tasks": ["a"] * len(given)}, "tasks differ"),

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from digits_vlm import data, models
-from dop_compile import Policy
+from dop_compile import Policy, prefill_flops
 from dop_compile.evaluation import Evaluation, Planner, commands
 from dop_compile.reducers import resize_processor
 from dop_compile.search.samples import Row, Samples
@@ -52,7 +52,13 @@ def test_smaller_pictures(capsys: pytest.CaptureFixture[str], tmp_path: Path, mo
     original, fewer, policy = result.rows()
     assert original.flops == 1
     assert 0.3 < fewer.flops <= 0.6
-    assert policy.flops < fewer.flops
+    assert policy.executed_flops < fewer.executed_flops
+    # The policy's are those that search and report print of it, at the samples' own counts
+    spent, whole = (
+        sum(prefill_flops(model.config, p, system=s, visual=v, text=t) for s, v, t in result.counts)
+        for p in (Policy.load(tmp_path / "small.json"), Policy.full(8))
+    )
+    assert policy.flops == pytest.approx(spent / whole)
     assert policy.kv_bytes < fewer.kv_bytes < original.kv_bytes
 
 

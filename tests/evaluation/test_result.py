@@ -91,7 +91,7 @@ def test_the_table(result: Evaluation) -> None:
     assert [row["| method"].lstrip("| ") for row in cells] == list(result.labels)
     assert [row["read"] for row in cells] == ["100.0 %", "50.0 %", "0.0 %"]
     assert [row["Rel. Avg."] for row in cells] == ["100.0 %", "75.0 %", "0.0 %"]
-    assert [row["FLOPs"] for row in cells] == ["100.0 %", "50.0 %", "30.0 %"]
+    assert [row["policy FLOPs"] for row in cells] == ["100.0 %", "50.0 %", "30.0 %"]
     assert cells[0]["difference (95 %)"] == ""
     change = result.difference("random 50%")
     interval = f"-25.0 ({100 * change.low:+.1f} to {100 * change.high:+.1f})"
@@ -129,7 +129,7 @@ def test_other_files(result: Evaluation, tmp_path: Path) -> None:
     method = document["methods"][0]
     for change, message in (
         ({"format": "x"}, "not a file of an evaluation"),
-        ({"version": 9}, "reads versions 1 and 2"),
+        ({"version": 9}, "reads versions 1 to 3"),
         ({"digests": ["a"]}, "digests: expected one entry for each of 4 samples, got 1"),
         ({"digests": []}, "digests: expected one entry for each of 4 samples, got 0"),
         ({"digests": [1, 2, 3, 4]}, "digests: expected a list of texts"),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +15,9 @@ import pytest
 
 from dop_compile import Policy
 from dop_compile.costs import prefill_flops_ratio
-from dop_compile.search import Divergences, OperationOrder
+from dop_compile.policy import Provenance
+from dop_compile.search import Divergences, OperationOrder, measure_policies
+from dop_compile.search.optimize import candidates
 from tests.command_line import refused, run
 from tests.local_llava import local_llava, local_processor, picture
 
@@ -73,7 +78,14 @@ def test_search_saves_a_policy_per_budget(capsys: pytest.CaptureFixture[str], pr
     policy = Policy.load(tmp_path / "70.json")
     assert prefill_flops_ratio(found.dims, policy, *found.counts[0]) <= 0.7
     assert "70%" in out
-    assert run(capsys, *argv, "--budget", "0.7", "--space", "dop")[0] == 0
+    assert "policy FLOPs" in out
+    assert "at the token counts of 4 samples, " in out
+    before = (tmp_path / "70.json").read_bytes()
+    dop_space = [*argv, "--budget", "0.7", "--space", "dop"]
+    assert "70.json: there already" in refused(capsys, *dop_space), "another space's policy is not lost"
+    assert (tmp_path / "70.json").read_bytes() == before
+    assert run(capsys, *argv, "--budget", "0.7")[0] == 0, "the same policy is no other"
+    assert run(capsys, *dop_space, "--force")[0] == 0
     dop = Policy.load(tmp_path / "70.json")
     assert dop.pruned_layers("visual", "mha_query") == dop.pruned_layers("visual", "mha_key_value")
 
@@ -82,12 +94,33 @@ def test_search_verifies_on_samples_and_bounds_time(
     capsys: pytest.CaptureFixture[str], folder: Path, profiled: Path, tmp_path: Path
 ) -> None:
     model = ["--model", str(folder / "model"), "--samples", str(folder / "samples.jsonl")]
-    argv = ["search", str(profiled), "--alpha", "off", "--out", str(tmp_path), *model]
-    assert run(capsys, *argv, "--budget", "0.7", "--verify-top", "2")[0] == 0
+    argv = ["search", str(profiled), "--out", str(tmp_path), *model]
+    verified = [*argv, "--alpha", "off", "--budget", "0.7", "--verify-top", "2"]
+    code, text, _ = run(capsys, *verified)
+    assert code == 0
+    policy = Policy.load(tmp_path / "70.json")
+    divergences = Divergences.load(profiled)
+    known = [candidate.policy for candidate in candidates(divergences, 0.7, alpha=None, top=2)]
+    assert policy.provenance is not None
+    assert policy.provenance.measured_divergence is not None
+    plain = dataclasses.replace(policy.provenance, measured_divergence=None)
+    assert policy.replace(provenance=plain) in known, "the predicted divergence stays beside the measured one"
+    assert text.splitlines()[1].split()[-2:] == [
+        f"{value:.4f}" for value in (policy.provenance.divergence, policy.provenance.measured_divergence)
+    ]
+    assert "there already" in refused(capsys, *verified), "said before anything is run"
     latency = tmp_path / "latency.json"
     assert run(capsys, *argv, "--max-ms", "1e6", "--latency", str(latency))[0] == 0
     assert not Policy.load(tmp_path / "policy.json").pruned
-    assert "max_ms" in refused(capsys, *argv, "--max-ms", "1e-6", "--latency", str(latency))
+    bounded = [*argv[:-4], "--max-ms", "1e-6", "--latency", str(latency)]
+    assert "max_ms" in refused(capsys, *bounded)
+    assert "measured under backend 'eager'" in refused(capsys, *bounded, *model, "--backend", "aot_eager")
+    code, _, said = run(capsys, *bounded[:-4], "--max-ms", "1e6", "--latency", str(latency), *model)
+    assert code == 0
+    assert f"{latency} is there" in said
+    document = json.loads(latency.read_text())
+    latency.write_text(json.dumps({**document, "model_fingerprint": "0" * 64}))
+    assert "measured on another model" in refused(capsys, *bounded)
 
 
 def test_report_draws_and_runs_policies(
@@ -101,11 +134,100 @@ def test_report_draws_and_runs_policies(
     assert {path.name for path in out.iterdir()} == files
     assert all((out / name).read_bytes().startswith(b"\x89PNG") for name in files if name.endswith("png"))
     model = ["--model", str(folder / "model"), "--samples", str(folder / "samples.jsonl")]
-    code, text, _ = run(capsys, "report", str(profiled), *policies, "--out", str(out), *model)
+    again = ["report", str(profiled), *policies, "--out", str(out), *model]
+    assert "divergences.png, pareto.png, operations.png, report.txt: there already" in refused(capsys, *again)
+    code, text, _ = run(capsys, *again, "--force")
     assert code == 0
-    assert "measured" in text
+    assert "predicted divergence" in text
+    assert "measured divergence" in text
     assert "accuracy" in text
     assert (out / "report.txt").read_text().strip() in text
+
+
+def test_policies_and_models_of_another_model_are_refused(
+    capsys: pytest.CaptureFixture[str], folder: Path, profiled: Path, tmp_path: Path
+) -> None:
+    """Of the same depth: only the fingerprint tells."""
+    fingerprint = Divergences.load(profiled).model_fingerprint
+    own, other = (Policy.full(LAYERS).replace(provenance=Provenance(found)) for found in (fingerprint, "0" * 64))
+    own.save(tmp_path / "own.json")
+    other.save(tmp_path / "other.json")
+    out = tmp_path / "out"
+    argv = ["report", str(profiled), "--out", str(out), "--policy", str(tmp_path / "own.json")]
+    message = refused(capsys, *argv, "--policy", str(tmp_path / "other.json"))
+    told_apart = f"another model (fingerprint 000000000000, this model has {fingerprint[:12]})"
+    assert f"other.json': the policy was made for {told_apart}" in message
+    assert not out.exists()
+    foreign = tmp_path / "foreign.json"
+    foreign.write_text(profiled.read_text().replace(fingerprint, "0" * 64))
+    model = ["--model", str(folder / "model"), "--samples", str(folder / "samples.jsonl")]
+    for own_argv in (
+        ["report", str(foreign), "--policy", str(tmp_path / "other.json"), *model],
+        ["search", str(foreign), "--alpha", "off", "--budget", "0.7", "--verify-top", "2", *model],
+    ):
+        message = refused(capsys, *own_argv, "--out", str(out))
+        assert f"the divergences are of {told_apart}" in message
+    with pytest.raises(ValueError, match=r"policies\[1\]: the policy was made for another model"):
+        measure_policies(local_llava(layers=LAYERS, hidden=64, image_size=56), [{}], [Policy.full(LAYERS), other])
+
+
+def test_outputs_that_cannot_be_written_are_named_before_a_model_is_loaded(
+    capsys: pytest.CaptureFixture[str], folder: Path, profiled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dop_compile.search.commands.load_processor", None)  # would fail if it were called
+    (tmp_path / "file").write_text("in the way")
+    out = ["--out", str(tmp_path / "file" / "out")]
+    model = ["--model", str(folder / "model"), "--samples", str(folder / "samples.jsonl")]
+    Policy.full(LAYERS).save(tmp_path / "p.json")
+    for argv in (
+        ["profile", *model[1:], *out],
+        ["greedy", *model[1:], *out],
+        ["eval", *model[1:], "--method", "full", *out],
+        ["search", str(profiled), "--budget", "0.7", "--verify-top", "2", *model, *out],
+        ["report", str(profiled), "--policy", str(tmp_path / "p.json"), *model, *out],
+    ):
+        assert f"--out '{out[1]}': cannot write there: Not a directory" in refused(capsys, *argv)
+    for command in ("profile", "greedy"):
+        assert "not a backend" in refused(capsys, command, *model[1:], "--out", "o", "--backend", "inductr")
+
+
+def test_a_disk_that_fills_up_is_named_and_the_same_command_goes_on(
+    capsys: pytest.CaptureFixture[str], folder: Path, profiled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "d.json"
+    argv = ["profile", str(folder / "model"), "--samples", str(folder / "samples.jsonl"), "--out", str(out)]
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr("dop_compile.policy_json.os.replace", full)
+        code, _, err = run(capsys, *argv)
+    assert code == 1
+    assert f"OSError: {out}: No space left on device" in err
+    assert [file.name for file in tmp_path.iterdir()] == ["d.json.progress-0"], "nothing half written"
+    assert run(capsys, *argv)[0] == 0
+    assert Divergences.load(out).values == Divergences.load(profiled).values
+
+
+def test_ctrl_c_says_whether_the_same_command_goes_on(
+    capsys: pytest.CaptureFixture[str], folder: Path, profiled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dop_compile.search.commands.load_processor", stop)
+    model, out = ["--samples", str(folder / "samples.jsonl")], ["--out", str(tmp_path / "o")]
+    verified = ["search", str(profiled), "--budget", "0.7", "--verify-top", "2", "--model", str(folder / "model")]
+    for argv, says in (
+        (["profile", str(folder / "model"), *model, *out], "profile: stopped; the same command goes on"),
+        (["greedy", str(folder / "model"), *model, *out], "greedy: stopped; the same command goes on"),
+        (["eval", str(folder / "model"), *model, *out, "--method", "full"], "eval: stopped; the same command goes on"),
+        ([*verified, *model, *out], "search: stopped; no policy was kept"),
+    ):
+        code, _, err = run(capsys, *argv)
+        assert code == 130
+        assert f"dop-compile {says}" in err
 
 
 def test_greedy_saves_an_order(capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path) -> None:
@@ -137,6 +259,8 @@ def test_bad_input(capsys: pytest.CaptureFixture[str], folder: Path, profiled: P
     assert "--alpha" in refused(capsys, "search", str(profiled), "--budget", "0.5", "--alpha", "x", "--out", out)
     assert "--latency" in refused(capsys, "search", str(profiled), "--max-ms", "5", "--out", out)
     Policy.full(9).save(tmp_path / "deep.json")
+    twice = ["--budget", "0.5", "--budget", "0.5000001"]
+    assert "two of them are the same" in refused(capsys, "search", str(profiled), *twice, "--out", out)
     deep = ["--policy", str(tmp_path / "deep.json")]
     assert "the policy is for 9 layers" in refused(capsys, "report", str(profiled), *deep, "--out", out)
     assert not Path(out).exists()

@@ -393,7 +393,7 @@ def test_the_jointly_best_candidate_is_returned() -> None:
     policy = optimize(fixed(), 0.4, verify_top=4, measure=measure, **options)
     assert asked == [[candidate.policy for candidate in best]]
     assert policy.replace(provenance=None) == best[2].policy.replace(provenance=None)
-    assert policy.provenance == dataclasses.replace(best[2].policy.provenance, divergence=0.25)  # type: ignore[type-var]
+    assert policy.provenance == dataclasses.replace(best[2].policy.provenance, measured_divergence=0.25)  # type: ignore[type-var]
     both = optimize(fixed(), [0.4, 1], verify_top=4, measure=measure, **options)
     assert both[0] == policy
     assert both[1].is_full

@@ -70,7 +70,7 @@ def test_prefixes_are_nothing_then_the_free_set_then_one_step_more_each() -> Non
     # Keys and values are pruned from layer 1 to the last with the second step
     assert pruned[3] - pruned[2] == {("visual_rest", 1, module) for module in MODULES}
     assert pruned[4] - pruned[3] == {(group, 0, "mha_query") for group in ("visual_salient", "visual_rest")}
-    assert [policy.provenance.divergence for policy in order.policies()] == [0.0, 1e-4, 0.01, 0.03, 0.2, 0.15]
+    assert [policy.provenance.measured_divergence for policy in order.policies()] == [0.0, 1e-4, 0.01, 0.03, 0.2, 0.15]
 
 
 def test_an_order_without_a_free_set_begins_with_nothing_once() -> None:

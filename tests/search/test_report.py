@@ -9,9 +9,12 @@ import pytest
 
 from dop_compile import Policy, prefill_flops
 from dop_compile.costs import kv_cache_bytes, policy_tokens
+from dop_compile.policy import Provenance
 from dop_compile.search import optimize
+from dop_compile.search.predict import predicted_divergence
 from dop_compile.search.report import (
     bootstrap_band,
+    costs_note,
     curves_figure,
     describe,
     pareto_figure,
@@ -36,7 +39,10 @@ def test_costs_of_a_row_are_means_over_the_samples() -> None:
     ]
     assert row.flops == pytest.approx(spent / whole)
     assert row.kv_bytes == pytest.approx(np.mean(stored))
-    assert (row.predicted, row.measured) == (None, 0.5)
+    assert (row.predicted, row.measured) == (predicted_divergence(divergences, policy), 0.5)
+    known = policy.replace(provenance=Provenance(divergence=7.0, measured_divergence=0.25))
+    assert policy_row(divergences, "a", known).measured == 0.25
+    assert policy_row(divergences, "a", known).predicted == row.predicted, "what these curves say, not the file"
 
 
 def test_the_table_holds_depths_tokens_and_only_known_columns() -> None:
@@ -46,8 +52,15 @@ def test_the_table_holds_depths_tokens_and_only_known_columns() -> None:
     head, first, second = text.splitlines()
     assert first.split()[:5] == ["a", "1", "3", "2", "5"]
     assert second.split()[:5] == ["b", "-", "-", "-", "all"]
+    assert "policy FLOPs" in head
+    assert "predicted divergence" in head
     assert "measured" not in head
     assert "accuracy" not in head
+
+
+def test_the_note_says_at_which_counts_costs_are() -> None:
+    divergences = make_divergences(layers=4, visual=8)
+    assert "3 samples, 2 system + 8 visual + 4.333 text tokens" in costs_note(divergences)
 
 
 def test_the_description_names_every_point() -> None:
@@ -78,7 +91,7 @@ def test_figures_are_drawn() -> None:
     expected = np.stack([divergences.coordinates("mlp_depth"), divergences.means("mlp_depth")], axis=1)
     assert np.allclose(shown["MLP"], expected)
     pareto = pareto_figure(rows, "top_k_kl")
-    measured = next(line for line in pareto.axes[0].lines if line.get_label() == "measured")
+    measured = next(line for line in pareto.axes[0].lines if line.get_label() == "measured divergence")
     assert np.allclose(sorted(measured.get_xdata()), sorted(100 * row.flops for row in rows))
     for figure in (curves, pareto, tier_maps_figure(rows, 8)):
         file = io.BytesIO()
