@@ -12,7 +12,9 @@ import torch
 import transformers
 from PIL import Image, UnidentifiedImageError
 
+from dop_compile import processors
 from dop_compile.compiler import dop_compile
+from dop_compile.images import load_image
 from dop_compile.policy import Policy
 from dop_compile.reducers import ResizeReducer, resize_processor
 
@@ -109,13 +111,12 @@ def read_images(paths: list[str]) -> list[Image.Image]:
     images = []
     for path in paths:
         try:
-            images.append(Image.open(path).convert("RGB"))
+            images.append(load_image(path))
         except UnidentifiedImageError as error:
             raise UsageError(f"image {path!r}: not an image that can be decoded") from error
         except OSError as error:
-            raise UsageError(f"image {path!r}: {error.strerror or one_line(error)}") from error
-        except (SyntaxError, ValueError, Image.DecompressionBombError) as error:  # damaged inside, or enormous
-            raise UsageError(f"image {path!r}: {one_line(error)}") from error
+            reason = error.strerror or one_line(error).removeprefix(f"{path}: ")
+            raise UsageError(f"image {path!r}: {reason}") from error
     return images
 
 
@@ -160,7 +161,11 @@ def load_vision_config(model: str) -> Any:
 
 
 def load_processor(model: str) -> Any:
-    return load(hf.AutoProcessor, located(model))
+    name = located(model)
+    try:
+        return processors.load_processor(name)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UsageError(f"model {model!r}: {one_line(error)}") from error
 
 
 def load_vision_model(model: str, device: str, dtype: str, *, tensor_parallel: bool = False) -> Any:
