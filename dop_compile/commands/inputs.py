@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from argparse import Namespace
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -29,15 +28,12 @@ __all__ = [
     "load_processor",
     "load_vision_config",
     "load_vision_model",
+    "located",
     "one_line",
     "read_images",
-    "read_policies",
     "resized_processor",
     "write_file",
 ]
-
-DEPTHS = ("mha_depth", "mha_query_depth", "mha_key_value_depth", "mlp_depth", "system_mha_depth", "system_mlp_depth")
-POLICY_OPTIONS = (*DEPTHS, "visual_tokens", "reducer", "positions")
 
 
 class UsageError(Exception):
@@ -74,37 +70,6 @@ def load_model_on_meta(model: str, dtype: str) -> Any:
                 settings = {} if dtype == "auto" else {"dtype": getattr(torch, dtype)}
                 return kind.from_config(config, **settings).eval()
     raise UsageError(f"model {model!r}: {type(config).__name__} is not of a language or vision-language model")
-
-
-def _depthwise(arguments: Namespace, layers: int) -> Policy | None:
-    given = {name: value for name in POLICY_OPTIONS if (value := getattr(arguments, name)) is not None}
-    if not given:
-        return None
-    if arguments.policy:
-        raise UsageError("give either --policy or options such as --mha-depth, not both")
-    try:
-        return Policy.depthwise(layers, **given)
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"policy: {one_line(error)}") from error
-
-
-def read_policies(arguments: Namespace, layers: int) -> dict[str, Policy]:
-    """The tiers that the command line describes; empty if it says nothing of a policy."""
-    policy = _depthwise(arguments, layers)
-    tiers: dict[str, Policy] = {} if policy is None else {"policy": policy}
-    for text in arguments.policy:
-        name, separator, file = text.partition("=")
-        if not separator or Path(text).exists():
-            name, file = Path(text).stem, text
-        if name in tiers:
-            raise UsageError(f"--policy: the name {name!r} is given twice; name policies apart with NAME=FILE")
-        try:
-            tiers[name] = Policy.load(file)
-        except (OSError, ValueError, TypeError) as error:
-            raise UsageError(f"policy {file!r}: {one_line(error)}") from error
-    if arguments.tier is not None and arguments.tier not in tiers:
-        raise UsageError(f"--tier: {arguments.tier!r} is not one of the policies given ({', '.join(tiers) or 'none'})")
-    return tiers
 
 
 def read_images(paths: list[str]) -> list[Image.Image]:

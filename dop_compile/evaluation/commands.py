@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dop_compile.commands.inputs import UsageError, check_backend, one_line, write_file
+from dop_compile.commands.policies import replacing
 from dop_compile.evaluation.in_decoder import FITPRUNE
 from dop_compile.evaluation.measuring import check_tasks, count_tokens, evaluate
 from dop_compile.evaluation.methods import FULL, ORIGINAL, RESIZE, Counts, Method, Planner, check_name
@@ -37,12 +38,14 @@ def eval_command(arguments: Namespace) -> None:
     """Compare methods on samples; write JSON, Markdown and a picture."""
     out = Path(arguments.out).expanduser()
     check_backend(arguments.backend)
-    policies = dict(_named_files("--policy", arguments.policy, Policy.load))
+    policies = replacing(
+        dict(_named_files("--policy", arguments.policy, Policy.load)), arguments.model, (ORIGINAL, FULL)
+    )
     orders = dict(_named_files("--order", arguments.order, OperationOrder.load))
     divergences = None
     if arguments.divergences is not None:
         divergences = _read("--divergences", arguments.divergences, Divergences.load)
-    _check_methods(arguments, bool(orders))
+    _check_methods(arguments, bool(orders), bool(policies))
     _check_writable(out)
     with processes(arguments) as rank:
         model, samples, processor = model_and_samples(arguments)
@@ -77,7 +80,7 @@ def eval_command(arguments: Namespace) -> None:
             print(f"\nsaved {RESULT}, evaluation.md and evaluation.png in {out}")
 
 
-def _check_methods(arguments: Namespace, has_orders: bool) -> None:
+def _check_methods(arguments: Namespace, has_orders: bool, has_policies: bool) -> None:
     """What can be told before a model is loaded."""
     with usage_errors():
         for name in arguments.method:
@@ -97,8 +100,10 @@ def _check_methods(arguments: Namespace, has_orders: bool) -> None:
         raise UsageError(f"{needing[0]}: it is made for a budget; give --budget, a fraction of FLOPs kept")
     if arguments.budget and not needing:
         raise UsageError("--budget: no method takes one; name methods by --method or --order")
-    if not needing and not arguments.policy and not arguments.method:
-        raise UsageError("nothing to compare: give --method, --policy or --order")
+    if not needing and not has_policies and not arguments.method:
+        raise UsageError(
+            "nothing to compare: give --method, --policy or --order, or a model that was saved with its tiers"
+        )
 
 
 def _check_writable(out: Path) -> None:
