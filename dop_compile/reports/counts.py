@@ -67,7 +67,7 @@ def picture_tokens(config: Any) -> PictureTokens | None:
         extra = FIXED_TOWERS.get(getattr(vision, "model_type", ""))
         if isinstance(side, int) and isinstance(patch, int) and extra is not None:
             count = (side // patch) ** 2 + extra - (strategy == "default")
-            return PictureTokens(count, f"the configuration ({side} x {side} pixels, patches of {patch} x {patch})")
+            return PictureTokens(count, f"the configuration, {side} x {side} pixels in patches of {patch} x {patch}")
         return None
     own = {
         "mm_tokens_per_image": getattr(config, "mm_tokens_per_image", None),
@@ -76,7 +76,7 @@ def picture_tokens(config: Any) -> PictureTokens | None:
     }
     for name, count in own.items():
         if isinstance(count, int) and count > 0:
-            return PictureTokens(count, f"the configuration ({name})")
+            return PictureTokens(count, f"the configuration, {name}")
     return None
 
 
