@@ -49,7 +49,10 @@ examples:
 """
 EXPLAIN = """\
 Print, per layer, how many tokens are queries, keys and in the MLP, the FLOPs and the KV cache, and a
-summary against the original. Only the model's configuration is read: no weights are needed.
+summary against the original. No weights are read: a configuration will do.
+
+Visual tokens are those of one picture where the configuration fixes their number. Where it depends on the
+picture, say it by --image, --samples or --visual. The table says which numbers were used.
 
   policy FLOPs    eq. 11: every operation that the policy keeps, at these token counts
   executed FLOPs  what is left when work that reaches no requested output is removed
@@ -59,7 +62,8 @@ summary against the original. Only the model's configuration is read: no weights
 RUN = """\
 Answer a prompt about an image with a pruned model. The chat template of the model's processor is used
 where there is one; else the image token is put before the prompt, unless the prompt holds it.
-Several policies are tiers of one compiled model; the first is used unless --tier names another.
+Several policies are tiers of one compiled model; the first is used unless --tier names another. A model that
+was saved with its tiers (dop_compile.json) needs no policies.
 """
 DEMO = """\
 A small trained LLaVA reads handwritten digits. An image is composed of scans that it was not trained on,
@@ -89,9 +93,10 @@ def _policy_options() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="[NAME=]FILE",
-        help="a policy saved as JSON; repeat for several tiers (the name is the file's unless given)",
+        help="a policy saved as JSON; repeat for several tiers (the name is the file's unless given); instead of those "
+        "that were saved with the model",
     )
-    group.add_argument("--tier", metavar="NAME", help="which of the policies to use; the first unless given")
+    group.add_argument("--tier", metavar="NAME", help="which of the tiers to use; the first unless given")
     for flag, text in (
         ("--mha-depth", "layers in which visual tokens take part in attention"),
         ("--mha-query-depth", "layers in which attention updates visual tokens (overrides --mha-depth)"),
@@ -125,9 +130,12 @@ def _parser() -> argparse.ArgumentParser:
 
     one = command("explain", "what a policy costs, per layer", EXPLAIN, policy)
     one.add_argument("model", metavar="MODEL", help="model directory, config.json, or hub id")
-    for group, default in (("system", 35), ("visual", 576), ("text", 100)):
-        help_text = f"{group} tokens of the prompt, before reduction (default {default})"
-        one.add_argument(f"--{group}", type=count, default=default, metavar="N", help=help_text)
+    one.add_argument("--image", action="append", default=[], metavar="PATH", help="count this image; repeat")
+    one.add_argument("--prompt", metavar="TEXT", help="count this prompt, with --image")
+    one.add_argument("--samples", metavar="FILE", help="count these samples (JSON Lines, as for profile): their mean")
+    for group, default in (("system", "a short prompt's"), ("visual", "one picture's"), ("text", "a short prompt's")):
+        help_text = f"{group} tokens of the prompt, before reduction (default: {default})"
+        one.add_argument(f"--{group}", type=count, metavar="N", help=help_text)
     one.add_argument("--rows", type=count, default=1, metavar="N", help="last rows of logits asked for; 0 for all")
     one.add_argument("--dtype", choices=dtypes, default="auto", help="for the size of the KV cache")
     one.add_argument("--json", action="store_true", help="print JSON instead of a table")

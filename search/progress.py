@@ -68,8 +68,8 @@ class Progress:
         return sorted(self._path.parent.glob(f"{glob.escape(self._path.name)}.progress-*"))
 
     def _read(self, file: Path) -> dict[int, dict[str, Any]]:
-        lines = file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-        whole = [line for line in lines if line.endswith("\n")]
+        # What follows the last end of a line was cut off. Not splitlines(), as in `samples.read_jsonl`
+        *whole, _ = file.read_text(encoding="utf-8", errors="replace").split("\n")
         if not whole:
             return {}
         try:

@@ -22,6 +22,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from dop_compile.commands.processing import prompt_inputs
+from dop_compile.images import load_image
 from dop_compile.reducers import resize_processor
 
 __all__ = ["Row", "Samples", "read_data_set", "read_jsonl"]
@@ -41,7 +42,7 @@ class Row:
     task: str = ""
 
     def open(self) -> list[Image.Image]:
-        """The images in RGB.
+        """The images, upright and in RGB.
 
         Raises:
             ValueError: one does not decode; the message names row and image.
@@ -49,7 +50,7 @@ class Row:
         found = []
         for number, image in enumerate(self.images):
             try:
-                found.append((Image.open(image) if isinstance(image, str) else image()).convert("RGB"))
+                found.append(load_image(image if isinstance(image, str) else image()))
             except Exception as error:  # damaged files raise whatever their decoder meets
                 label = image if isinstance(image, str) else f"image {number}"
                 raise ValueError(f"{self.name}: {label} cannot be decoded ({_one_line(error)})") from error
@@ -114,7 +115,8 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[Row]:
     """
     path = Path(path)
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    # Not splitlines(): U+2028, U+2029 and U+0085 may stand inside a JSON string
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
         if line.strip():
             where = f"{path}, line {number}"
             try:

@@ -39,7 +39,7 @@ def test_the_python_blocks_run(
     """In one namespace, top to bottom, with a tiny model where a checkpoint is named, and run eagerly."""
     monkeypatch.chdir(tmp_path)
     picture().save("photo.jpg")
-    sizes: dict[str, Any] = {"layers": LAYERS, "hidden": 32, "image_size": 112}
+    sizes: dict[str, Any] = {"layers": LAYERS, "hidden": 32, "image_size": 140}
 
     load = hf.LlavaForConditionalGeneration.from_pretrained
 
@@ -47,7 +47,7 @@ def test_the_python_blocks_run(
         return load(name) if Path(name).is_dir() else local_llava(**sizes).to(settings["dtype"])
 
     monkeypatch.setattr(hf.LlavaForConditionalGeneration, "from_pretrained", load_model)
-    monkeypatch.setattr(hf.AutoProcessor, "from_pretrained", lambda name: local_processor(112))
+    monkeypatch.setattr(hf.AutoProcessor, "from_pretrained", lambda name: local_processor(140))
     eagerly = functools.partial(dop_compile.dop_compile, backend="eager")
     monkeypatch.setattr(dop_compile, "dop_compile", eagerly)
     monkeypatch.setattr(registry, "_factories", dict(registry._factories))
@@ -105,6 +105,7 @@ def test_the_demo_table_has_todays_costs() -> None:
 def test_the_explain_table_is_todays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     hf.LlavaConfig(dtype="float16").save_pretrained(tmp_path)  # the geometry of LLaVA-1.5-7B
     argv = ["explain", str(tmp_path), "--mha-depth", "26", "--mlp-depth", "19", "--visual-tokens", "97"]
+    argv += ["--system", "35", "--text", "100"]
     assert main(argv) == 0
     assert capsys.readouterr().out in blocks("text")
 

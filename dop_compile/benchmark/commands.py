@@ -11,6 +11,7 @@ from PIL import Image
 
 from dop_compile.benchmark.measuring import bench
 from dop_compile.benchmark.report import markdown
+from dop_compile.benchmark.result import AGAIN, FULL, ORIGINAL
 from dop_compile.commands.inputs import (
     UsageError,
     check_backend,
@@ -19,11 +20,11 @@ from dop_compile.commands.inputs import (
     load_vision_model,
     one_line,
     read_images,
-    read_policies,
     resized_processor,
     write_file,
 )
 from dop_compile.commands.outputs import check_new, output_directory
+from dop_compile.commands.policies import NO_POLICY, read_policies
 from dop_compile.commands.processing import prompt_inputs
 
 __all__ = ["bench_command"]
@@ -44,9 +45,10 @@ def bench_command(arguments: Namespace) -> None:
         check_new([out / "bench.json", out / "bench.md"], arguments.force)
     images = read_images(arguments.image) or [_noise()]
     config = load_vision_config(arguments.model)
-    tiers = read_policies(arguments, config.get_text_config(decoder=True).num_hidden_layers)
+    layers = config.get_text_config(decoder=True).num_hidden_layers
+    tiers = read_policies(arguments, layers, taken=(ORIGINAL, AGAIN, FULL))
     if not tiers:
-        raise UsageError("no policy: give --policy FILE, or options such as --mha-depth and --visual-tokens")
+        raise UsageError(NO_POLICY)
     if arguments.tier is not None:
         tiers = {arguments.tier: tiers[arguments.tier]}
     processor = load_processor(arguments.model)

@@ -23,6 +23,8 @@ for each --budget, a fraction of the original's policy FLOPs (eq. 11 at the samp
   dop, split        the best policy of that space by --divergences
   dop+REDUCER       its depths and number of tokens, with another reducer
 
+Besides these the policies given are compared, or the tiers saved with the model.
+
 Samples are those of profile, with answers, and may name a task each:
   {"image": "photos/7.png", "prompt": "What does the sign say?", "answers": ["exit"], "task": "signs"}
 

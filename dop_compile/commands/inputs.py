@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from argparse import Namespace
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -12,7 +11,9 @@ import torch
 import transformers
 from PIL import Image, UnidentifiedImageError
 
+from dop_compile import processors
 from dop_compile.compiler import dop_compile
+from dop_compile.images import load_image
 from dop_compile.policy import Policy
 from dop_compile.reducers import ResizeReducer, resize_processor
 from dop_compile.runtime import pieces
@@ -28,15 +29,12 @@ __all__ = [
     "load_processor",
     "load_vision_config",
     "load_vision_model",
+    "located",
     "one_line",
     "read_images",
-    "read_policies",
     "resized_processor",
     "write_file",
 ]
-
-DEPTHS = ("mha_depth", "mha_query_depth", "mha_key_value_depth", "mlp_depth", "system_mha_depth", "system_mlp_depth")
-POLICY_OPTIONS = (*DEPTHS, "visual_tokens", "reducer", "positions")
 
 
 class UsageError(Exception):
@@ -75,48 +73,16 @@ def load_model_on_meta(model: str, dtype: str) -> Any:
     raise UsageError(f"model {model!r}: {type(config).__name__} is not of a language or vision-language model")
 
 
-def _depthwise(arguments: Namespace, layers: int) -> Policy | None:
-    given = {name: value for name in POLICY_OPTIONS if (value := getattr(arguments, name)) is not None}
-    if not given:
-        return None
-    if arguments.policy:
-        raise UsageError("give either --policy or options such as --mha-depth, not both")
-    try:
-        return Policy.depthwise(layers, **given)
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"policy: {one_line(error)}") from error
-
-
-def read_policies(arguments: Namespace, layers: int) -> dict[str, Policy]:
-    """The tiers that the command line describes; empty if it says nothing of a policy."""
-    policy = _depthwise(arguments, layers)
-    tiers: dict[str, Policy] = {} if policy is None else {"policy": policy}
-    for text in arguments.policy:
-        name, separator, file = text.partition("=")
-        if not separator or Path(text).exists():
-            name, file = Path(text).stem, text
-        if name in tiers:
-            raise UsageError(f"--policy: the name {name!r} is given twice; name policies apart with NAME=FILE")
-        try:
-            tiers[name] = Policy.load(file)
-        except (OSError, ValueError, TypeError) as error:
-            raise UsageError(f"policy {file!r}: {one_line(error)}") from error
-    if arguments.tier is not None and arguments.tier not in tiers:
-        raise UsageError(f"--tier: {arguments.tier!r} is not one of the policies given ({', '.join(tiers) or 'none'})")
-    return tiers
-
-
 def read_images(paths: list[str]) -> list[Image.Image]:
     images = []
     for path in paths:
         try:
-            images.append(Image.open(path).convert("RGB"))
+            images.append(load_image(path))
         except UnidentifiedImageError as error:
             raise UsageError(f"image {path!r}: not an image that can be decoded") from error
         except OSError as error:
-            raise UsageError(f"image {path!r}: {error.strerror or one_line(error)}") from error
-        except (SyntaxError, ValueError, Image.DecompressionBombError) as error:  # damaged inside, or enormous
-            raise UsageError(f"image {path!r}: {one_line(error)}") from error
+            reason = error.strerror or one_line(error).removeprefix(f"{path}: ")
+            raise UsageError(f"image {path!r}: {reason}") from error
     return images
 
 
@@ -154,7 +120,11 @@ def load_vision_config(model: str) -> Any:
 
 
 def load_processor(model: str) -> Any:
-    return load(hf.AutoProcessor, located(model))
+    name = located(model)
+    try:
+        return processors.load_processor(name)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UsageError(f"model {model!r}: {one_line(error)}") from error
 
 
 def load_vision_model(model: str, device: str, dtype: str, *, tensor_parallel: bool = False) -> Any:

@@ -14,8 +14,9 @@ Write a model and budget tiers as ONNX graphs: a prefill graph per tier, one dec
 vision graphs, and one file with each weight once. manifest.json describes them. Needs
 pip install dop_compile[onnx].
 
-Without policies the one tier is 100 %. Visual tokens have a static number, taken from the images of
---image-size (a vision graph is made for each size whose layout of pixels differs), or --visual-length.
+Tiers are the policies given, or those saved with the model; without any the one tier is 100 %. Visual
+tokens have a static number, taken from the images of --image-size (a vision graph is made for each size
+whose layout of pixels differs), or --visual-length.
 
 --layout triton adds a model repository for Triton Inference Server, in the folder DIR/triton. ONNX Runtime
 GenAI (--layout genai) cannot run pruned tiers: docs/serving.md.

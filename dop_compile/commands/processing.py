@@ -7,17 +7,20 @@ from typing import Any
 
 from PIL import Image
 
+from dop_compile.images import load_image
+
 __all__ = ["prompt_inputs"]
 
 
 def prompt_inputs(processor: Any, prompt: str, images: Sequence[Image.Image]) -> Any:
     """What the processor makes of one prompt: through its chat template where there is one, else as it stands.
 
-    Without a template, image tokens that the prompt lacks are put before it.
+    Without a template, image tokens that the prompt lacks are put before it. Images are turned upright.
 
     Raises:
         ValueError: the prompt holds more image tokens than there are images.
     """
+    images = [load_image(image) for image in images]
     if getattr(processor, "chat_template", None):
         content = [{"type": "image", "image": image} for image in images] + [{"type": "text", "text": prompt}]
         return processor.apply_chat_template(
@@ -32,4 +35,4 @@ def prompt_inputs(processor: Any, prompt: str, images: Sequence[Image.Image]) ->
     if missing < 0:
         raise ValueError(f"the prompt holds {prompt.count(token)} {token} for {len(images)} images")
     text = f"{token}\n" * missing + prompt
-    return processor(images=list(images) or None, text=text, return_tensors="pt")
+    return processor(images=images or None, text=text, return_tensors="pt")

@@ -7,6 +7,7 @@ import json
 import sys
 import time
 from argparse import Namespace
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,13 @@ from dop_compile.commands.inputs import (
     load_vision_model,
     one_line,
     read_images,
-    read_policies,
     resized_processor,
     write_file,
 )
 from dop_compile.commands.outputs import check_new, output_directory, output_file
+from dop_compile.commands.policies import NO_POLICY, read_policies
 from dop_compile.commands.processing import prompt_inputs
+from dop_compile.commands.prompt_tokens import prompt_tokens
 from dop_compile.demo.picture import draw
 from dop_compile.demo.run import compose, demo_policies, open_checkpoint, require_packages, run_demo
 from dop_compile.policy import Policy
@@ -43,7 +45,7 @@ PLOT_DPI = 120
 
 
 def explain_command(arguments: Namespace) -> None:
-    """Print what policies cost on a model, of which only the configuration is read."""
+    """Print what policies cost on a model, of which no weights are read."""
     plot = _picture(arguments.plot)
     for option, name in (("--plot", arguments.plot), ("--save-policy", arguments.save_policy)):
         if name:
@@ -53,9 +55,10 @@ def explain_command(arguments: Namespace) -> None:
     tiers = read_policies(arguments, layers) or {"full": Policy.full(layers)}
     # A fingerprint covers weights, and there are none here
     compiled = compile_model(model, {name: p.replace(provenance=None) for name, p in tiers.items()}, "eager")
-    counts = {"system": arguments.system, "visual": arguments.visual, "text": arguments.text, "rows": arguments.rows}
+    tokens = prompt_tokens(arguments, model.config, tiers)
+    counts = {"system": tokens.system, "visual": tokens.visual, "text": tokens.text, "rows": arguments.rows}
     try:
-        result = explain(compiled, arguments.tier, **counts)
+        result = replace(explain(compiled, arguments.tier, **counts), counts=tokens.why)
         figure = explain_figure(compiled, **counts) if arguments.plot else None
     except ValueError as error:
         raise UsageError(one_line(error)) from error
@@ -119,7 +122,7 @@ def run_command(arguments: Namespace) -> None:
     config = load_vision_config(arguments.model)
     tiers = read_policies(arguments, config.get_text_config(decoder=True).num_hidden_layers)
     if not tiers:
-        raise UsageError("no policy: give --policy FILE, or options such as --mha-depth and --visual-tokens")
+        raise UsageError(NO_POLICY)
     processor = load_processor(arguments.model)
     model = load_vision_model(arguments.model, arguments.device, arguments.dtype)
     compiled = compile_model(model, tiers, arguments.backend)

@@ -24,6 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dop_compile.demo.result import Answered, DemoResult, Question, TierResult
+from dop_compile.images import load_image
 from dop_compile.policy import Policy
 from dop_compile.reports.explain import explain
 
@@ -119,7 +120,7 @@ def compose(number: int = 0, seed: int = 0, image: Image.Image | None = None) ->
         while asked.text in questions:
             asked = data.ask(canvas, kind, rng)
         questions[asked.text] = Question(kind, asked.text, asked.answer if image is None else None)
-    picture = canvas.image if image is None else ImageOps.fit(image.convert("RGB"), (data.CANVAS, data.CANVAS))
+    picture = canvas.image if image is None else ImageOps.fit(load_image(image), (data.CANVAS, data.CANVAS))
     return picture, list(questions.values())
 
 

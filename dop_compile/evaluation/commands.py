@@ -11,6 +11,7 @@ from dataclasses import replace
 from dop_compile.commands.inputs import UsageError, check_backend, write_file
 from dop_compile.commands.named_files import named_files, read_file
 from dop_compile.commands.outputs import output_directory
+from dop_compile.commands.policies import replacing
 from dop_compile.evaluation.in_decoder import FITPRUNE
 from dop_compile.evaluation.measuring import check_tasks, count_tokens, evaluate
 from dop_compile.evaluation.methods import FULL, ORIGINAL, RESIZE, Counts, Method, Planner, check_name
@@ -34,12 +35,14 @@ FIT_SAMPLES = 25
 def eval_command(arguments: Namespace) -> None:
     """Compare methods on samples; write JSON, Markdown and a picture."""
     check_backend(arguments.backend)
-    policies = dict(named_files("--policy", arguments.policy, Policy.load))
+    policies = replacing(
+        dict(named_files("--policy", arguments.policy, Policy.load)), arguments.model, (ORIGINAL, FULL)
+    )
     orders = dict(named_files("--order", arguments.order, OperationOrder.load))
     divergences = None
     if arguments.divergences is not None:
         divergences = read_file("--divergences", arguments.divergences, Divergences.load)
-    _check_methods(arguments, bool(orders))
+    _check_methods(arguments, bool(orders), bool(policies))
     out = output_directory(arguments.out)
     with processes(arguments) as rank:
         model, samples, processor = model_and_samples(arguments)
@@ -74,7 +77,7 @@ def eval_command(arguments: Namespace) -> None:
             print(f"\nsaved {RESULT}, evaluation.md and evaluation.png in {out}")
 
 
-def _check_methods(arguments: Namespace, has_orders: bool) -> None:
+def _check_methods(arguments: Namespace, has_orders: bool, has_policies: bool) -> None:
     """What can be told before a model is loaded."""
     with usage_errors():
         for name in arguments.method:
@@ -94,8 +97,10 @@ def _check_methods(arguments: Namespace, has_orders: bool) -> None:
         raise UsageError(f"{needing[0]}: it is made for a budget; give --budget, a fraction of FLOPs kept")
     if arguments.budget and not needing:
         raise UsageError("--budget: no method takes one; name methods by --method or --order")
-    if not needing and not arguments.policy and not arguments.method:
-        raise UsageError("nothing to compare: give --method, --policy or --order")
+    if not needing and not has_policies and not arguments.method:
+        raise UsageError(
+            "nothing to compare: give --method, --policy or --order, or a model that was saved with its tiers"
+        )
 
 
 def _methods(

@@ -21,6 +21,8 @@ import transformers
 from PIL import Image
 from transformers import video_utils
 
+from dop_compile.images import load_image
+
 __all__ = ["Clip", "Conversation", "read_messages", "sample_frames", "user_message"]
 
 # Typed loosely: transformers annotates only a part of what is used here
@@ -109,7 +111,7 @@ def read_messages(messages: Sequence[Mapping[str, Any]], frames: int, *, frames_
                 contents += _placed(str(content["text"]), waiting)
                 waiting = []
             elif kind == "image":
-                found.images.append(_picture(content["url"]))
+                found.images.append(load_image(content["url"]))
                 waiting.append({"type": "image"})
             elif kind == "video":
                 span = (content.get("start_time"), content.get("end_time"))
@@ -143,11 +145,6 @@ def _is_picture(path: str) -> bool:
     return Path(path).suffix.lower() in Image.registered_extensions() and Path(path).suffix.lower() != ".gif"
 
 
-def _picture(given: Any) -> Image.Image:
-    opened = given if isinstance(given, Image.Image) else Image.open(given)
-    return opened.convert("RGB")
-
-
 def sample_frames(video: Any, count: int, start: float | None = None, end: float | None = None) -> Clip:
     """`count` evenly spaced frames, or all where there are fewer.
 
@@ -168,12 +165,12 @@ def sample_frames(video: Any, count: int, start: float | None = None, end: float
     if start is not None or end is not None:
         raise ValueError("frames that are given one by one have no times; a part of a video is taken of a file")
     if isinstance(video, str):
-        video = [_picture(path) for path in sorted(Path(video).iterdir()) if _is_picture(str(path))]
+        video = [load_image(path) for path in sorted(Path(video).iterdir()) if _is_picture(str(path))]
     if video is None or not len(video):
         raise ValueError("the task has a video without frames")
     indices = _evenly(len(video), count)
     chosen = [video[number] for number in indices]
-    frames = [np.asarray(f.convert("RGB") if isinstance(f, Image.Image) else f, dtype=np.uint8) for f in chosen]
+    frames = [np.asarray(load_image(f) if isinstance(f, Image.Image) else f, dtype=np.uint8) for f in chosen]
     return Clip(np.stack(frames), indices, len(video))
 
 

@@ -7,15 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import transformers
-
+from dop_compile import processors
 from dop_compile.lmms_plugin.media import Conversation
 from dop_compile.policy import Policy
+from dop_compile.processors import MissingPart
 from dop_compile.reducers import ResizeReducer, resize_processor
 
 __all__ = ["Reader", "load_processor"]
-
-hf: Any = transformers
 
 
 def load_processor(
@@ -36,8 +34,9 @@ def load_processor(
 
     Raises:
         ValueError: no chat template, or limits that the processor does not have.
+        ImportError: a package is missing without which it reads no text or no images.
     """
-    processor = hf.AutoProcessor.from_pretrained(pretrained, **settings)
+    processor = processors.load_processor(pretrained, **settings)
     tokenizer = getattr(processor, "tokenizer", processor)
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
@@ -54,7 +53,7 @@ def load_processor(
         )
     if min_pixels is not None or max_pixels is not None:
         for name in ("image_processor", "video_processor"):
-            if getattr(processor, name, None) is not None:
+            if not isinstance(getattr(processor, name, None), MissingPart | None):
                 setattr(processor, name, _limited(getattr(processor, name), min_pixels, max_pixels))
     if max_tiles is not None:
         pictures = getattr(processor, "image_processor", None)

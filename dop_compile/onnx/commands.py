@@ -9,8 +9,9 @@ from typing import Any
 
 from PIL import Image
 
-from dop_compile.commands.inputs import UsageError, load_processor, load_vision_model, one_line, read_policies
+from dop_compile.commands.inputs import UsageError, load_processor, load_vision_model, one_line
 from dop_compile.commands.outputs import output_directory, output_file
+from dop_compile.commands.policies import read_policies
 from dop_compile.commands.processing import prompt_inputs
 from dop_compile.onnx import require_packages
 from dop_compile.policy import Policy

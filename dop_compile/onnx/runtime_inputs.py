@@ -15,7 +15,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from dop_compile.commands.processing import prompt_inputs
+from dop_compile.images import load_image
 from dop_compile.onnx.manifest import Manifest
+from dop_compile.processors import load_processor
 
 # Typed loosely: transformers annotates only a part of what is used here
 hf: Any = transformers
@@ -85,7 +87,7 @@ class Reader:
         names = {data.file for data in manifest.files}
         if names & {"processor_config.json", "preprocessor_config.json"}:
             try:
-                self.processor = hf.AutoProcessor.from_pretrained(folder)
+                self.processor = load_processor(folder)
                 self.tokenizer = getattr(self.processor, "tokenizer", None)
             except (ImportError, OSError, ValueError) as error:
                 self._reason = " ".join(str(error).split())[:200]
@@ -158,14 +160,11 @@ def merged(rows: Sequence[Mapping[str, Tensor]], pad_id: int) -> dict[str, Tenso
 
 
 def as_images(image: Any) -> list[Image.Image]:
-    """One prompt's images: none, one (a picture or a file), or a list of them."""
+    """One prompt's images: none, one (a picture or a file), or a list of them; upright and in RGB."""
     if image is None:
         return []
     if isinstance(image, list | tuple):
         return [picture for one in image for picture in as_images(one)]
-    if isinstance(image, str | os.PathLike):
-        with Image.open(image) as opened:
-            return [opened.convert("RGB")]
-    if not isinstance(image, Image.Image):
+    if not isinstance(image, str | os.PathLike | Image.Image):
         raise TypeError(f"image: expected a PIL image, a file, or a list of them, got {type(image).__name__}")
-    return [image.convert("RGB")]
+    return [load_image(image)]

@@ -19,6 +19,7 @@ from dop_compile.compiler import CompiledState
 from dop_compile.costs import DecoderDims, LayerTokens, group_counts, kv_cache_bytes, prefill_flops
 from dop_compile.policy import Policy
 from dop_compile.policy_json import integer
+from dop_compile.reports.counts import PromptCounts, assumed_counts
 from dop_compile.reports.executed import LayerCost, Prompt, layer_costs
 from dop_compile.reports.table import render
 
@@ -66,6 +67,7 @@ class Explanation:
         layers: one entry per layer.
         tiers: a summary of every tier of the model, in the order of compilation.
         missing: why FLOPs and bytes are not given; "" where they are.
+        counts: which of the prompt's tokens were not given, and how their number is known; "" if all were given.
     """
 
     model: str
@@ -78,6 +80,7 @@ class Explanation:
     layers: tuple[LayerCost, ...]
     tiers: tuple[TierCost, ...]
     missing: str = ""
+    counts: str = ""
 
     @property
     def summary(self) -> TierCost:
@@ -111,11 +114,11 @@ def _default_tier(compiled: Any) -> str:
     return name
 
 
-def _prompt(system: int, visual: int, text: int, rows: int, use_cache: bool) -> Prompt:
+def _prompt(counts: PromptCounts, rows: int, use_cache: bool) -> Prompt:
     return Prompt(
-        integer("system", system, low=0),
-        integer("visual", visual, low=0),
-        integer("text", text, low=0),
+        integer("system", counts.system, low=0),
+        integer("visual", counts.visual, low=0),
+        integer("text", counts.text, low=0),
         integer("rows", rows, low=0),
         use_cache,
     )
@@ -125,9 +128,9 @@ def executed_flops(
     compiled: Any,
     tier: str | None = None,
     *,
-    system: int = 35,
-    visual: int = 576,
-    text: int = 100,
+    system: int | None = None,
+    visual: int | None = None,
+    text: int | None = None,
     rows: int = 1,
     use_cache: bool = True,
 ) -> int:
@@ -138,7 +141,8 @@ def executed_flops(
     state = _state(compiled)
     tier = state.check_tier(tier or _default_tier(compiled))
     dims = DecoderDims.from_config(state.base.config)
-    layers = layer_costs(state, tier, _prompt(system, visual, text, rows, use_cache), dims)
+    counts = assumed_counts(state.base.config, {tier: state.tiers[tier]}, system, visual, text)
+    layers = layer_costs(state, tier, _prompt(counts, rows, use_cache), dims)
     return sum(layer.flops for layer in layers if layer.flops is not None)
 
 
@@ -146,9 +150,9 @@ def explain(
     compiled: Any,
     tier: str | None = None,
     *,
-    system: int = 35,
-    visual: int = 576,
-    text: int = 100,
+    system: int | None = None,
+    visual: int | None = None,
+    text: int | None = None,
     rows: int = 1,
     use_cache: bool = True,
 ) -> Explanation:
@@ -157,35 +161,39 @@ def explain(
     Args:
         compiled: a model returned by `dop_compile`; it may be on the meta device.
         tier: the tier whose layers are shown; the model's default if None. Every tier is summed up.
-        system, visual, text: tokens of the sample, before reduction; without visual tokens all of it is text.
+        system, visual, text: tokens of the sample, before reduction; without visual tokens all of it is text. None:
+            those of one picture by the model's configuration, 35 and 100 (`dop_compile.reports.counts`).
         rows: how many last rows of logits are asked for, 0 for all; `generate` asks for 1.
         use_cache: whether keys and values are stored.
 
     Raises:
         TypeError: not a compiled model.
-        ValueError: unknown tier, negative counts, or `rows` that reach into reduced visual tokens.
+        ValueError: unknown tier, negative counts, or `rows` that reach into reduced visual tokens; `visual` is not
+            given and depends on the picture, or is less than a tier's `visual_tokens`.
     """
     state = _state(compiled)
     tier = state.check_tier(tier or _default_tier(compiled))
-    prompt = _prompt(system, visual, text, rows, use_cache)
+    counts = assumed_counts(state.base.config, state.tiers, system, visual, text)
+    prompt = _prompt(counts, rows, use_cache)
     dims, missing = None, ""
     try:
         dims = DecoderDims.from_config(state.base.config)
     except ValueError as error:
         missing = str(error)
-    entering = group_counts(state.tiers[tier], system, visual, text)
+    entering = group_counts(state.tiers[tier], prompt.system, prompt.visual, prompt.text)
     layers = {name: layer_costs(state, name, prompt, dims) for name in state.tiers}
     return Explanation(
         model=state.model_class.__name__,
         tier=tier,
-        system=system,
-        visual=visual,
-        text=text,
+        system=prompt.system,
+        visual=prompt.visual,
+        text=prompt.text,
         entering=sum(count for group, count in entering.items() if group.startswith("visual")),
         rows=min(prompt.rows, prompt.total),
         layers=layers[tier],
         tiers=tuple(_summary(state, name, costs, prompt, dims) for name, costs in layers.items()),
         missing=missing,
+        counts=counts.why,
     )
 
 

@@ -17,9 +17,9 @@ __all__ = ["explain_figure"]
 def explain_figure(
     compiled: Any,
     *,
-    system: int = 35,
-    visual: int = 576,
-    text: int = 100,
+    system: int | None = None,
+    visual: int | None = None,
+    text: int | None = None,
     rows: int = 1,
     use_cache: bool = True,
 ) -> Any:
@@ -32,7 +32,7 @@ def explain_figure(
         ModuleNotFoundError: matplotlib is not installed.
     """
     found = explain(compiled, system=system, visual=visual, text=text, rows=rows, use_cache=use_cache)
-    state, prompt = compiled.dop, Prompt(system, visual, text, rows, use_cache)
+    state, prompt = compiled.dop, Prompt(found.system, found.visual, found.text, rows, use_cache)
     dims = None if found.missing else DecoderDims.from_config(state.base.config)
     total = LayerTokens(prompt.total, prompt.total, prompt.total)
     original = () if dims is None else tuple(layer_flops(dims, total, layer) for layer in range(dims.num_layers))
@@ -52,4 +52,5 @@ def explain_figure(
             )
         )
     asked = "all logits" if found.rows == 0 else f"logits of the last {found.rows}"
-    return tiers_figure(tiers, f"{found.model}: {system} system + {visual} visual + {text} text tokens, {asked}")
+    tokens = f"{found.system} system + {found.visual} visual + {found.text} text tokens"
+    return tiers_figure(tiers, f"{found.model}: {tokens}, {asked}")

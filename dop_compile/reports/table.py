@@ -62,7 +62,7 @@ def render(explanation: Explanation) -> str:
     visual = f"{e.visual} visual" + ("" if e.entering == e.visual else f" ({e.entering} enter)")
     rows = "all logits" if e.rows == 0 else f"logits of the last {e.rows}"
     head = f"{e.model}, tier {e.tier!r}: {e.system} system + {visual} + {e.text} text tokens, {rows}"
-    parts = [[head, e.summary.policy], _layers(e.layers), _tiers(e.tiers)]
+    parts = [[head, *([f"({e.counts})"] if e.counts else []), e.summary.policy], _layers(e.layers), _tiers(e.tiers)]
     if e.missing:
         parts.append([f"FLOPs and bytes are not given: {e.missing}"])
     return "\n\n".join("\n".join(lines) for lines in parts)

@@ -20,6 +20,7 @@ import torch
 import transformers
 from PIL import Image
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers.image_utils import load_image
 
 from digits_vlm import data
 
@@ -239,7 +240,7 @@ class Reader:
         for prompt in prompts:
             if prompt.count("<image>") != 1:
                 raise ValueError(f"the prompt {prompt!r} must hold <image> once, as data.prompt() writes it")
-        pixels = dict(self.images([image.convert("RGB") for image in images], return_tensors="pt"))
+        pixels = dict(self.images([load_image(image) for image in images], return_tensors="pt"))
         grid = pixels.get("image_grid_thw")
         texts = []
         for number, prompt in enumerate(prompts):

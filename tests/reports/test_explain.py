@@ -208,12 +208,12 @@ def test_sizes_that_cannot_be_read_leave_the_tokens_and_say_why() -> None:
 def test_every_tier_is_summed_up_and_a_view_explains_its_own() -> None:
     small = Policy.depthwise(LAYERS, **SPLIT, visual_tokens=4)
     compiled = compiled_with("llava", {"100%": Policy.full(LAYERS), "small": small})
-    result = explain(compiled)
+    result = explain(compiled, visual=7)
     assert (result.tier, [cost.tier for cost in result.tiers]) == ("100%", ["100%", "small"])
     assert explain(compiled, "small").entering == explain(compiled.tier("small")).entering == 4
-    assert explain(compiled, "small").tiers == result.tiers
-    assert executed_flops(compiled.tier("small")) == result.tiers[1].executed_flops
-    assert result.tiers[1].eq11_flops == prefill_flops(model_of("llava").config, small)
+    assert explain(compiled, "small", visual=7).tiers == result.tiers
+    assert executed_flops(compiled.tier("small"), visual=7) == result.tiers[1].executed_flops
+    assert result.tiers[1].eq11_flops == prefill_flops(model_of("llava").config, small, visual=7)
 
 
 def test_the_table_shows_equal_layers_in_one_row() -> None:
@@ -236,8 +236,8 @@ def test_a_model_on_the_meta_device_is_explained() -> None:
     with torch.device("meta"):
         model = FAMILIES["llama"].model_class(FAMILIES["llama"].config())
     policy = Policy.depthwise(LAYERS, **SPLIT)
-    expected = explain(compiled_with("llama", policy)).summary
-    assert explain(dop_compile(model.eval(), policy, backend="eager")).summary == expected
+    expected = explain(compiled_with("llama", policy), visual=9).summary
+    assert explain(dop_compile(model.eval(), policy, backend="eager"), visual=9).summary == expected
 
 
 def test_wrong_questions_are_refused() -> None:

@@ -2,11 +2,13 @@
 
 from typing import Any
 
+from transformers.image_utils import load_image
+
 OPTIONS = {"yesno": ["yes", "no"], "choice": ["a", "b", "c", "d"]}
 
 
 def doc_to_visual(doc: dict[str, Any]) -> list[Any]:
-    return [doc["image"].convert("RGB")]
+    return [load_image(doc["image"])]
 
 
 def doc_to_text(doc: dict[str, Any], lmms_eval_specific_kwargs: Any = None) -> str:
