@@ -52,8 +52,8 @@ def _full_float32() -> Iterator[None]:
 
 
 @functools.lru_cache(4)
-def on_device(name: str, attn: str = "sdpa") -> nn.Module:
-    return FAMILIES[name].build(attn=attn).to(DEVICE)
+def on_device(name: str, attn: str = "sdpa", dtype: torch.dtype = torch.float32) -> nn.Module:
+    return FAMILIES[name].build(attn=attn, dtype=dtype).to(DEVICE)
 
 
 def moved(value: Any) -> Any:
@@ -77,7 +77,7 @@ def expected_rows(batch: Batch, model: nn.Module, inputs: dict[str, Tensor], pol
 @pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
 def test_everything_kept_is_bitwise_the_original(name: str, attn: str, dtype: torch.dtype) -> None:
-    model = FAMILIES[name].build(attn=attn, dtype=dtype).to(DEVICE)
+    model = on_device(name, attn, dtype)
     compiled = compile_eagerly(model, Policy.full(FAMILIES[name].num_layers))
     for rows in (ONE_IMAGE, None):  # unpadded and alone; padded
         _, inputs = batches(name, rows=rows)
@@ -178,7 +178,7 @@ def test_prefill_of_a_prompt_alone_runs_in_torchs_flash_kernel() -> None:
         pytest.skip("the processor has no such kernel")
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    model = FAMILIES["llama"].build(attn="sdpa", dtype=torch.bfloat16).to(DEVICE)
+    model = on_device("llama", dtype=torch.bfloat16)
     ids = torch.arange(16, 36, device=DEVICE)[None]
     groups = torch.zeros_like(ids)
     groups[:, 2:10] = 1

@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from gpu.exported import note_providers
 from gpu.setting import Setting
 
 __all__ = ["correctness"]
@@ -29,6 +30,7 @@ GROUPS = {
 
 def correctness(setting: Setting) -> None:
     """How each group ended, and every test that failed or was skipped."""
+    note_providers(setting)
     chosen = {"reducers": [CUDA, "-k", "choose"]} if setting.tiny else GROUPS
     with tempfile.TemporaryDirectory() as folder:
         logs = {name: Path(folder) / f"{number}.log" for number, name in enumerate(chosen)}

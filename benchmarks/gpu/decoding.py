@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from gpu.setting import Decoder, Setting, geometry
-from gpu.timing import AGAIN, ORIGINAL, looked_at, measure, per_token
 from prefill import LLAVA_15, Geometry
 
 from dop_compile import dop_compile
+from gpu.setting import Decoder, Setting, geometry
+from gpu.timing import AGAIN, ORIGINAL, looked_at, measure, per_token
 
 __all__ = ["host", "prefill", "sweep", "tokens"]
 

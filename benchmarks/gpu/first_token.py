@@ -6,11 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from gpu.setting import Setting, eq11, geometry
-from gpu.timing import AGAIN, ORIGINAL, looked_at, measure
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextConfig, LlavaNextForConditionalGeneration
 
 from dop_compile import Policy, dop_compile
+from gpu.setting import Setting, eq11, geometry
+from gpu.timing import AGAIN, ORIGINAL, looked_at, measure
 
 __all__ = ["first_token"]
 

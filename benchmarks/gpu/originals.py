@@ -10,11 +10,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+
+from dop_compile import dop_compile
 from gpu.decoding import LLAVA, STEPS
 from gpu.setting import Decoder, Setting, geometry
 from gpu.timing import ORIGINAL, measure, per_token
-
-from dop_compile import dop_compile
 
 __all__ = ["originals"]
 

@@ -21,6 +21,7 @@ sys.path.pop(0)
 sys.path.append(str(Path(__file__).parents[1]))
 
 import torch
+
 from gpu.correctness import correctness
 from gpu.decoding import LLAVA, LLAVA_NEXT, host, prefill, sweep, tokens
 from gpu.exported import exported

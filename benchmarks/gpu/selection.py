@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from common import synchronise
-from gpu.setting import Setting
-from gpu.timing import measure
 from reducers import contexts
 
 from dop_compile.reducers import create, known, select_batch
+from gpu.setting import Setting
+from gpu.timing import measure
 
 __all__ = ["selection"]
 

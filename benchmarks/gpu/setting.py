@@ -7,12 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from gpu.store import Store
-from gpu.timing import Clock
 from prefill import GEOMETRIES, Geometry, policies
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dop_compile import Policy, prefill_flops
+from gpu.store import Store
+from gpu.timing import Clock
 
 __all__ = ["Decoder", "Setting", "counts", "eq11", "geometry"]
 

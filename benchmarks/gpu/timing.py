@@ -176,8 +176,8 @@ def kernels(call: Call, device: torch.device) -> dict[str, Any]:
     total, launches, copies = 0.0, 0, 0
     attention: collections.Counter[str] = collections.Counter()
     for event in profiled.key_averages():
-        if event.device_type != torch.autograd.DeviceType.CUDA:
-            continue
+        if event.device_type != torch.autograd.DeviceType.CUDA or getattr(event, "is_user_annotation", False):
+            continue  # an annotation spans kernels that are there themselves
         total += event.self_device_time_total
         if event.key.startswith(("Memcpy", "Memset")):
             copies += event.count
@@ -197,7 +197,7 @@ def synchronisations(call: Call, device: torch.device) -> dict[str, Any]:
     """How often one call makes the host wait for the GPU, and the lines of Python that do."""
     if device.type != "cuda":
         return {}
-    call_places: collections.Counter[str] = collections.Counter()
+    places: collections.Counter[str] = collections.Counter()
     with warnings.catch_warnings(record=True) as caught, torch.no_grad():
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
@@ -207,9 +207,9 @@ def synchronisations(call: Call, device: torch.device) -> dict[str, Any]:
             torch.cuda.set_sync_debug_mode("default")
     for warning in caught:
         if "synchronizing CUDA operation" in str(warning.message):
-            call_places[f"{SITE.sub('', warning.filename, count=1)}:{warning.lineno}"] += 1
-    places = [f"{place} x{count}" for place, count in call_places.most_common(12)]
-    return {"syncs": sum(call_places.values()), "sync_places": places}
+            places[f"{SITE.sub('', warning.filename, count=1)}:{warning.lineno}"] += 1
+    found = [f"{place} x{count}" for place, count in places.most_common(12)]
+    return {"syncs": sum(places.values()), "sync_places": found}
 
 
 def looked_at(
