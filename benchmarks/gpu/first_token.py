@@ -37,20 +37,24 @@ def first_token(setting: Setting) -> None:
                 reducer=reducer,
                 positions="compact",
             )
-    for backend, chosen in (("eager", list(tiers)), (setting.compiler, ["14% cdpruner"])):
+    for title, backend, chosen in (
+        ("eager", "eager", list(tiers)),
+        ("compiled", setting.compiler, ["14% cdpruner"]),
+    ):
         compiled = dop_compile(model, {name: tiers[name] for name in chosen}, backend=backend)
         calls: dict[str, Callable[[], Any]] = {ORIGINAL: _call(model, inputs)}
-        if backend == "eager":
+        if title == "eager":
             calls[AGAIN] = calls[ORIGINAL]
             calls["vision tower and projector alone"] = _vision(model, inputs)
         calls |= {name: _call(compiled, {**inputs, "tier": name}) for name in chosen}
-        print(f"{PART}, {backend}", flush=True)
+        print(f"{PART}, {title}", flush=True)
         rows = measure(calls, setting.rounds, setting.device, setting.clock)
         tokens = {"system": shape.system, "visual": visual, "text": shape.text}
         config = model.config.text_config
         rows = [r | {"eq11": eq11(config, tiers[r["name"]], tokens) if r["name"] in tiers else None} for r in rows]
-        setting.store.add(PART, backend, rows)
-        setting.store.add(PART, backend, looked_at(rows, calls, setting.device, setting.clock))
+        setting.store.add(PART, title, rows, backend=backend)
+        rows = looked_at(rows, calls, setting.device, setting.clock)
+        setting.store.add(PART, title, rows, backend=backend)
     setting.store.note(PART, layout=f"{shape.system} + {visual} (without newlines) + {shape.text} tokens")
 
 

@@ -1,4 +1,4 @@
-"""The parts of `benchmarks/gpu.sh` run, in small sizes on the processor, and what goes wrong in one is in the results."""
+"""Parts of `benchmarks/gpu.sh`, in small sizes on the processor; what goes wrong in one is among its results."""
 
 from __future__ import annotations
 
