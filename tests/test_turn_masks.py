@@ -1,4 +1,4 @@
-"""Masks that an outer model builds, in later turns: from values per token of the whole conversation or of its last turn.
+"""Masks that an outer model builds, in later turns: from values per token of the conversation or of its last turn.
 
 The reference is the whole conversation as one prompt where that is the same for the original; elsewhere the decoder
 itself, on the tokens that are left, under a mask written out by hand.
@@ -72,14 +72,22 @@ def run_turns(model: Any, turns: list[Batch], whole: Batch, types: str, last: st
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", BLOCKS_OF_RUNS)
-@pytest.mark.parametrize("turns", [[IMAGE, TEXT], [IMAGE, IMAGE], [IMAGE, TEXT, IMAGE], [ROWS, TEXT * 2]])
+@pytest.mark.parametrize(
+    ("name", "turns"),
+    [
+        ("gemma3", [IMAGE, TEXT]),
+        ("gemma3", [IMAGE, TEXT, IMAGE]),
+        ("gemma3", [ROWS, TEXT * 2]),
+        ("gemma4_unified", [IMAGE, TEXT]),
+        ("gemma4_unified", [ROWS, IMAGE * 2]),
+    ],
+)
 def test_types_of_the_whole_conversation(name: str, turns: list[Rows]) -> None:
     """Also without a new image with those of the last turn alone, which the original reads as those of its first
     columns; there are none of images among them."""
     made, whole = conversation(name, turns)
     policy = policy_of(whole)
-    compiled = compile_eagerly(whole.model, policy)
+    compiled = compile_eagerly(whole.model, policy, debug=False)
     kept = [[at + 9 * turn for turn in range(count // 9) for at in KEPT] for count in whole.counts]
     expected = padded_reference(whole, policy, kept)[:, -made[-1].mask.shape[1] :]
     for types in ("whole", "new") if turns[-1][0] == TEXT[0] else ("whole",):
@@ -100,7 +108,9 @@ def test_looked_up_candidates_stand_behind_the_types(name: str) -> None:
     ids[0, -2:] = ids[0, 1:3]  # what follows these is looked up
     policy = policy_of(whole)
     settings = {"max_new_tokens": 5, "do_sample": False, "prompt_lookup_num_tokens": 3}
-    found = compile_eagerly(whole.model, policy).generate(**whole.inputs, visual_indices=[KEPT], **settings)
+    found = compile_eagerly(whole.model, policy, debug=False).generate(
+        **whole.inputs, visual_indices=[KEPT], **settings
+    )
     expected = reference_generate(whole.model, whole.inputs, policy, 5, [KEPT], towers=whole.towers)
     assert found[:, ids.shape[1] :].tolist() == expected
 
@@ -110,7 +120,7 @@ def test_beams_in_a_second_turn() -> None:
     """The same as beams of the conversation as one prompt."""
     (first, _), whole = conversation("gemma3", [IMAGE, TEXT])
     whole.model.get_output_embeddings().weight[:16] = 0
-    compiled = compile_eagerly(whole.model, policy_of(whole))
+    compiled = compile_eagerly(whole.model, policy_of(whole), debug=False)
     settings = {"max_new_tokens": 4, "num_beams": 3, "do_sample": False}
     expected = compiled.generate(**whole.inputs, visual_indices=[KEPT], **settings)
     cache = compiled(**first.inputs, visual_indices=[KEPT]).past_key_values
@@ -170,7 +180,7 @@ def test_blocks_that_span_turns(name: str, types: str) -> None:
 def test_refused_where_a_block_reaches_behind_the_window_of_an_earlier_turn() -> None:
     """The original's sliding layers have forgotten those tokens of the block, the compiled model has not."""
     turns, whole = conversation("paligemma2", [IMAGE, IMAGE])
-    compiled = compile_eagerly(whole.model, policy_of(whole))
+    compiled = compile_eagerly(whole.model, policy_of(whole), debug=False)
     with pytest.raises(UnsupportedUsageError, match="before the sliding window"):
         run_turns(compiled, turns, whole, "whole", "forward")
     run_turns(compiled, turns, whole, "new", "forward")

@@ -20,7 +20,7 @@ def refuse_recording(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """
     if torch.compiler.is_exporting():
         by = "torch.export (and what uses it, such as torch.onnx.export)"
-    elif torch.jit.is_tracing():
+    elif torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
         by = "torch.jit.trace"
     elif any(isinstance(value, fx.Proxy) for value in (*args, *kwargs.values())):
         by = "torch.fx"

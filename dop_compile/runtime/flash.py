@@ -149,9 +149,9 @@ class FlashTokens:
             return
         if bool((positions.diff(dim=-1) < 0).any()):
             raise UnsupportedUsageError(
-                "position_ids tell of several sequences in one row, which under FlashAttention cannot be kept apart here; "
-                "leave attention_mask and logits_to_keep unset, load the model with attn_implementation='sdpa', or pass "
-                "the sequences as rows"
+                "position_ids tell of several sequences in one row, which FlashAttention cannot keep apart here: "
+                "leave attention_mask and logits_to_keep unset, load the model with attn_implementation='sdpa', or "
+                "pass the sequences as rows"
             )
         self._is_checked = True
 

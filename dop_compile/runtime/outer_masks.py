@@ -80,7 +80,7 @@ class DeferredMask:
         return self._builder(**spelled(self._builder, {**kwargs, **given}))
 
     def of_rows(self, rows: Tensor, columns: Tensor, embeds: Tensor, mask: Tensor) -> DeferredMask:
-        """The call for other rows; `rows` and `columns` (new rows, tokens) are places of their tokens in the caller's."""
+        """The call for other rows; `rows` and `columns` (new rows, tokens) are the places of their tokens."""
         size: tuple[int, int] = tuple(self._kwargs[EMBEDS].shape[:2])
         kwargs = MaskValues(rows, columns, size).follow(self._own_arguments())
         return DeferredMask(self._builder, {**kwargs, EMBEDS: embeds, MASK: mask})
