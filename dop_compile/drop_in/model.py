@@ -12,7 +12,6 @@ from torch import nn
 
 from dop_compile.copies import own, shallow_copy
 from dop_compile.drop_in.frame import CALL_ARGUMENTS, Frame, Session, presented_as
-from dop_compile.drop_in.no_export import refuse_recording
 from dop_compile.drop_in.presentation import present_tiers
 from dop_compile.drop_in.saving import check_push, save_compiled
 from dop_compile.drop_in.wrapped_forward import OwnForward, forget_preparation
@@ -46,7 +45,6 @@ def drop_in(state: Any, source: nn.Module, tier: str, outer: OwnForward | None =
         return Session(chosen, **values)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        refuse_recording(args, kwargs)
         return Frame(state, view, session(kwargs)).forward(*args, **kwargs)
 
     def generate(*args: Any, **kwargs: Any) -> Any:

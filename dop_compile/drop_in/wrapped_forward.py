@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import nn
 
+from dop_compile.drop_in.no_export import refuse_recording
 from dop_compile.drop_in.session import presented_as
 from dop_compile.errors import UnsupportedUsageError
 
@@ -90,6 +91,7 @@ class OwnForward:
         self.presented = presented_as(type(view).forward, self._call)
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
+        refuse_recording(args, kwargs)
         if args and args[0] is self._view:  # accelerate binds what it unwraps
             args = args[1:]
         running = self._running.get() or self._within_outer(self._function)
