@@ -13,7 +13,7 @@ from hypothesis.internal.conjecture import providers
 __all__ = ["FUZZ", "examples", "register_profiles", "same_constants", "seed"]
 
 SAME, FUZZ = "same", "fuzz"
-USUAL, MANY = 100, 1000
+USUAL, MANY = 100, 500
 """Examples of a test that does not say how many; under `make fuzz` every test draws as many times more."""
 
 

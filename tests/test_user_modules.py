@@ -14,6 +14,7 @@ import peft
 import pytest
 import torch
 import torch.distributed as dist
+from packaging.version import Version
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 from torchao.quantization import (
@@ -24,6 +25,7 @@ from torchao.quantization import (
 )
 from transformers import BitsAndBytesConfig, LlavaForConditionalGeneration
 from transformers.distributed import DistributedConfig
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from dop_compile import Policy, dop_compile, from_pretrained, model_fingerprint
 from dop_compile.errors import UnsupportedModelError, UnsupportedUsageError
@@ -102,6 +104,12 @@ def test_lora_switched_under_a_compiler() -> None:
     assert not torch.equal(*found)
 
 
+adds_adapters = pytest.mark.skipif(
+    Version(peft.__version__) < Version(MIN_PEFT_VERSION), reason=f"transformers asks for peft {MIN_PEFT_VERSION}"
+)
+
+
+@adds_adapters
 def test_lora_after_compiling() -> None:
     batch = own_batch()
     model = batch.model
@@ -129,6 +137,7 @@ def test_lora_after_compiling() -> None:
         assert not torch.equal(first_logits, second_logits)
 
 
+@adds_adapters
 def test_lora_through_the_compiled_model() -> None:
     """The layers are shared: what is added to one is added to the other."""
     batch = own_batch()

@@ -144,7 +144,7 @@ def test_a_figure_has_a_panel_per_tier_and_the_costs_of_explain() -> None:
     costs = explain(compiled, **COUNTS).tiers
     assert [title.splitlines()[0] for title in titles] == list(tiers)
     for title, cost in zip(titles, costs, strict=True):
-        assert f"{100 * cost.executed_ratio:.1f} % executed" in title
+        assert f"executed FLOPs {100 * cost.executed_ratio:.1f} %" in title
     flops = [figure.subfigs[number].axes[1] for number in range(len(tiers))]
     for axes, name in zip(flops, tiers, strict=True):
         drawn = [bar.get_width() for bar in axes.containers[1]]
