@@ -83,7 +83,7 @@ def _model(setting: Setting, sizes: dict[str, int]) -> Any:
         model = LlavaNextForConditionalGeneration._from_config(
             config, attn_implementation="sdpa", dtype=setting.dtype
         ).eval()
-    # Left as it was allocated in some versions; numbers would do, not-a-number would not
+    # Some versions leave it as it was allocated, which may be no number
     torch.nn.init.normal_(model.model.image_newline, std=0.02)
     return model
 
