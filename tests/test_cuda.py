@@ -52,7 +52,7 @@ def _full_float32() -> Iterator[None]:
 
 
 @functools.lru_cache(4)
-def on_device(name: str, attn: str = "sdpa", dtype: torch.dtype = torch.float32) -> nn.Module:
+def on_device(name: str, attn: str = "sdpa", dtype: torch.dtype = torch.float32) -> Any:
     return FAMILIES[name].build(attn=attn, dtype=dtype).to(DEVICE)
 
 

@@ -149,10 +149,11 @@ def _attention_present() -> str:
     """Which FlashAttention there is: torch's own kernels, and the packages that transformers can use instead."""
     from importlib.util import find_spec
 
+    kernels: Any = torch.backends.cuda
     enabled = {
-        "flash": torch.backends.cuda.flash_sdp_enabled(),
-        "memory-efficient": torch.backends.cuda.mem_efficient_sdp_enabled(),
-        "cuDNN": torch.backends.cuda.cudnn_sdp_enabled(),
+        "flash": kernels.flash_sdp_enabled(),
+        "memory-efficient": kernels.mem_efficient_sdp_enabled(),
+        "cuDNN": kernels.cudnn_sdp_enabled(),
     }
     packages = [f"{name} {'present' if find_spec(name) else 'missing'}" for name in ("flash_attn", "kernels")]
     return f"torch's sdpa has {', '.join(name for name, on in enabled.items() if on)}; {', '.join(packages)}"

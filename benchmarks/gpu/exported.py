@@ -5,17 +5,19 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 
 from dop_compile import export_onnx
 from gpu.setting import Decoder, Setting, geometry
+from gpu.timing import reason
 
 __all__ = ["exported", "note_providers"]
 
 PART = "ONNX Runtime"
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
-LAYERS = 4
+LAYERS = 2
 
 
 def note_providers(setting: Setting) -> list[str]:
@@ -38,6 +40,7 @@ def exported(setting: Setting) -> None:
     if CUDA not in available and not (setting.tiny and available):
         return
     from dop_compile.onnx.runtime import OnnxPipeline
+    from dop_compile.onnx.sessions import UnrunnableError
     from dop_compile.onnx.shapes import Shapes
 
     shape = geometry(setting, "small")
@@ -46,11 +49,15 @@ def exported(setting: Setting) -> None:
     decoder = Decoder(cpu, dataclasses.replace(shape, config=config))
     tiers = {name: decoder.policies[name] for name in ("100%", "28%")}
     shapes = Shapes(visual_length=shape.visual, text=(2, shape.system + shape.text, 1024))
-    rows = []
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         export_onnx(decoder.model, tiers, folder, shapes=shapes, force=True)
         for provider in [CUDA, CPU] if CUDA in available else [CPU]:
-            pipeline = OnnxPipeline.load(folder, providers=[provider], hashes=False)
+            try:
+                pipeline = OnnxPipeline.load(folder, providers=[provider], hashes=False)
+            except (ValueError, UnrunnableError) as error:
+                rows.append({"name": provider, "error": reason(error)})
+                continue
             for tier, latency in pipeline.latencies.items():
                 tokens, ms = latency.points[0]
                 rows.append({"name": f"{provider}, {tier}: prefill of {tokens} tokens", "ms": ms})

@@ -66,8 +66,13 @@ def _vision(model: Any, inputs: dict[str, Any]) -> Callable[[], Any]:
     return lambda: model.get_image_features(inputs["pixel_values"], inputs["image_sizes"])
 
 
-def _model(setting: Setting, sizes: dict[str, int]) -> Any:
-    tower = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+def _model(setting: Setting, sizes: dict[str, Any]) -> Any:
+    tower: dict[str, Any] = {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+    }
     side, patch = 336, 14
     if setting.tiny:
         tower = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -78,12 +83,11 @@ def _model(setting: Setting, sizes: dict[str, int]) -> Any:
         image_token_index=IMAGE,
         image_grid_pinpoints=[[2 * side, 2 * side]],
     )
+    kind: Any = LlavaNextForConditionalGeneration
     torch.manual_seed(0)
     with torch.device(setting.device):
-        model = LlavaNextForConditionalGeneration._from_config(
-            config, attn_implementation="sdpa", dtype=setting.dtype
-        ).eval()
-    # Left as it was allocated in some versions; numbers would do, not-a-number would not
+        model = kind._from_config(config, attn_implementation="sdpa", dtype=setting.dtype).eval()
+    # Some versions leave it as it was allocated, which may be no number
     torch.nn.init.normal_(model.model.image_newline, std=0.02)
     return model
 

@@ -65,10 +65,12 @@ class Decoder:
 
     def __init__(self, setting: Setting, shape: Geometry, vocabulary: int = 32000):
         self.shape, self.device = shape, setting.device
-        config = LlamaConfig(**shape.config, vocab_size=vocabulary, max_position_embeddings=8192)
+        sizes: dict[str, Any] = dict(shape.config)
+        config = LlamaConfig(**sizes, vocab_size=vocabulary, max_position_embeddings=8192)
+        kind: Any = LlamaForCausalLM
         torch.manual_seed(0)
         with torch.device(setting.device):
-            self.model = LlamaForCausalLM._from_config(config, attn_implementation="sdpa", dtype=setting.dtype).eval()
+            self.model = kind._from_config(config, attn_implementation="sdpa", dtype=setting.dtype).eval()
         self.model.generation_config.eos_token_id = None
         self.model.generation_config.pad_token_id = 0
         self.policies = policies(shape)

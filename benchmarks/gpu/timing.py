@@ -63,7 +63,8 @@ class Sample:
 
 def sample(call: Call, device: torch.device) -> Sample:
     synchronise(device)
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if device.type == "cuda" else []
+    cuda: Any = torch.cuda
+    events = [cuda.Event(enable_timing=True) for _ in range(2)] if device.type == "cuda" else []
     started = time.perf_counter()
     if events:
         events[0].record()
@@ -176,7 +177,7 @@ def kernels(call: Call, device: torch.device) -> dict[str, Any]:
     total, launches, copies = 0.0, 0, 0
     attention: collections.Counter[str] = collections.Counter()
     for event in profiled.key_averages():
-        if event.device_type != torch.autograd.DeviceType.CUDA or getattr(event, "is_user_annotation", False):
+        if event.device_type.name != "CUDA" or getattr(event, "is_user_annotation", False):
             continue  # an annotation spans kernels that are there themselves
         total += event.self_device_time_total
         if event.key.startswith(("Memcpy", "Memset")):
