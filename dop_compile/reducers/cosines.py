@@ -14,9 +14,10 @@ from dop_compile.reducers.numbers import wide
 
 __all__ = ["Cosines", "product"]
 
-ROWS = 1024
-"""Of features that are converted at a time."""
-PAIR_NUMBERS = 1 << 21
+ROWS = 512
+"""Of features that are converted at a time. What is found of them is written to its place: results that are small, and
+kept between large ones that are not, would leave no room where these have been."""
+PAIR_NUMBERS = 1 << 19
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -32,9 +33,10 @@ class Cosines:
         self._features = features
         self.tokens, self.dim = features.shape
         tiny = torch.finfo(torch.float32).tiny
-        parts = features.split(ROWS) if self.tokens else ()
-        norms = [torch.linalg.vector_norm(part.to(wide(part.device)), dim=1) for part in parts]
-        self._scale = 1 / torch.cat(norms).clamp(min=tiny) if norms else features.new_zeros(0).to(wide(features.device))
+        norms = torch.empty(self.tokens, dtype=wide(features.device), device=features.device)
+        for part, into in zip(features.split(ROWS), norms.split(ROWS), strict=True):
+            into.copy_(torch.linalg.vector_norm(part.to(norms.dtype), dim=1))
+        self._scale = 1 / norms.clamp(min=tiny)
         # Every order of summation keeps within dim roundings of the sum of magnitudes, which is at most 1. Settings
         # that let float32 products be rounded to bfloat16 first cost 2^-8 more.
         self.error = (self.dim + 16) * 2.0**-24 + (0 if torch.get_float32_matmul_precision() == "highest" else 2.0**-7)
@@ -60,14 +62,17 @@ class Cosines:
 
     def own(self) -> Tensor:
         """(tokens,) float32 cosine of each token with itself: 1, or 0."""
-        parts = [self.units(slice(first, first + ROWS)) for first in range(0, self.tokens, ROWS)]
-        return torch.nan_to_num(torch.cat([part.square().sum(dim=1) for part in parts]).float())
+        result = torch.empty(self.tokens, device=self.device)
+        for first, into in zip(range(0, self.tokens, ROWS), result.split(ROWS), strict=False):
+            into.copy_(self.units(slice(first, first + ROWS)).square().sum(dim=1))
+        return torch.nan_to_num(result)
 
     def pairs(self, tokens: Tensor, others: Tensor) -> Tensor:
         """(n, k) float32 exact cosines of tokens (n,) with others (n, k), both on the CPU as is the result."""
         step = max(1, PAIR_NUMBERS // max(1, self.dim * others.shape[1]))
-        found = [
-            (self.units(o.flatten()).view(*o.shape, self.dim) @ self.units(t)[..., None])[..., 0]
-            for t, o in zip(tokens.to(self.device).split(step), others.to(self.device).split(step), strict=True)
-        ]
-        return torch.nan_to_num(torch.cat(found).float()).cpu()
+        tokens, others = tokens.to(self.device), others.to(self.device)
+        found = torch.empty(others.shape, device=self.device)
+        for into, one, other in zip(found.split(step), tokens.split(step), others.split(step), strict=True):
+            units = self.units(other.flatten()).view(*other.shape, self.dim)
+            into.copy_((units @ self.units(one)[..., None])[..., 0])
+        return torch.nan_to_num(found).cpu()

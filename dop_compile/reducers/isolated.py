@@ -14,8 +14,9 @@ from dop_compile.reducers.numbers import order_keys
 
 __all__ = ["most_isolated"]
 
-BLOCK, COMPLETED = 512, 8
-"""Tokens that are compared with at a time, and the most promising tokens of which each time all is found out."""
+BLOCK, COMPLETED, ROWS = 512, 8, 2048
+"""Tokens that are compared with at a time, the most promising tokens of which each time all is found out, and the
+tokens of one matrix product."""
 
 
 def most_isolated(cosines: Cosines, narrow: Tensor) -> int:
@@ -34,25 +35,30 @@ def most_isolated(cosines: Cosines, narrow: Tensor) -> int:
     )
     # In an order that has nothing to do with the picture, so that few columns tell much about every token
     order = torch.randperm(tokens, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
+    everything = torch.arange(tokens, device="cpu")
     slack = 2 * cosines.error + 2.0**-21
 
-    def compare(rows: Tensor, columns: Tensor) -> Tensor:
-        found = product(narrow[rows], narrow[columns])
-        return found.masked_fill_(rows[:, None] == columns, -torch.inf)
+    def compare(rows: Tensor, columns: Tensor, units: Tensor) -> Tensor:
+        """(rows,) the highest similarity to one of the columns."""
+        result = torch.empty(len(rows), device="cpu")
+        for some, into in zip(rows.split(ROWS), result.split(ROWS), strict=True):
+            found = product(narrow[some], units).masked_fill_(some[:, None] == columns, -torch.inf)
+            torch.amax(found, dim=1, out=into)
+        return result
 
     for first in range(0, tokens, BLOCK):
         columns = order[first : first + BLOCK]
-        highest[open_] = torch.maximum(highest[open_], compare(open_, columns).amax(dim=1))
+        highest[open_] = torch.maximum(highest[open_], compare(open_, columns, narrow[columns]))
         undecided = open_[~complete[open_]]
         if not len(undecided):
             break
         promising = undecided[highest[undecided].topk(min(COMPLETED, len(undecided)), largest=False).indices]
-        highest[promising] = compare(promising, torch.arange(tokens, device="cpu")).amax(dim=1)
+        highest[promising] = compare(promising, everything, narrow)
         complete[promising] = True
         limit = float(highest[complete].amin())
         open_ = open_[highest[open_] <= limit + slack]
     nearest = torch.full((len(open_),), -torch.inf, device="cpu")
-    for columns in torch.arange(tokens, device="cpu").split(BLOCK):
+    for columns in everything.split(BLOCK):
         units = cosines.units(columns)
         for rows, into in zip(open_.split(BLOCK), nearest.split(BLOCK), strict=True):
             found = cosines.with_units(rows, units).masked_fill_(rows[:, None] == columns, -torch.inf)

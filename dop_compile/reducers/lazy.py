@@ -19,7 +19,7 @@ from dop_compile.reducers.numbers import order_keys
 
 __all__ = ["farthest_points_lazily", "greedy_map_lazily"]
 
-POOL, BLOCK, GROUP = 1024, 128, 64
+POOL, BLOCK, GROUP = 1024, 128, 256
 """Tokens whose bounds are lowered together, tokens that are brought up to date, and tokens of one matrix product."""
 LOWEST = -(1 << 62)
 
@@ -30,7 +30,7 @@ class _Gains(Protocol):
     bounds: Tensor
 
     def lower(self, pool: Tensor, block: int) -> bool:
-        """Lower the bounds of a pool's tokens cheaply; False if those of its first `block` are as low as that goes."""
+        """Lower the bounds of a pool's tokens as cheaply as many can be; False if its first `block` have been."""
         ...
 
     def enter(self, block: Tensor) -> None:
@@ -161,11 +161,10 @@ class _Variances:
         return torch.where((variance > least) | variance.isneginf(), variance, 0.0)
 
     def lower(self, pool: Tensor, block: int) -> bool:
-        return False
-
-    def enter(self, block: Tensor) -> None:
         number = self._number
-        for part, first in _stale(block, self._seen, number):
+        if not bool((self._seen[pool[:block]] < number).any()):
+            return False
+        for part, first in _stale(pool, self._seen, number):
             row = self._cosines.with_units(part, self._chosen_units[first:number]).double()
             row = row * self._quality[part][:, None] * self._chosen_quality[first:number]
             row -= self._factor[part, :first] @ self._chosen_factor[first:number, :first].T
@@ -173,7 +172,10 @@ class _Variances:
             self._factor[part, first:number] = torch.linalg.solve_triangular(corner, row.T, upper=False).T
             left = self._whole[part] - self._factor[part, :number].square().sum(dim=1)
             self._variance[part] = self._kept(left, self._least[part])
-        self.bounds[block] = self._variance[block].float()
+        self.bounds[pool] = self._variance[pool].float()
+        return True
+
+    def enter(self, block: Tensor) -> None:
         self._block, self._units, self._rows = block, self._cosines.units(block), self._factor[block]
 
     def take(self, place: int) -> Tensor:

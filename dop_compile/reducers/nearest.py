@@ -69,11 +69,11 @@ class NearestTokens:
         found: list[tuple[Tensor, Tensor, Tensor]] = []
         first, limits = 0, torch.empty(0)
         while first < count:
-            height = SAMPLE if first == 0 else max(1, NUMBERS // count)
+            height = SAMPLE if not first else max(1, NUMBERS // count)
             own = product(self._units[first : first + height], self._units[first:])
             own += self._noise[2 * first :].as_strided(own.shape, (1, 1))
             own.diagonal().fill_(-torch.inf)
-            if first == 0:
+            if not first:
                 limits = _limits(own)
             for start in range(0, len(own), ROWS):
                 found += _above(own[start : start + ROWS], limits, first, start, len(own))
@@ -188,7 +188,10 @@ def _limits(own: Tensor) -> Tensor:
     if count <= WIDTH:
         return torch.full((count,), -torch.inf, device=own.device)
     wanted = max(1, round(EXPECTED * sample / count))
-    return torch.cat([part.T.contiguous().topk(wanted).values[:, -1] for part in own.split(LARGE, dim=1)])
+    limits = torch.empty(count, device=own.device)
+    for part, into in zip(own.split(LARGE, dim=1), limits.split(LARGE), strict=True):
+        into.copy_(part.T.contiguous().topk(wanted).values[:, -1])
+    return limits
 
 
 def _above(own: Tensor, limits: Tensor, first: int, start: int, height: int) -> list[tuple[Tensor, Tensor, Tensor]]:
