@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -31,11 +32,10 @@ def interleave(contenders: dict[str, Callable[[], Any]], rounds: int, device: to
 def environment(device: torch.device) -> dict[str, Any]:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    try:
+    commit = os.environ.get("COMMIT", "")  # for a copy whose git knows less
+    if not commit and shutil.which("git"):
         commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    except FileNotFoundError:
-        commit = ""
-    commit = commit or os.environ.get("COMMIT", "unknown")
+    commit = commit or "unknown"
     return {
         "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
         "threads": torch.get_num_threads(),

@@ -3,7 +3,7 @@
 Step t reads one row of the similarity per image and the t rows of the factor found so far: O(N t) numbers. A longer
 choice begins with the shorter one. On a GPU the steps are compiled, since there a launch costs more than its work.
 
-1. Small images: the similarity of all tokens with all is there.
+1. Small images (on a GPU middle-sized ones too): the similarity of all tokens with all is there.
 2. Large ones on the CPU: `lazy`.
 3. Large ones on a GPU, which a decision in Python would make wait, or in an export: each step computes its row.
 """
@@ -28,12 +28,15 @@ __all__ = ["diverse_tokens", "far_tokens", "farthest_points", "greedy_map"]
 EXPLAINED = 1e-6
 """Share of a token's own variance below which the chosen tokens are taken to explain it in full: the similarities are
 rounded to float32."""
+LARGE_ON_GPU = 6144
+"""As `LARGE`, on a GPU: there a row of similarity that is stored (144 MiB for all of them) costs one launch, and one that
+is made costs many."""
 
 
 @torch.no_grad()
 def diverse_tokens(contexts: Sequence[VisualContext], count: int) -> list[Tensor]:
     """`greedy_map` for the projected features and the relevance of contexts of equal size: (count,) int64 each."""
-    if contexts[0].tokens <= LARGE:
+    if _is_small(contexts[0].projected):
         return _small(contexts, lambda some: greedy_map(_similarity(some), stacked(some, "relevance"), count))
     found = []
     for context in contexts:
@@ -50,7 +53,7 @@ def diverse_tokens(contexts: Sequence[VisualContext], count: int) -> list[Tensor
 @torch.no_grad()
 def far_tokens(contexts: Sequence[VisualContext], count: int) -> list[Tensor]:
     """`farthest_points` for the projected features of contexts of equal size: (count,) int64 each."""
-    if contexts[0].tokens <= LARGE:
+    if _is_small(contexts[0].projected):
         return _small(contexts, lambda some: farthest_points(1 - _similarity(some), count))
     found = []
     for context in contexts:
@@ -70,6 +73,10 @@ def far_tokens(contexts: Sequence[VisualContext], count: int) -> list[Tensor]:
         rows = _rows_of(cosines)
         found.append(_farthest_points(lambda token, rows=rows: 1 - rows(token), torch.cat(nearest)[None], count)[0])
     return found
+
+
+def _is_small(features: Tensor) -> bool:
+    return len(features) <= (LARGE if features.device.type == "cpu" else LARGE_ON_GPU)
 
 
 def _small(contexts: Sequence[VisualContext], choose: Callable[[Sequence[VisualContext]], Tensor]) -> list[Tensor]:
