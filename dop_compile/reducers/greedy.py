@@ -29,8 +29,8 @@ EXPLAINED = 1e-6
 """Share of a token's own variance below which the chosen tokens are taken to explain it in full: the similarities are
 rounded to float32."""
 LARGE_ON_GPU = 6144
-"""As `LARGE`, on a GPU: there a row of similarity that is stored (144 MiB for all of them) costs one launch, and one that
-is made costs many."""
+"""As `LARGE`, on a GPU: there a stored row of similarity (144 MiB for all of them) costs one launch, and one that is
+made costs many."""
 
 
 @torch.no_grad()
