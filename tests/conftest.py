@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import settings
 from PIL import ImageFile
 
@@ -27,6 +28,12 @@ def pytest_configure() -> None:
 def pytest_runtest_setup() -> None:
     seed()  # before the fixtures, of which any may draw
     ImageFile.LOAD_TRUNCATED_IMAGES = False  # importing lmms-eval sets it
+
+
+@pytest.fixture
+def no_streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A PyTorch with CUDA makes no stream without a GPU, which offloaded caches ask for as soon as they are made."""
+    monkeypatch.setattr(torch, "Stream", lambda: None)
 
 
 @pytest.hookimpl(optionalhook=True)

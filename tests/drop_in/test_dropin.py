@@ -138,12 +138,6 @@ def test_router_logits() -> None:
         compiled(ids, output_router_logits=True)
 
 
-@pytest.fixture
-def no_streams(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A PyTorch with CUDA makes no stream without a GPU, which offloaded caches ask for as soon as they are made."""
-    monkeypatch.setattr(torch, "Stream", lambda: None)
-
-
 @pytest.mark.usefixtures("no_streams")
 @pytest.mark.parametrize("implementation", ["static", "quantized", "offloaded"])
 def test_other_caches(implementation: str) -> None:

@@ -205,6 +205,7 @@ def test_reset_forgets_the_conversation() -> None:
     assert not cache.is_initialized
 
 
+@pytest.mark.usefixtures("no_streams")
 @pytest.mark.parametrize(
     ("make", "message"),
     [
