@@ -84,7 +84,8 @@ def test_wrong_usage_is_code_2(capsys: pytest.CaptureFixture[str], argv: list[st
 def test_explain_needs_no_weights(capsys: pytest.CaptureFixture[str], model: str, tmp_path: Path, policy: str) -> None:
     alone = tmp_path / "config.json"
     alone.write_text((Path(model) / "config.json").read_text())
-    outputs = [run(capsys, "explain", where, "--policy", policy) for where in (model, str(tmp_path), str(alone))]
+    tail = ["--policy", policy, "--system", "35", "--text", "100"]
+    outputs = [run(capsys, "explain", where, *tail) for where in (model, str(tmp_path), str(alone))]
     assert [code for code, _, _ in outputs] == [0, 0, 0]
     assert outputs[0] == outputs[1] == outputs[2]
     assert "visual frozen" in outputs[0][1]
@@ -279,7 +280,7 @@ def test_bad_policies(capsys: pytest.CaptureFixture[str], model: str, tmp_path: 
     assert "given twice" in answer("--policy", policy, "--policy", policy)
     assert "--tier: 'b' is not one of" in answer("--policy", policy, "--tier", "b")
     assert "unknown reducer 'best'" in answer("--visual-tokens", "3", "--reducer", "best")
-    assert "reach into the visual tokens" in answer("--visual-tokens", "3", "--rows", "200")
+    assert "reach into the visual tokens" in answer("--visual-tokens", "3", "--rows", "110", "--text", "100")
     assert "cannot write there" in answer("--save-policy", str(tmp_path / "deep.json" / "p.json"), "--json")
     before = Path(policy).read_bytes()
     assert "there already" in answer("--save-policy", policy)

@@ -7,6 +7,7 @@ import functools
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,17 +29,17 @@ def lacking(monkeypatch: pytest.MonkeyPatch, *autos: str, error: type[Exception]
     """Let parts fail to load as without torchvision, whether or not it is installed."""
 
     def fail(*args: Any, **kwargs: Any) -> None:
-        raise error("This requires the Torchvision library, which has to be installed")
+        raise error("This requires the Torchvision library, which is to be installed")
 
-    for auto in autos:
-        monkeypatch.setattr(getattr(hf, auto), "from_pretrained", fail)
+    for auto in autos:  # not their attributes: where torchvision is missing the classes are placeholders
+        monkeypatch.setattr(hf, auto, SimpleNamespace(from_pretrained=fail))
 
 
 def whole_fails(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     def fail(*args: Any, **kwargs: Any) -> None:
         raise error
 
-    monkeypatch.setattr(hf.AutoProcessor, "from_pretrained", fail)
+    monkeypatch.setattr(hf, "AutoProcessor", SimpleNamespace(from_pretrained=fail))
 
 
 @pytest.fixture
@@ -100,10 +101,15 @@ def test_other_failures_are_not_hidden(monkeypatch: pytest.MonkeyPatch, tmp_path
     with pytest.raises(ValueError, match="damaged"):
         load_processor(QWEN)
     whole_fails(monkeypatch, ImportError("no package"))
-    with monkeypatch.context() as patch:
-        lacking(patch, "AutoVideoProcessor", error=ValueError)
-        with pytest.raises(ValueError, match="Torchvision"):
-            load_processor(QWEN)
+    lacking(monkeypatch, "AutoVideoProcessor", error=KeyError)
+    with pytest.raises(KeyError, match="Torchvision"):
+        load_processor(QWEN)
+
+
+def test_a_package_may_be_missed_by_a_value_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole_fails(monkeypatch, ValueError("requires `torchvision` to be installed"))
+    lacking(monkeypatch, "AutoVideoProcessor", error=ValueError)
+    assert isinstance(load_processor(QWEN).video_processor, MissingPart)
 
 
 def test_a_whole_processor_is_transformers_own() -> None:

@@ -6,7 +6,8 @@
     inputs = reader(images, prompts)                # what the model's forward and generate take
 
 `AutoProcessor` does the same as `reader` for `llava`. For `qwen2_5_vl` it needs torchvision, which a CPU build of torch
-may not be able to load, so that `reader` puts tokenizer and image processor together itself.
+may not be able to load, so that `reader` puts tokenizer and image processor together itself (as
+`dop_compile.processors` does for any model).
 """
 
 from __future__ import annotations

@@ -184,7 +184,7 @@ def test_a_prompt_without_visual_tokens_is_all_text() -> None:
 @pytest.mark.parametrize("family", [name for name, f in FAMILIES.items() if not f.is_text_only])
 def test_every_family_is_explained(family: str) -> None:
     layers = FAMILIES[family].num_layers
-    result = explain(compiled_with(family, Policy.depthwise(layers, **SPLIT, visual_tokens=5)))
+    result = explain(compiled_with(family, Policy.depthwise(layers, **SPLIT, visual_tokens=5)), visual=576)
     assert (result.entering, len(result.layers)) == (5, layers)
     assert result.summary.executed_ratio is not None
     assert result.summary.executed_ratio < 0.5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,14 @@ def test_rows_are_there_again_bit_for_bit(tmp_path: Path) -> None:
     assert filled(path, 2, 0).rows == numbered(2, 0)
     assert Progress(path, HEADER).rows == numbered(2, 0)
     assert not path.exists()
+
+
+@pytest.mark.parametrize("mark", ["\u2028", "\u0085"])
+def test_only_line_feeds_end_a_line(tmp_path: Path, mark: str) -> None:
+    path, row = tmp_path / "d.json", {"number": 0, "answer": f"a{mark}b"}
+    lines = [json.dumps(value, ensure_ascii=False) + "\n" for value in (HEADER, row)]
+    (tmp_path / "d.json.progress-0").write_text("".join(lines), encoding="utf-8")
+    assert Progress(path, HEADER, writes=False).rows == {0: row}
 
 
 def test_without_a_path_rows_are_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,6 +48,17 @@ def test_lines_become_rows_with_paths_relative_to_the_file(photos: Path) -> None
     assert rows[2].name == f"{path}, line 4"
 
 
+@pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\u0085", "\x1c", "\x0b", "\r\n"])
+def test_only_line_feeds_end_a_line(photos: Path, mark: str) -> None:
+    prompt = f"Read row 1.{mark.strip(chr(13) + chr(10))}Thanks"
+    lines = [json.dumps({"image": "photos/0.png", "prompt": prompt}, ensure_ascii=False) for _ in range(2)]
+    path = photos / "samples.jsonl"
+    if mark in ("\x1c", "\x0b"):  # JSON has them escaped
+        lines = [json.dumps({"image": "photos/0.png", "prompt": prompt}) for _ in range(2)]
+    path.write_text(("\r\n" if mark == "\r\n" else "\n").join(lines), encoding="utf-8")
+    assert [row.prompt for row in read_jsonl(path)] == [prompt] * 2
+
+
 @pytest.mark.parametrize(
     ("document", "message"),
     [
