@@ -30,7 +30,7 @@ ROWS = 512
 CROWDED = 0.8
 """Where fewer of the tokens that a search looks at are left, the others are forgotten."""
 SINGLY, FEW = 8, 64
-"""Entries that are tried one by one, since most tokens find theirs among the first; those of few tokens, all at once."""
+"""Entries that are tried one by one, as most tokens find theirs among the first; those of few tokens, all at once."""
 
 
 class NearestTokens:
