@@ -73,6 +73,6 @@ class Cosines:
         tokens, others = tokens.to(self.device), others.to(self.device)
         found = torch.empty(others.shape, device=self.device)
         for into, one, other in zip(found.split(step), tokens.split(step), others.split(step), strict=True):
-            units = self.units(other.flatten()).view(*other.shape, self.dim)
-            into.copy_((units @ self.units(one)[..., None])[..., 0])
+            rows = self._features[other.flatten()].to(self._scale.dtype).view(*other.shape, self.dim)
+            into.copy_((rows @ self.units(one)[..., None])[..., 0] * self._scale[other])
         return torch.nan_to_num(found).cpu()

@@ -16,21 +16,21 @@ import torch
 from torch import Tensor
 
 from dop_compile.reducers.cosines import Cosines, product
-from dop_compile.reducers.numbers import LARGE, NUMBERS
+from dop_compile.reducers.numbers import LARGE, NUMBERS, order_keys
 
 __all__ = ["NearestTokens"]
 
 Array = np.ndarray[Any, Any]
 WIDTH, EXPECTED, SAMPLE = 96, 80, 2048
 """Entries of a list, how many it has on average at first, and the tokens by which its limit is found."""
-EXACT, EXACT_NUMBERS = 8, 1 << 13
-"""Entries of which the exact cosine is computed at a time, at least, and how many numbers of features that may read."""
+STEPS, STEP_NUMBERS = (32, 16), 1 << 14
+"""Entries of which the exact cosine is computed at a time (they divide a list), as many as read no more numbers."""
 ROWS = 512
 """Of a block of similarities that are looked through at a time."""
 CROWDED = 0.8
 """Where fewer of the tokens that a search looks at are left, the others are forgotten."""
-SINGLY = 8
-"""Entries that are tried one after the other; most tokens find theirs among the first."""
+SINGLY, FEW = 8, 64
+"""Entries that are tried one by one, as most tokens find theirs among the first; those of few tokens, all at once."""
 
 
 class NearestTokens:
@@ -43,7 +43,7 @@ class NearestTokens:
 
     def __init__(self, cosines: Cosines, tokens: Tensor):
         self._cosines, self._tokens = cosines, tokens.numpy()
-        self._step = min(2 * EXACT, max(EXACT, EXACT_NUMBERS // cosines.dim))
+        self._step = next((step for step in STEPS if step * cosines.dim <= STEP_NUMBERS), STEPS[-1])
         count = len(tokens)
         self._near = np.zeros((count, WIDTH), dtype=np.int32)
         self._value = np.zeros((count, WIDTH), dtype=np.float32)
@@ -84,7 +84,8 @@ class NearestTokens:
 
     def _fill(self, limits: Array, one: Array, near: Array, value: Array) -> None:
         """Lists of the members: the entries (near, value) of the member numbered `one`, above its limit."""
-        order = np.lexsort((-value, one))
+        keys = order_keys(torch.from_numpy(value), torch.zeros(1, dtype=torch.long)).numpy() >> 32
+        order = ((one << 33) - keys).argsort()
         one, near, value = one[order], near[order], value[order]
         places, counts = self._members, np.bincount(one, minlength=len(limits))
         rank = np.arange(len(one)) - (counts.cumsum() - counts)[one]
@@ -140,15 +141,15 @@ class NearestTokens:
 
     def _look_up(self, places: Array, inside: Array, at: Array, result: Array) -> Array:
         """Write the results that the lists tell; which of `at` are left."""
-        rows = places[at]
-        for shown, sure in zip(self._shown[:SINGLY], self._sure[:SINGLY], strict=True):
+        rows, first = places[at], SINGLY if len(at) > FEW else 0
+        for shown, sure in zip(self._shown[:first], self._sure[:first], strict=True):
             hit = inside.take(shown.take(rows))
             found, rest = np.flatnonzero(hit), np.flatnonzero(~hit)
             result[at.take(found)] = sure.take(rows.take(found))
             at, rows = at.take(rest), rows.take(rest)
-        hit = inside[self._shown[SINGLY:, rows]]
+        hit = inside[self._shown[first:, rows]]
         found, rest = np.flatnonzero(hit.any(axis=0)), np.flatnonzero(~hit.any(axis=0))
-        result[at[found]] = self._sure[SINGLY + hit.argmax(axis=0)[found], rows[found]]
+        result[at[found]] = self._sure[first + hit.argmax(axis=0)[found], rows[found]]
         return at[rest]
 
     def _search(self, places: Array, inside: Array, left: Array) -> Array:
@@ -188,6 +189,9 @@ def _limits(own: Tensor) -> Tensor:
     if count <= WIDTH:
         return torch.full((count,), -torch.inf, device=own.device)
     wanted = max(1, round(EXPECTED * sample / count))
+    # The largest of each few rows will do: of two among them that count, one is missed, and the limit is a bit lower
+    few = max(1, min(16, sample // (8 * wanted)))
+    own = own[: sample // few * few].view(-1, few, count).amax(dim=1)
     limits = torch.empty(count, device=own.device)
     for part, into in zip(own.split(LARGE, dim=1), limits.split(LARGE), strict=True):
         into.copy_(part.T.contiguous().topk(wanted).values[:, -1])
