@@ -311,7 +311,7 @@ class Frame:
         self.session.streams.begin_generate(1 if prompt is None else prompt.shape[1])
         for part in self.chain[:-1]:
             if isinstance(part, PreTrainedModel) and part.can_generate():
-                part._prepare_cache_for_generation = own(self._noting_cache(part))
+                vars(part)["_prepare_cache_for_generation"] = own(self._noting_cache(part))
         self._watch_vision(self._encoded)
         self._follow_inner_generate(args, kwargs)
         return self._generate(*args, **kwargs)

@@ -36,10 +36,9 @@ class Session:
 
     def inner(self, named: dict[str, Any]) -> Session:
         """The session of a `generate` that is called from this one, with what it says itself in `named`."""
-        said = {name: named.get(name) for name in CALL_ARGUMENTS}
-        tier = said.pop("tier") or self.tier
-        said = {name: getattr(self, name) if value is None else value for name, value in said.items()}
-        return Session(tier, **said, policy=self.policy if tier == self.tier else None)
+        said = {n: getattr(self, n) if named.get(n) is None else named[n] for n in CALL_ARGUMENTS}
+        policy = self.policy if said["tier"] == self.tier else None
+        return Session(said["tier"], said["visual_indices"], said["token_groups"], policy)
 
 
 def presented_as(method: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:

@@ -70,9 +70,13 @@ def far_tokens(contexts: Sequence[VisualContext], count: int) -> list[Tensor]:
                 similarity = similarity.masked_fill(some[:, None] == others, -torch.inf)
                 near = torch.maximum(near, similarity.amax(dim=1))
             nearest.append(1 - near)
-        rows = _rows_of(cosines)
-        found.append(_farthest_points(lambda token, rows=rows: 1 - rows(token), torch.cat(nearest)[None], count)[0])
+        rows = functools.partial(_distances, _rows_of(cosines))
+        found.append(_farthest_points(rows, torch.cat(nearest)[None], count)[0])
     return found
+
+
+def _distances(rows: Callable[[Tensor], Tensor], token: Tensor) -> Tensor:
+    return 1 - rows(token)
 
 
 def _is_small(features: Tensor) -> bool:

@@ -80,7 +80,8 @@ def stacked(contexts: Sequence[VisualContext], name: str) -> Tensor:
 
 def at_once(contexts: Sequence[VisualContext], name: str) -> int:
     """How many of these contexts of equal size to work on together, so that temporaries stay small."""
-    tokens, width = getattr(contexts[0], name).shape
+    features: Tensor = getattr(contexts[0], name)
+    tokens, width = features.shape
     return max(1, NUMBERS // max(1, tokens * max(width, min(tokens, LARGE))))
 
 

@@ -64,5 +64,6 @@ def _select(contexts: Sequence[VisualContext], count: int) -> list[Selection]:
     kept = order[:, : count - 1]
     features, dropped = stacked(contexts, "features"), others(kept, tokens)
     parts = dropped.split(pieces(features), dim=1)
-    total = sum(rows_of(features, part).to(wide(features.device)).sum(dim=1, keepdim=True) for part in parts)
+    sums = [rows_of(features, part).to(wide(features.device)).sum(dim=1, keepdim=True) for part in parts]
+    total = torch.stack(sums).sum(dim=0)
     return merged_selections(contexts, kept, dropped[:, -1:], total / dropped.shape[1])

@@ -127,10 +127,10 @@ def observing(modules: VisionModules, attentions: dict[Tower, int]) -> Iterator[
             leaf = _private(owner, tower.attention_path(layer), made)
             leaf.forward = _noting_attention(tower, leaf, observed)
         for module in (owner, *(copy for _, copy in made.values())):
-            if hasattr(module, "pixel_shuffle"):
-                vars(module)["pixel_shuffle"] = _noting_shuffle(module.pixel_shuffle, observed)
-        if hasattr(owner, "pack_image_features"):
-            vars(owner)["pack_image_features"] = _noting_packing(owner.pack_image_features, observed)
+            if (shuffle := getattr(module, "pixel_shuffle", None)) is not None:
+                vars(module)["pixel_shuffle"] = _noting_shuffle(shuffle, observed)
+        if (pack := getattr(owner, "pack_image_features", None)) is not None:
+            vars(owner)["pack_image_features"] = _noting_packing(pack, observed)
         yield observed
     finally:
         owner._modules.clear()
