@@ -15,6 +15,7 @@ import torch
 import transformers as hf
 
 from digits_vlm import data, models
+from dop_compile import processors
 from dop_compile.commands.processing import prompt_inputs
 from dop_compile.processors import MissingPart, load_processor
 from tests.command_line import refused, run
@@ -31,15 +32,15 @@ def lacking(monkeypatch: pytest.MonkeyPatch, *autos: str, error: type[Exception]
     def fail(*args: Any, **kwargs: Any) -> None:
         raise error("This requires the Torchvision library, which is to be installed")
 
-    for auto in autos:  # not their attributes: where torchvision is missing the classes are placeholders
-        monkeypatch.setattr(hf, auto, SimpleNamespace(from_pretrained=fail))
+    for auto in autos:  # in the module that is asked, and not their attributes: where torchvision is missing the classes are placeholders
+        monkeypatch.setattr(processors.hf, auto, SimpleNamespace(from_pretrained=fail))
 
 
 def whole_fails(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     def fail(*args: Any, **kwargs: Any) -> None:
         raise error
 
-    monkeypatch.setattr(hf, "AutoProcessor", SimpleNamespace(from_pretrained=fail))
+    monkeypatch.setattr(processors.hf, "AutoProcessor", SimpleNamespace(from_pretrained=fail))
 
 
 @pytest.fixture
