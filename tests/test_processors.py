@@ -32,7 +32,8 @@ def lacking(monkeypatch: pytest.MonkeyPatch, *autos: str, error: type[Exception]
     def fail(*args: Any, **kwargs: Any) -> None:
         raise error("This requires the Torchvision library, which is to be installed")
 
-    for auto in autos:  # in the module that is asked, and not their attributes: where torchvision is missing the classes are placeholders
+    # In the module that is asked, and not their attributes: where torchvision is missing the classes are placeholders
+    for auto in autos:
         monkeypatch.setattr(processors.hf, auto, SimpleNamespace(from_pretrained=fail))
 
 
