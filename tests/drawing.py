@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from hypothesis import HealthCheck, settings
+from hypothesis.database import DirectoryBasedExampleDatabase
 from hypothesis.internal.conjecture import providers
 
 __all__ = ["FUZZ", "examples", "register_profiles", "same_constants", "seed"]
@@ -18,11 +19,14 @@ USUAL, MANY = 100, 500
 
 
 def register_profiles() -> None:
-    """`same` is the default. No test depends on how fast the machine is."""
+    """`same` is the default. No test depends on how fast the machine is, nor on the variables that say it is CI."""
     checks = [HealthCheck.too_slow, HealthCheck.data_too_large]
     no_clock: dict[str, Any] = {"deadline": None, "suppress_health_check": checks}
     settings.register_profile(SAME, max_examples=USUAL, derandomize=True, database=None, **no_clock)
-    settings.register_profile(FUZZ, max_examples=MANY, derandomize=False, print_blob=True, **no_clock)
+    remembered = DirectoryBasedExampleDatabase(".hypothesis/examples")
+    settings.register_profile(
+        FUZZ, max_examples=MANY, derandomize=False, database=remembered, print_blob=True, **no_clock
+    )
     settings.load_profile(SAME)
 
 
