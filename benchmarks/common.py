@@ -16,8 +16,8 @@ import torch
 import transformers
 
 import dop_compile as package
-from dop_compile.benchmark import rounds as interleaved
-from dop_compile.benchmark.rounds import synchronise
+from dop_compile.timing import rounds as interleaved
+from dop_compile.timing.rounds import synchronise
 
 __all__ = ["environment", "interleave", "synchronise"]
 

@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
 from dop_compile import Policy, dop_compile
 from dop_compile.compiler import build_graph
-from dop_compile.keep import KeepTable
+from dop_compile.policy.keep import KeepTable
 from dop_compile.tokens import Universe
 
 SMALL = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "vocab_size": 1000}

@@ -37,17 +37,17 @@ from prefill import GEOMETRIES, Bench, policies
 from torch import Tensor
 
 from dop_compile import dop_compile, explain, export_onnx
-from dop_compile.onnx.manifest import Manifest
-from dop_compile.onnx.sessions import GraphSession
-from dop_compile.onnx.shapes import Shapes
+from dop_compile.onnx.contract.manifest import Manifest
+from dop_compile.onnx.export.shapes import Shapes
+from dop_compile.onnx.run.sessions import GraphSession
 
 TIERS = ("100%", "37%", "28%", "28% split")
 MEMORY = """
 import sys, time
 from pathlib import Path
 import torch
-from dop_compile.onnx.manifest import Manifest
-from dop_compile.onnx.sessions import GraphSession
+from dop_compile.onnx.contract.manifest import Manifest
+from dop_compile.onnx.run.sessions import GraphSession
 
 folder, shared, tiers = Path(sys.argv[1]), sys.argv[2] == "shared", sys.argv[3].split(",")
 

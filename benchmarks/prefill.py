@@ -23,11 +23,11 @@ from common import environment, interleave
 from transformers import CLIPVisionConfig, CLIPVisionModel, DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from dop_compile import Policy, dop_compile, explain, prefill_flops
-from dop_compile.benchmark.rounds import ratio
+from dop_compile.hf.spellings import CACHE, spelled
 from dop_compile.runtime.decoder import run_decoder
 from dop_compile.runtime.prompt import Prompt, make_reducer, reduce_prompt
 from dop_compile.runtime.slots import Call
-from dop_compile.spellings import CACHE, spelled
+from dop_compile.timing.rounds import ratio
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,16 +3,16 @@
 from typing import TYPE_CHECKING, Any
 
 from dop_compile.compiler import dop_compile
-from dop_compile.costs import prefill_flops
 from dop_compile.errors import PassError, UnsupportedModelError, UnsupportedUsageError
-from dop_compile.fingerprint import model_fingerprint
+from dop_compile.hf.fingerprint import model_fingerprint
 from dop_compile.loading import from_pretrained
-from dop_compile.policy import Policy
+from dop_compile.policy.costs import prefill_flops
+from dop_compile.policy.policy import Policy
+from dop_compile.policy.tiers import load_policies, push_policies, save_policies
 from dop_compile.reports.explain import Explanation, executed_flops, explain
-from dop_compile.tiers_file import load_policies, push_policies, save_policies
 
 if TYPE_CHECKING:
-    from dop_compile.onnx.export import export_onnx
+    from dop_compile.onnx.export.export import export_onnx
 
 __all__ = [
     "Explanation",

@@ -185,13 +185,13 @@ def _run(arguments: argparse.Namespace, argv: Sequence[str] | None) -> int:
     # Imported late: --help and typing errors are answered at once
     from transformers.utils import logging
 
-    from dop_compile.benchmark import commands as benchmark
+    from dop_compile.commands import evaluate as evaluation
+    from dop_compile.commands import export as onnx
+    from dop_compile.commands import measuring as search
     from dop_compile.commands import run as commands
+    from dop_compile.commands.search import search_command
     from dop_compile.commands.unused import check_unused, given_options
-    from dop_compile.evaluation import commands as evaluation
-    from dop_compile.onnx import commands as onnx
-    from dop_compile.search import commands as search
-    from dop_compile.search.search_command import search_command
+    from dop_compile.timing import commands as benchmark
 
     if not arguments.debug:
         logging.set_verbosity(40)  # errors only

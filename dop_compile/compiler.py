@@ -16,21 +16,21 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dop_compile.copies import copy_path, is_own, rebound
 from dop_compile.drop_in.following import OriginalFollower, Views
 from dop_compile.drop_in.frame import GENERATE_REPLACED
 from dop_compile.drop_in.model import drop_in
-from dop_compile.drop_in.model_path import block_path, decoder_path, path_modules, placeholder_ids, unblocked
 from dop_compile.drop_in.wrapped_forward import wrapped_forward
 from dop_compile.errors import PassError, UnsupportedModelError, UnsupportedUsageError
-from dop_compile.fingerprint import model_fingerprint
-from dop_compile.keep import KeepTable
+from dop_compile.hf.copies import copy_path, is_own, rebound
+from dop_compile.hf.fingerprint import model_fingerprint
+from dop_compile.hf.kernels import is_flash
+from dop_compile.hf.model_path import block_path, decoder_path, path_modules, placeholder_ids, unblocked
 from dop_compile.passes import PIPELINE, DecoderGraph, check_graph, run_passes
 from dop_compile.passes.annotate import ANNOTATE
 from dop_compile.passes.cleanup import eliminate_dead_nodes
-from dop_compile.policy import Policy
+from dop_compile.policy.keep import KeepTable
+from dop_compile.policy.policy import Policy
 from dop_compile.reducers import create
-from dop_compile.runtime.flash import is_flash
 from dop_compile.runtime.pieces import PieceLibrary, check_backend
 from dop_compile.runtime.program import Program
 from dop_compile.tokens import Universe

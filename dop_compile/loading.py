@@ -15,8 +15,8 @@ from typing import Any
 import transformers
 
 from dop_compile.compiler import dop_compile
-from dop_compile.policy import Policy
-from dop_compile.tiers_file import load_policies
+from dop_compile.policy.policy import Policy
+from dop_compile.policy.tiers import load_policies
 
 __all__ = ["from_pretrained"]
 

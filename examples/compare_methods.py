@@ -28,9 +28,9 @@ sys.path.append(str(Path(__file__).parent))
 
 from digits_vlm import data, models
 from dop_compile import UnsupportedUsageError, dop_compile
-from dop_compile.drop_in.model_path import placeholder_ids
 from dop_compile.evaluation import Evaluation, Method, Planner, count_tokens, evaluate, method_names
 from dop_compile.evaluation.report import markdown, tradeoff_figure
+from dop_compile.hf.model_path import placeholder_ids
 from dop_compile.reducers import known, resize_processor
 from dop_compile.search import InfeasibleBudgetError, measure_attention, measure_divergences
 

@@ -15,9 +15,9 @@ import torch
 import tritonclient.grpc as triton
 from tritonclient.utils import np_to_triton_dtype
 
-from dop_compile.onnx.manifest import Manifest
-from dop_compile.onnx.plain import PlainPipeline
-from dop_compile.onnx.runtime_inputs import Reader, as_images, skeleton
+from dop_compile.onnx.contract.manifest import Manifest
+from dop_compile.onnx.run.inputs import Reader, as_images, skeleton
+from dop_compile.onnx.run.plain import PlainPipeline
 
 
 class TritonGraph:

@@ -23,7 +23,7 @@ sys.path.append(str(Path(__file__).parent))
 from digits_vlm import data, models
 from digits_vlm.evaluate import accuracy
 from dop_compile import Policy, dop_compile
-from dop_compile.costs import prefill_flops_ratio
+from dop_compile.policy.costs import prefill_flops_ratio
 from dop_compile.search import (
     Divergences,
     InfeasibleBudgetError,

@@ -3,9 +3,10 @@
 from dop_compile.passes.annotate import ANNOTATE
 from dop_compile.passes.dump import dump
 from dop_compile.passes.graph import DecoderGraph
-from dop_compile.passes.infra import Pass, PassReport, describe_passes, run_passes
+from dop_compile.passes.infra import Pass, describe_passes, run_passes
 from dop_compile.passes.narrow_residual import NARROW_RESIDUAL
 from dop_compile.passes.remove_dead import REMOVE_DEAD
+from dop_compile.passes.report import PassReport
 from dop_compile.passes.resume import RESUME
 from dop_compile.passes.share_frozen import SHARE_FROZEN
 from dop_compile.passes.slice_operations import SLICE_OPERATIONS

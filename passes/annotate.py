@@ -26,10 +26,13 @@ from torch import Tensor, fx
 
 from dop_compile import ops
 from dop_compile.errors import PassError
+from dop_compile.hf.kernels import MASK_BUILDERS
+from dop_compile.passes.blocks import MHA, MLP, Block, Junction
 from dop_compile.passes.cleanup import eliminate_dead_nodes, eliminate_duplicates
-from dop_compile.passes.graph import MHA, MLP, Block, DecoderGraph, Junction, depends_on, is_add
-from dop_compile.passes.infra import Pass, PassReport
-from dop_compile.tracing.trace import BATCH, CACHE_INPUT, MASK_BUILDERS, TOKENS, is_length, is_packed
+from dop_compile.passes.graph import DecoderGraph, depends_on, is_add
+from dop_compile.passes.infra import Pass
+from dop_compile.passes.report import PassReport
+from dop_compile.tracing.trace import BATCH, CACHE_INPUT, TOKENS, is_length, is_packed
 
 __all__ = ["ANNOTATE"]
 

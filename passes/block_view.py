@@ -9,7 +9,8 @@ from torch import Tensor, fx
 
 from dop_compile import ops
 from dop_compile.errors import PassError
-from dop_compile.passes.graph import Block, DecoderGraph, has_tokens
+from dop_compile.passes.blocks import Block
+from dop_compile.passes.graph import DecoderGraph, has_tokens
 from dop_compile.tokens import TokenSet
 
 __all__ = ["BlockView", "ancestors_inside", "attention_arguments", "select_mask", "sides"]

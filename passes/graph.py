@@ -1,121 +1,27 @@
-"""The decoder graph as the passes see it: junctions on a residual stream, and the blocks between them.
-
-A *junction* is an addition to the residual stream (or a step that replaces it); a *block* is one MHA or MLP branch of
-a junction, with the token sets it computes for. Index tensors that move tokens between sets are inputs of the graph,
-described by an `IndexSpec`.
-"""
+"""The decoder graph as the passes see it: what they read, and the only ways in which they change it."""
 
 from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from dop_compile import ops
 from dop_compile.errors import PassError
-from dop_compile.keep import KeepTable
+from dop_compile.passes.blocks import Block, IndexSpec, Junction
+from dop_compile.passes.report import PassReport
 from dop_compile.passes.stages import Stages
+from dop_compile.policy.keep import KeepTable
 from dop_compile.tokens import TokenSet, Universe
 from dop_compile.tracing.proxies import BATCH, TOKENS
 from dop_compile.tracing.trace import TracedDecoder
 
-if TYPE_CHECKING:
-    from dop_compile.passes.infra import PassReport
-
-__all__ = [
-    "MHA",
-    "MLP",
-    "Block",
-    "DecoderGraph",
-    "IndexSpec",
-    "Junction",
-    "depends_on",
-    "has_tokens",
-    "is_add",
-    "token_dims",
-]
-
-MHA, MLP = "mha", "mlp"
-
-
-@dataclass(frozen=True)
-class IndexSpec:
-    """An index tensor that the graph takes as an input and `TokenLayout` computes for each batch."""
-
-    kind: str  # "gather", "scatter" or "merge"
-    tokens: TokenSet
-    others: tuple[TokenSet, ...]
-
-    @property
-    def name(self) -> str:
-        return f"{self.kind}_{self.tokens}_in_{'_and_'.join(str(other) for other in self.others)}"
-
-
-@dataclass
-class Block:
-    """A residual branch: everything between a stream value and the addition of the branch to the stream.
-
-    For attention `tokens` are the queries and `keys` the tokens that supply keys and values; for an MLP `keys` is
-    empty. `branch` is None once no token is left to compute for. `fused` says that queries, keys and values come from
-    one projection, which therefore runs for all tokens that are any of them. `part` numbers the MLP branches of a layer
-    that has several (Gemma 4 adds one that reads per-layer embeddings).
-    """
-
-    kind: str
-    layer: int
-    branch: fx.Node | None
-    nodes: tuple[fx.Node, ...]
-    tokens: TokenSet
-    keys: TokenSet
-    attention: fx.Node | None = None
-    update: fx.Node | None = None
-    fused: bool = False
-    part: int = 0
-
-    @property
-    def name(self) -> str:
-        return f"L{self.layer:02d}_{self.kind}{self.part + 1 if self.part else ''}"
-
-    @property
-    def reads(self) -> TokenSet:
-        return self.tokens | self.keys
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether every token takes part in every way."""
-        return self.tokens.is_all and (self.kind != MHA or self.keys.is_all)
-
-
-@dataclass
-class Junction:
-    """``out = stream + sum of branches``; parallel MHA and MLP share one. A transform replaces the stream instead."""
-
-    stream: fx.Node
-    out: fx.Node
-    blocks: tuple[Block, ...]
-    token_wise: bool = True
-
-    @property
-    def writes(self) -> TokenSet | None:
-        sets = [block.tokens for block in self.blocks]
-        return None if not sets else _union(sets)
-
-    @property
-    def reads(self) -> TokenSet | None:
-        sets = [block.reads for block in self.blocks]
-        return None if not sets else _union(sets)
-
-
-def _union(sets: Sequence[TokenSet]) -> TokenSet:
-    result = sets[0]
-    for tokens in sets[1:]:
-        result = result | tokens
-    return result
+__all__ = ["DecoderGraph", "depends_on", "has_tokens", "is_add", "token_dims"]
 
 
 @dataclass

@@ -9,32 +9,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from dop_compile.errors import PassError
 from dop_compile.passes.dump import diff_dumps, dump
 from dop_compile.passes.graph import DecoderGraph
+from dop_compile.passes.report import PassReport
 
-__all__ = ["Pass", "PassReport", "describe_passes", "run_passes"]
-
-
-@dataclass
-class PassReport:
-    """What a pass did: how many rewrites, and why it left what it left."""
-
-    name: str
-    number: int = 0
-    rewritten: int = 0
-    kept: list[str] = field(default_factory=list)
-    nodes_before: int = 0
-    nodes_after: int = 0
-    seconds: float = 0.0
-
-    def __str__(self) -> str:
-        return (
-            f"# {self.number:02d} {self.name} | {self.rewritten} rewritten, {len(self.kept)} kept | "
-            f"nodes {self.nodes_before} -> {self.nodes_after} | {1000 * self.seconds:.0f} ms"
-        )
+__all__ = ["Pass", "describe_passes", "run_passes"]
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,11 @@ from dataclasses import dataclass
 from torch import fx
 
 from dop_compile import ops
+from dop_compile.passes.blocks import Junction
 from dop_compile.passes.cleanup import eliminate_dead_nodes
-from dop_compile.passes.graph import DecoderGraph, Junction
-from dop_compile.passes.infra import Pass, PassReport
+from dop_compile.passes.graph import DecoderGraph
+from dop_compile.passes.infra import Pass
+from dop_compile.passes.report import PassReport
 from dop_compile.tokens import Atom, TokenSet
 
 __all__ = ["NARROW_RESIDUAL"]

@@ -21,9 +21,10 @@ from torch import fx
 
 from dop_compile import ops
 from dop_compile.errors import PassError
+from dop_compile.hf.kernels import eager_attention
 from dop_compile.passes.block_view import BlockView, ancestors_inside, attention_arguments, select_mask, sides
-from dop_compile.passes.graph import MHA, Block, DecoderGraph, Junction
-from dop_compile.rankings.view import eager_attention
+from dop_compile.passes.blocks import MHA, Block, Junction
+from dop_compile.passes.graph import DecoderGraph
 
 __all__ = ["rank_in_layer"]
 

@@ -12,8 +12,10 @@ that a ranking inside the decoder reads, and those that it has not told apart ye
 
 from __future__ import annotations
 
-from dop_compile.passes.graph import MHA, Block, DecoderGraph
-from dop_compile.passes.infra import Pass, PassReport
+from dop_compile.passes.blocks import MHA, Block
+from dop_compile.passes.graph import DecoderGraph
+from dop_compile.passes.infra import Pass
+from dop_compile.passes.report import PassReport
 from dop_compile.tokens import TokenSet
 
 __all__ = ["REMOVE_DEAD", "find_live"]

@@ -14,7 +14,8 @@ from __future__ import annotations
 from dop_compile.errors import PassError
 from dop_compile.passes.cleanup import eliminate_dead_nodes
 from dop_compile.passes.graph import DecoderGraph
-from dop_compile.passes.infra import Pass, PassReport
+from dop_compile.passes.infra import Pass
+from dop_compile.passes.report import PassReport
 
 __all__ = ["RESUME"]
 

@@ -23,7 +23,8 @@ from torch import fx, nn
 from dop_compile import ops
 from dop_compile.passes.cleanup import eliminate_dead_nodes, eliminate_duplicates
 from dop_compile.passes.graph import DecoderGraph
-from dop_compile.passes.infra import Pass, PassReport
+from dop_compile.passes.infra import Pass
+from dop_compile.passes.report import PassReport
 from dop_compile.tokens import TokenSet
 from dop_compile.tracing.module_tracer import ModuleTracer
 

@@ -24,10 +24,12 @@ from torch import fx
 
 from dop_compile import ops
 from dop_compile.passes.block_view import BlockView, attention_arguments, select_mask, sides
+from dop_compile.passes.blocks import MHA, Block, Junction
 from dop_compile.passes.cleanup import eliminate_dead_nodes
-from dop_compile.passes.graph import MHA, Block, DecoderGraph, Junction
-from dop_compile.passes.infra import Pass, PassReport
+from dop_compile.passes.graph import DecoderGraph
+from dop_compile.passes.infra import Pass
 from dop_compile.passes.rank_tokens import rank_in_layer
+from dop_compile.passes.report import PassReport
 
 __all__ = ["SLICE_OPERATIONS"]
 

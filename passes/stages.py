@@ -10,21 +10,28 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import Protocol
 
+from dop_compile.passes.blocks import IndexSpec, Junction
+from dop_compile.policy.keep import KeepTable
 from dop_compile.rankings import Criterion, criterion
-from dop_compile.tokens import Atom, TokenSet
-
-if TYPE_CHECKING:
-    from dop_compile.passes.graph import DecoderGraph, IndexSpec
+from dop_compile.tokens import Atom, TokenSet, Universe
 
 __all__ = ["Stages"]
+
+
+class Annotated(Protocol):
+    """What the stages are told by of their graph, which they are a part of."""
+
+    keep: KeepTable
+    universe: Universe
+    junctions: list[Junction]
 
 
 class Stages:
     """The ranking stages of one annotated graph, by number."""
 
-    def __init__(self, graph: DecoderGraph):
+    def __init__(self, graph: Annotated):
         self._graph = graph
         ranking = graph.keep.ranking
         self.stages = ranking.stages if ranking is not None else ()

@@ -23,12 +23,14 @@ from torch import fx
 
 from dop_compile import ops
 from dop_compile.errors import PassError
-from dop_compile.passes.graph import MHA, Block, DecoderGraph, IndexSpec, has_tokens
-from dop_compile.passes.infra import Pass, PassReport
+from dop_compile.hf.kernels import MASK_BUILDERS
+from dop_compile.passes.blocks import MHA, Block, IndexSpec
+from dop_compile.passes.graph import DecoderGraph, has_tokens
+from dop_compile.passes.infra import Pass
 from dop_compile.passes.remove_dead import find_live
+from dop_compile.passes.report import PassReport
 from dop_compile.passes.stream_check import check_stream
 from dop_compile.tokens import TokenSet
-from dop_compile.tracing.trace import MASK_BUILDERS
 
 __all__ = ["VERIFY", "check_graph"]
 

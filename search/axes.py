@@ -10,8 +10,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
 
-from dop_compile.policy import Policy
-from dop_compile.policy_json import choice, finite, integer
+from dop_compile.checks import choice, finite, integer
+from dop_compile.policy.policy import Policy
 
 __all__ = [
     "AXES",

@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from dop_compile.costs import DecoderDims
-from dop_compile.policy import JsonScalar, Policy
-from dop_compile.policy_json import choice, finite, integer, pairs, parse, write_atomic
+from dop_compile.checks import choice, finite, integer, pairs
+from dop_compile.documents import parse, write_atomic
+from dop_compile.policy.costs import DecoderDims
+from dop_compile.policy.policy import JsonScalar, Policy
 from dop_compile.search.axes import AXES, VISUAL_TOKENS, tokens_kept
 
 __all__ = ["Divergences"]

@@ -21,14 +21,14 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from dop_compile.checks import finite
 from dop_compile.compiler import dop_compile
-from dop_compile.costs import DecoderDims, prefill_flops
-from dop_compile.policy import Policy
-from dop_compile.policy_json import finite
-from dop_compile.ranking import Ranking, Stage
+from dop_compile.policy.costs import DecoderDims, prefill_flops
+from dop_compile.policy.policy import Policy
+from dop_compile.policy.ranking import Ranking, Stage
+from dop_compile.rankings import LayerView
 from dop_compile.rankings.attention import Product
-from dop_compile.rankings.call import observing
-from dop_compile.rankings.view import LayerView
+from dop_compile.runtime.call_rankings import observing
 from dop_compile.search.meter import model_inputs
 from dop_compile.search.optimize import InfeasibleBudgetError
 

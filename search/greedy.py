@@ -24,11 +24,12 @@ import transformers
 from torch import Tensor
 from tqdm import tqdm
 
+from dop_compile.checks import choice, integer
 from dop_compile.compiler import dop_compile
-from dop_compile.costs import DecoderDims
-from dop_compile.fingerprint import model_fingerprint
-from dop_compile.policy import JsonScalar, Operation, Policy
-from dop_compile.policy_json import choice, integer
+from dop_compile.hf.fingerprint import model_fingerprint
+from dop_compile.policy.costs import DecoderDims
+from dop_compile.policy.operations import Operation
+from dop_compile.policy.policy import JsonScalar, Policy
 from dop_compile.search.greedy_sort import GreedyRules, Measure, default_danger, greedy_sort
 from dop_compile.search.meter import SampleMeter, resizing, sample_digest
 from dop_compile.search.metrics import METRICS

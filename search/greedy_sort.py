@@ -21,8 +21,9 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from dop_compile.policy import MODULES, SPLIT_VISUAL_GROUPS, Operation, Policy
-from dop_compile.policy_json import finite, integer, store
+from dop_compile.checks import finite, integer, store
+from dop_compile.policy.operations import MODULES, SPLIT_VISUAL_GROUPS, Operation
+from dop_compile.policy.policy import Policy
 
 __all__ = ["GreedyRules", "GreedySort", "Measure", "Step", "default_danger", "greedy_sort", "implied", "visual_groups"]
 

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from dop_compile.checks import choice
 from dop_compile.compiler import dop_compile
 from dop_compile.drop_in.model import generate_under
-from dop_compile.fingerprint import model_fingerprint
-from dop_compile.policy import Policy
-from dop_compile.policy_json import choice
+from dop_compile.hf.fingerprint import model_fingerprint
+from dop_compile.policy.policy import Policy
 from dop_compile.search.meter import ANSWERS, SampleMeter, model_inputs, resized, resizing, sample_digest
 from dop_compile.search.metrics import METRICS, is_right
 from dop_compile.search.processes import Team, barrier, gather

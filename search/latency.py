@@ -23,11 +23,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from dop_compile.checks import finite, integer
 from dop_compile.compiler import dop_compile
-from dop_compile.drop_in.replay import Replay
-from dop_compile.fingerprint import model_fingerprint
-from dop_compile.policy import Policy
-from dop_compile.policy_json import finite, integer, write_atomic
+from dop_compile.documents import write_atomic
+from dop_compile.hf.fingerprint import model_fingerprint
+from dop_compile.policy.policy import Policy
+from dop_compile.replay import Replay
 
 __all__ = ["LatencyModel", "measure_latency"]
 

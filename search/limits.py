@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from dop_compile.policy_json import choice, finite
+from dop_compile.checks import choice, finite
 from dop_compile.search.costs import FlopsModel
 from dop_compile.search.divergences import Divergences
 from dop_compile.search.space import Space

@@ -3,7 +3,7 @@
     divergences = measure_divergences(model, samples, resume="divergences.json")
 
 Per sample the vision tower and the original decoder run once; every depth point goes on from the residual stream that
-the original had there, and computes only what reaches the compared logits (`dop_compile.drop_in.replay`).
+the original had there, and computes only what reaches the compared logits (`dop_compile.replay`).
 
 Under `torchrun` every process takes its share of the samples and returns the same result; processes that share a tensor
 parallel model measure every sample together.
@@ -23,11 +23,11 @@ import transformers
 from torch import Tensor
 from tqdm import tqdm
 
+from dop_compile.checks import choice, integer
 from dop_compile.compiler import dop_compile
-from dop_compile.costs import DecoderDims
-from dop_compile.fingerprint import model_fingerprint
-from dop_compile.policy import JsonScalar, Policy
-from dop_compile.policy_json import choice, integer
+from dop_compile.hf.fingerprint import model_fingerprint
+from dop_compile.policy.costs import DecoderDims
+from dop_compile.policy.policy import JsonScalar, Policy
 from dop_compile.search.axes import DEPTH_AXES, SPLIT_AXES, VISUAL_TOKENS, axis_policy, check_points
 from dop_compile.search.divergences import Divergences
 from dop_compile.search.meter import SampleMeter, resizing, sample_digest

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dop_compile.costs import prefill_flops
 from dop_compile.drop_in.model import generate_under
-from dop_compile.drop_in.replay import Replay
-from dop_compile.policy import Policy
+from dop_compile.policy.costs import prefill_flops
+from dop_compile.policy.policy import Policy
 from dop_compile.reducers import ResizeReducer
+from dop_compile.replay import Replay
 from dop_compile.search.metrics import METRICS, is_right
 
 __all__ = ["ANSWERS", "TASK", "SampleMeter", "model_inputs", "resized", "resizing", "sample_digest"]

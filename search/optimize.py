@@ -8,8 +8,9 @@ from typing import Any, overload
 
 import numpy as np
 
-from dop_compile.policy import Policy
-from dop_compile.policy_json import Provenance, choice, finite, integer
+from dop_compile.checks import choice, finite, integer
+from dop_compile.policy.policy import Policy
+from dop_compile.policy.provenance import Provenance
 from dop_compile.search.costs import FlopsModel, KvModel
 from dop_compile.search.divergences import Divergences
 from dop_compile.search.latency import LatencyModel

@@ -17,9 +17,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from dop_compile.costs import DecoderDims, LayerTokens, group_counts, layer_flops
-from dop_compile.policy import JsonScalar, Operation, Policy
-from dop_compile.policy_json import Provenance, choice, finite, integer, pairs, parse, store, write_atomic
+from dop_compile.checks import choice, finite, integer, pairs, store
+from dop_compile.documents import parse, write_atomic
+from dop_compile.policy.costs import DecoderDims, LayerTokens, group_counts, layer_flops
+from dop_compile.policy.operations import Operation
+from dop_compile.policy.policy import JsonScalar, Policy
+from dop_compile.policy.provenance import Provenance
 from dop_compile.search.greedy_sort import KEY_VALUE, MLP, QUERY, Step, implied, visual_groups
 from dop_compile.search.metrics import METRICS
 from dop_compile.search.optimize import InfeasibleBudgetError

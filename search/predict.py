@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
-from dop_compile.policy import Policy
-from dop_compile.policy_json import choice
+from dop_compile.checks import choice
+from dop_compile.policy.policy import Policy
 from dop_compile.search.axes import VISUAL_TOKENS
 from dop_compile.search.curves import curve
 from dop_compile.search.divergences import Divergences

@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from dop_compile.policy_json import write_atomic
+from dop_compile.documents import write_atomic
 
 __all__ = ["Progress", "check_header", "check_sample"]
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from dop_compile.costs import kv_cache_bytes, policy_tokens, prefill_flops
-from dop_compile.policy import Policy
+from dop_compile.policy.costs import kv_cache_bytes, policy_tokens, prefill_flops
+from dop_compile.policy.policy import Policy
 from dop_compile.reports.operation_map import OperationMap
 from dop_compile.reports.operation_picture import TierPicture, new_figure, tiers_figure
 from dop_compile.reports.table import MEASURED, POLICY_FLOPS, PREDICTED, columns, show_bytes, show_percent

@@ -21,8 +21,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from dop_compile.commands.processing import prompt_inputs
-from dop_compile.images import load_image
+from dop_compile.hf.images import load_image
+from dop_compile.hf.prompts import prompt_inputs
 from dop_compile.reducers import resize_processor
 
 __all__ = ["Row", "Samples", "read_data_set", "read_jsonl"]

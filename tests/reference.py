@@ -29,7 +29,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import ModelOutput
 
 if TYPE_CHECKING:
-    from dop_compile.policy import Policy
+    from dop_compile.policy.policy import Policy
 
 TEXT, VISUAL, SYSTEM = 0, 1, 2
 OWN_ARGUMENTS = ("input_ids", "inputs_embeds", "position_ids", "attention_mask")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
-from dop_compile.policy import MODULES, PROMPT_GROUPS, SPLIT_VISUAL_GROUPS, Operation, Policy, Provenance
+from dop_compile.policy.operations import MODULES, PROMPT_GROUPS, SPLIT_VISUAL_GROUPS, Operation
+from dop_compile.policy.policy import Policy
+from dop_compile.policy.provenance import Provenance
 
 _NAMES = st.text(min_size=1, max_size=8)
 _FINITE = st.floats(allow_nan=False, allow_infinity=False)

@@ -12,7 +12,7 @@ from transformers import AutoModel, T5Config, T5ForConditionalGeneration
 
 from dop_compile import Policy, dop_compile
 from dop_compile.errors import UnsupportedModelError, UnsupportedUsageError
-from dop_compile.policy import Provenance
+from dop_compile.policy.provenance import Provenance
 from dop_compile.reducers import Selection, VisualContext, register, registry
 from tests.families import FAMILIES, IMAGE
 from tests.support import ONE_IMAGE, compile_eagerly, make_batch, shared_model, without

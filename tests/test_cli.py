@@ -148,7 +148,7 @@ def test_explain_refuses_pictures_of_other_kinds(
 def test_explain_ignores_whose_weights_a_policy_was_made_for(
     capsys: pytest.CaptureFixture[str], model: str, tmp_path: Path
 ) -> None:
-    from dop_compile.policy import Provenance
+    from dop_compile.policy.provenance import Provenance
 
     path = tmp_path / "other.json"
     Policy.depthwise(LAYERS, mha_depth=2, provenance=Provenance(model_fingerprint="0" * 64)).save(path)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from dop_compile.copies import copy_path, own, rebind, rebound, shallow_copy
+from dop_compile.hf.copies import copy_path, own, rebind, rebound, shallow_copy
 
 
 class Scale(nn.Module):

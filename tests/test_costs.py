@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from dop_compile.costs import (
+from dop_compile.policy.costs import (
     DecoderDims,
     LayerTokens,
     kv_cache_bytes,
@@ -21,7 +21,7 @@ from dop_compile.costs import (
     prefill_flops,
     prefill_flops_ratio,
 )
-from dop_compile.policy import Policy
+from dop_compile.policy.policy import Policy
 from tests.strategies import policies
 
 COUNTS = st.integers(0, 40)

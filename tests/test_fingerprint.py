@@ -24,7 +24,7 @@ from torchao.quantization import (
 )
 
 from dop_compile import Policy, dop_compile, model_fingerprint
-from dop_compile.policy import Provenance
+from dop_compile.policy.provenance import Provenance
 from dop_compile.search import measure_divergences, optimize
 from dop_compile.search.axes import DOP_AXES
 from tests.families import FAMILIES

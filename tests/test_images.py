@@ -11,11 +11,11 @@ import pytest
 from PIL import Image
 from transformers.image_utils import load_image as reference
 
-from dop_compile.commands import processing
 from dop_compile.commands.inputs import read_images
-from dop_compile.images import load_image
-from dop_compile.lmms_plugin.media import read_messages, sample_frames, user_message
-from dop_compile.onnx.runtime_inputs import as_images
+from dop_compile.hf import prompts as processing
+from dop_compile.hf.images import load_image
+from dop_compile.onnx.run.inputs import as_images
+from dop_compile.plugins.lmms_eval.media import read_messages, sample_frames, user_message
 from dop_compile.search.samples import Row
 
 ORIENTATION = 0x0112

@@ -13,7 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dop_compile.policy import MODULES, Operation, Policy, Provenance
+from dop_compile.policy.operations import MODULES, Operation
+from dop_compile.policy.policy import Policy
+from dop_compile.policy.provenance import Provenance
 from tests.strategies import policies
 
 PUBLISHED = Policy.depthwise(

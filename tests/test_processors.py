@@ -15,9 +15,9 @@ import torch
 import transformers as hf
 
 from digits_vlm import data, models
-from dop_compile import processors
-from dop_compile.commands.processing import prompt_inputs
-from dop_compile.processors import MissingPart, load_processor
+from dop_compile.hf import processors
+from dop_compile.hf.processors import MissingPart, load_processor
+from dop_compile.hf.prompts import prompt_inputs
 from tests.command_line import refused, run
 
 CHECKPOINTS = Path(models.__file__).parent / "checkpoints"

@@ -18,7 +18,7 @@ from digits_vlm import data, models
 from dop_compile import explain
 from dop_compile.cli import _parser, main
 from dop_compile.demo import run as demo
-from dop_compile.onnx.runtime import OnnxPipeline
+from dop_compile.onnx.run.pipeline import OnnxPipeline
 from dop_compile.reducers import registry
 from dop_compile.reports.table import show_bytes, show_percent
 from tests.local_llava import local_llava, local_processor, picture

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from dop_compile import Policy
-from dop_compile.drop_in.replay import Replay
 from dop_compile.reducers import Selection, create, quotas, registry
+from dop_compile.replay import Replay
 from dop_compile.search import measure_divergences
 from tests.families import FAMILIES, IMAGE, VIDEO
 from tests.reducers import plain

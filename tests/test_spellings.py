@@ -13,9 +13,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from dop_compile import Policy, dop_compile
-from dop_compile.drop_in.replay import Replay
 from dop_compile.errors import UnsupportedModelError
-from dop_compile.spellings import CACHE, cache_of, canonical, parameters, require, spelled
+from dop_compile.hf.spellings import CACHE, cache_of, canonical, parameters, require, spelled
+from dop_compile.replay import Replay
 from tests.support import assert_close
 
 LAYERS = 3

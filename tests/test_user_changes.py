@@ -15,7 +15,7 @@ from transformers import GenerationConfig
 
 from dop_compile import Policy, dop_compile
 from dop_compile.errors import UnsupportedModelError, UnsupportedUsageError
-from dop_compile.fingerprint import model_fingerprint
+from dop_compile.hf.fingerprint import model_fingerprint
 from tests.families import FAMILIES
 from tests.support import Batch, assert_close, compile_eagerly, make_batch, reference
 

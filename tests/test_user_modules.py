@@ -29,7 +29,7 @@ from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from dop_compile import Policy, dop_compile, from_pretrained, model_fingerprint
 from dop_compile.errors import UnsupportedModelError, UnsupportedUsageError
-from dop_compile.policy import Provenance
+from dop_compile.policy.provenance import Provenance
 from tests.families import FAMILIES
 from tests.search.worker import run_ranks
 from tests.support import Batch, assert_close, assert_generates_reference, make_batch, reference

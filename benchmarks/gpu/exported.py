@@ -39,9 +39,9 @@ def exported(setting: Setting) -> None:
     available = note_providers(setting)
     if CUDA not in available and not (setting.tiny and available):
         return
-    from dop_compile.onnx.runtime import OnnxPipeline
-    from dop_compile.onnx.sessions import UnrunnableError
-    from dop_compile.onnx.shapes import Shapes
+    from dop_compile.onnx.export.shapes import Shapes
+    from dop_compile.onnx.run.pipeline import OnnxPipeline
+    from dop_compile.onnx.run.sessions import UnrunnableError
 
     shape = geometry(setting, "small")
     config = {**shape.config, "num_hidden_layers": LAYERS}

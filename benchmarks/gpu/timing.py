@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from common import synchronise
 
-from dop_compile.benchmark.rounds import ratio
+from dop_compile.timing.rounds import ratio
 
 __all__ = [
     "AGAIN",

@@ -11,10 +11,10 @@ import torch
 import transformers
 from PIL import Image, UnidentifiedImageError
 
-from dop_compile import processors
 from dop_compile.compiler import dop_compile
-from dop_compile.images import load_image
-from dop_compile.policy import Policy
+from dop_compile.hf import processors
+from dop_compile.hf.images import load_image
+from dop_compile.policy.policy import Policy
 from dop_compile.reducers import ResizeReducer, resize_processor
 from dop_compile.runtime import pieces
 

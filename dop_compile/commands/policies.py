@@ -15,8 +15,8 @@ from pathlib import Path
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from dop_compile.commands.inputs import UsageError, located, one_line
-from dop_compile.policy import Policy
-from dop_compile.tiers_file import TIERS_FILE, load_policies
+from dop_compile.policy.policy import Policy
+from dop_compile.policy.tiers import TIERS_FILE, load_policies
 
 __all__ = ["NO_POLICY", "read_policies", "replacing", "saved_policies"]
 

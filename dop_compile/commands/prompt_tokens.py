@@ -20,8 +20,8 @@ from PIL import Image
 from torch import Tensor
 
 from dop_compile.commands.inputs import UsageError, load_processor, one_line, read_images
-from dop_compile.commands.processing import prompt_inputs
-from dop_compile.policy import Policy
+from dop_compile.hf.prompts import prompt_inputs
+from dop_compile.policy.policy import Policy
 from dop_compile.reports.counts import PictureTokens, PromptCounts, assumed_counts, is_text_only, picture_tokens
 from dop_compile.search.samples import Samples, read_jsonl
 

@@ -30,11 +30,11 @@ from dop_compile.commands.inputs import (
 )
 from dop_compile.commands.outputs import check_new, output_directory, output_file
 from dop_compile.commands.policies import NO_POLICY, read_policies
-from dop_compile.commands.processing import prompt_inputs
 from dop_compile.commands.prompt_tokens import prompt_tokens
 from dop_compile.demo.picture import draw
 from dop_compile.demo.run import compose, demo_policies, open_checkpoint, require_packages, run_demo
-from dop_compile.policy import Policy
+from dop_compile.hf.prompts import prompt_inputs
+from dop_compile.policy.policy import Policy
 from dop_compile.reports.explain import explain
 from dop_compile.reports.picture import explain_figure
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from dop_compile.policy import Policy
+from dop_compile.policy.policy import Policy
 from dop_compile.reports.explain import TierCost
 from dop_compile.reports.table import EXECUTED_FLOPS, POLICY_FLOPS, columns, show_bytes, show_flops, show_percent
 

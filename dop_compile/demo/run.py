@@ -24,8 +24,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dop_compile.demo.result import Answered, DemoResult, Question, TierResult
-from dop_compile.images import load_image
-from dop_compile.policy import Policy
+from dop_compile.hf.images import load_image
+from dop_compile.policy.policy import Policy
 from dop_compile.reports.explain import explain
 
 __all__ = ["compose", "demo_policies", "open_checkpoint", "require_packages", "run_demo"]

@@ -17,10 +17,10 @@ from typing import Any
 
 from torch import nn
 
-from dop_compile.copies import BOUND_CALLS, is_own, rebound
-from dop_compile.drop_in.model_path import path_modules
 from dop_compile.drop_in.wrapped_forward import PREPARATION, wrapped_forward
 from dop_compile.errors import UnsupportedUsageError
+from dop_compile.hf.copies import BOUND_CALLS, is_own, rebound
+from dop_compile.hf.model_path import path_modules
 
 __all__ = ["CONVERSATION_ATTRIBUTES", "OriginalFollower", "Views"]
 

@@ -17,18 +17,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 
-from dop_compile.copies import copy_path, own, rebind, rebound
 from dop_compile.drop_in.following import CONVERSATION_ATTRIBUTES
-from dop_compile.drop_in.model_path import placeholder_ids
 from dop_compile.drop_in.session import CALL_ARGUMENTS, Session, presented_as
 from dop_compile.drop_in.streams import Stream
 from dop_compile.errors import UnsupportedModelError, UnsupportedUsageError
-from dop_compile.policy import Policy
+from dop_compile.hf.copies import copy_path, own, rebind, rebound
+from dop_compile.hf.model_path import placeholder_ids
+from dop_compile.hf.spellings import CACHE, cache_of, canonical, spelled
+from dop_compile.policy.policy import Policy
 from dop_compile.runtime.cache import PrunedCache
 from dop_compile.runtime.decoder import run_decoder
 from dop_compile.runtime.outer_masks import builds_masks, deferring_forward
 from dop_compile.runtime.slots import Call
-from dop_compile.spellings import CACHE, cache_of, canonical, spelled
 from dop_compile.vision.features import TokenFeatures
 from dop_compile.vision.prompt import vision_fields, watch_vision
 

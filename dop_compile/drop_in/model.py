@@ -10,13 +10,13 @@ from typing import Any
 
 from torch import nn
 
-from dop_compile.copies import own, shallow_copy
 from dop_compile.drop_in.frame import CALL_ARGUMENTS, Frame, Session, presented_as
 from dop_compile.drop_in.presentation import present_tiers
 from dop_compile.drop_in.saving import check_push, save_compiled
 from dop_compile.drop_in.wrapped_forward import OwnForward, forget_preparation
 from dop_compile.errors import UnsupportedUsageError
-from dop_compile.policy import Policy
+from dop_compile.hf.copies import own, shallow_copy
+from dop_compile.policy.policy import Policy
 
 __all__ = ["drop_in", "generate_under"]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from types import MappingProxyType
 from typing import Any
 
-from dop_compile.copies import own
+from dop_compile.hf.copies import own
 
 __all__ = ["present_tiers"]
 

@@ -17,8 +17,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import initialization
 
-from dop_compile.adapters import active_adapters, adapter_layers, available_adapters, configurations
 from dop_compile.errors import UnsupportedUsageError
+from dop_compile.hf.adapters import active_adapters, adapter_layers, available_adapters, configurations
 
 __all__ = ["check_adapter_file", "check_structure", "check_values", "saved_adapter"]
 

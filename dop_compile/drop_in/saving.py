@@ -22,12 +22,12 @@ from typing import Any
 
 from torch import nn
 
-from dop_compile.adapters import effective_names, without_adapters
 from dop_compile.drop_in.readable import check_adapter_file, check_structure, check_values, saved_adapter
 from dop_compile.errors import UnsupportedUsageError
-from dop_compile.fingerprint import model_fingerprint
-from dop_compile.policy import Policy
-from dop_compile.tiers_file import TIERS_FILE, save_policies
+from dop_compile.hf.adapters import effective_names, without_adapters
+from dop_compile.hf.fingerprint import model_fingerprint
+from dop_compile.policy.policy import Policy
+from dop_compile.policy.tiers import TIERS_FILE, save_policies
 
 __all__ = ["check_push", "save_compiled"]
 

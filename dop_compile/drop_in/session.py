@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
-from dop_compile.copies import own
 from dop_compile.drop_in.streams import Streams
-from dop_compile.policy import Policy
+from dop_compile.hf.copies import own
+from dop_compile.policy.policy import Policy
 
 __all__ = ["CALL_ARGUMENTS", "Session", "presented_as"]
 

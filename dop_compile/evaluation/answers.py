@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from dop_compile.drop_in.frame import Frame, Session
-from dop_compile.drop_in.model_path import decoder_path
 from dop_compile.evaluation.clock import Clock
 from dop_compile.evaluation.memory import PeakMemory
-from dop_compile.policy import Policy
+from dop_compile.hf.model_path import decoder_path
+from dop_compile.hf.spellings import cache_of
+from dop_compile.policy.policy import Policy
 from dop_compile.runtime.slots import Call, token_counts
-from dop_compile.spellings import cache_of
 
 __all__ = ["Answer", "Asker", "prompt_counts"]
 

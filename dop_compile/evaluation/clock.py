@@ -18,7 +18,7 @@ from contextlib import contextmanager
 
 import torch
 
-from dop_compile.runtime.spans import listening
+from dop_compile.spans import listening
 
 __all__ = ["STAGES", "Clock"]
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from dop_compile import baselines
-from dop_compile.policy import Policy
+from dop_compile.policy import baselines
+from dop_compile.policy.policy import Policy
 
 __all__ = ["FITPRUNE", "IN_DECODER", "RANKED"]
 

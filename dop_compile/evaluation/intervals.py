@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from dop_compile.policy_json import finite, integer
+from dop_compile.checks import finite, integer
 
 __all__ = ["Difference", "paired_difference"]
 

@@ -26,8 +26,8 @@ from dop_compile.evaluation.environment import device_name, environment
 from dop_compile.evaluation.loop import measured_rows, measured_runs
 from dop_compile.evaluation.methods import ORIGINAL, Method
 from dop_compile.evaluation.result import Evaluation, Measured, read_runs
-from dop_compile.fingerprint import model_fingerprint
-from dop_compile.policy import Policy
+from dop_compile.hf.fingerprint import model_fingerprint
+from dop_compile.policy.policy import Policy
 from dop_compile.search.meter import TASK, model_inputs, sample_digest
 from dop_compile.search.processes import Team, barrier, of_first
 from dop_compile.search.progress import Progress, check_header, check_sample

@@ -16,11 +16,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from dop_compile.costs import DecoderDims, prefill_flops
+from dop_compile.checks import choice, finite
 from dop_compile.evaluation.in_decoder import FITPRUNE, IN_DECODER, RANKED
-from dop_compile.fingerprint import model_fingerprint
-from dop_compile.policy import JsonScalar, Policy
-from dop_compile.policy_json import choice, finite
+from dop_compile.hf.fingerprint import model_fingerprint
+from dop_compile.policy.costs import DecoderDims, prefill_flops
+from dop_compile.policy.policy import JsonScalar, Policy
 from dop_compile.reducers import create, known
 from dop_compile.search.divergences import Divergences
 from dop_compile.search.fit_prune import AttentionShares, fit_prune

@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from dop_compile.checks import choice, integer
+from dop_compile.documents import parse, write_atomic
 from dop_compile.evaluation.intervals import Difference, paired_difference
 from dop_compile.evaluation.methods import ORIGINAL, RESIZE
-from dop_compile.policy import Policy
-from dop_compile.policy_json import choice, integer, parse, write_atomic
+from dop_compile.policy.policy import Policy
 
 __all__ = ["Evaluation", "Measured", "Row", "Run"]
 

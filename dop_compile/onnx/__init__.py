@@ -1,7 +1,7 @@
 """Export to ONNX: one prefill graph per budget tier, one decode graph, one copy of the weights.
 
-`dop_compile.onnx.manifest` documents the directory and every graph's inputs and outputs. Names are imported when they
-are first used: nothing here needs the ONNX packages before that.
+`dop_compile.onnx.contract.manifest` documents the directory and every graph's inputs and outputs. Names are imported
+when they are first used: nothing here needs the ONNX packages before that.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import Any
 __all__ = ["Manifest", "Shapes", "export_onnx", "require_packages", "triton_repository", "verify"]
 
 _HOMES = {
-    "Manifest": "dop_compile.onnx.manifest",
-    "Shapes": "dop_compile.onnx.shapes",
-    "export_onnx": "dop_compile.onnx.export",
-    "triton_repository": "dop_compile.onnx.triton",
-    "verify": "dop_compile.onnx.verification",
+    "Manifest": "dop_compile.onnx.contract.manifest",
+    "Shapes": "dop_compile.onnx.export.shapes",
+    "export_onnx": "dop_compile.onnx.export.export",
+    "triton_repository": "dop_compile.onnx.deploy.triton",
+    "verify": "dop_compile.onnx.check.verification",
 }
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 

@@ -6,11 +6,10 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from dop_compile.policy_json import choice
+from dop_compile.checks import choice
 from dop_compile.rankings.attention import LastToken, Product, TextRaters
-from dop_compile.rankings.base import Criterion, best
+from dop_compile.rankings.base import Criterion, LayerView, best
 from dop_compile.rankings.pivots import Pivots
-from dop_compile.rankings.view import LayerView
 
 __all__ = ["Criterion", "LayerView", "best", "criterion", "known", "register"]
 

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from dop_compile.rankings.base import best
-from dop_compile.rankings.view import LayerView, slots_of
+from dop_compile.rankings.base import LayerView, best, slots_of
 
 __all__ = ["LastToken", "Product", "TextRaters"]
 

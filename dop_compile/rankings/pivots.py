@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dop_compile.policy_json import integer
-from dop_compile.rankings.view import LayerView
+from dop_compile.checks import integer
+from dop_compile.rankings.base import LayerView
 
 __all__ = ["Pivots"]
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import transformers
 
-from dop_compile.policy import Policy
+from dop_compile.policy.policy import Policy
 
 __all__ = ["PictureTokens", "PromptCounts", "assumed_counts", "is_text_only", "picture_tokens"]
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from dop_compile.compiler import CompiledState
-from dop_compile.costs import DecoderDims, LayerTokens, group_counts, layer_flops
-from dop_compile.keep import ANY_GROUP, KeepTable
-from dop_compile.passes.graph import MHA, Block
-from dop_compile.policy import Policy
+from dop_compile.passes.blocks import MHA, Block
+from dop_compile.policy.costs import DecoderDims, LayerTokens, group_counts, layer_flops
+from dop_compile.policy.keep import ANY_GROUP, KeepTable
+from dop_compile.policy.policy import Policy
 from dop_compile.rankings import criterion
 from dop_compile.tokens import Atom, TokenSet, Universe
 from dop_compile.tracing.side_inputs import default_inputs

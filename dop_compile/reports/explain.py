@@ -4,24 +4,26 @@ Two costs are told apart. *Policy FLOPs* are eq. 11 of the policy: every operati
 FLOPs* are what the compiled graph runs after dead work is removed, read off the token sets of the program's own blocks;
 they depend on how many rows of logits are asked for and on whether keys and values are cached.
 
-All counts are per sample and before reduction; FLOPs are of the decoder layers alone (see `dop_compile.costs`). The
-original computes every row of every layer, so its policy FLOPs are also those that it executes.
+All counts are per sample and before reduction; FLOPs are of the decoder layers alone (see
+`dop_compile.policy.costs`). The original computes every row of every layer, so its policy FLOPs are also those that it
+executes.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dop_compile.checks import integer
 from dop_compile.compiler import CompiledState
-from dop_compile.costs import DecoderDims, LayerTokens, group_counts, kv_cache_bytes, prefill_flops
-from dop_compile.policy import Policy
-from dop_compile.policy_json import integer
+from dop_compile.policy.costs import DecoderDims, LayerTokens, group_counts, kv_cache_bytes, prefill_flops
+from dop_compile.policy.policy import Policy
 from dop_compile.reports.counts import PromptCounts, assumed_counts
 from dop_compile.reports.executed import LayerCost, Prompt, layer_costs
-from dop_compile.reports.table import render
+from dop_compile.reports.table import EXECUTED_FLOPS, POLICY_FLOPS, columns, show_bytes, show_flops, show_percent
 
 __all__ = ["Explanation", "LayerCost", "TierCost", "executed_flops", "explain"]
 
@@ -95,7 +97,7 @@ class Explanation:
         return result
 
     def __str__(self) -> str:
-        return render(self)
+        return _render(self)
 
 
 def _ratio(part: int | None, whole: int | None) -> float | None:
@@ -219,3 +221,40 @@ def _summary(
         kv_bytes=total(lambda layer: layer.kv_bytes),
         original_kv_bytes=kv_cache_bytes(dims, everything, dtype.itemsize) if prompt.use_cache else 0,
     )
+
+
+def _render(explanation: Explanation) -> str:
+    """A head line, a table of the layers (equal neighbours in one row), and the tiers against the original."""
+    e = explanation
+    visual = f"{e.visual} visual" + ("" if e.entering == e.visual else f" ({e.entering} enter)")
+    rows = "all logits" if e.rows == 0 else f"logits of the last {e.rows}"
+    head = f"{e.model}, tier {e.tier!r}: {e.system} system + {visual} + {e.text} text tokens, {rows}"
+    parts = [[head, *([f"({e.counts})"] if e.counts else []), e.summary.policy], _layers(e.layers), _tiers(e.tiers)]
+    if e.missing:
+        parts.append([f"FLOPs and bytes are not given: {e.missing}"])
+    return "\n\n".join("\n".join(lines) for lines in parts)
+
+
+def _layers(layers: Sequence[LayerCost]) -> list[str]:
+    rows = [["layer", "queries", "keys/values", "MLP", EXECUTED_FLOPS, "KV cache", "note"]]
+
+    def content(c: LayerCost) -> tuple[object, ...]:
+        return (c.query, c.key_value, c.mlp, c.flops, c.kv_bytes, c.note)
+
+    for _, group in itertools.groupby(layers, content):
+        first, *others = group
+        name = f"{first.layer}-{others[-1].layer}" if others else str(first.layer)
+        tokens = [str(count) for count in (first.query, first.key_value, first.mlp)]
+        rows.append([name, *tokens, show_flops(first.flops), show_bytes(first.kv_bytes), first.note])
+    return columns(rows, left=(0, 6))
+
+
+def _tiers(tiers: Sequence[TierCost]) -> list[str]:
+    rows = [["tier", POLICY_FLOPS, "of original", EXECUTED_FLOPS, "of original", "KV cache", "of original"]]
+    for cost in tiers:
+        flops = [show_flops(cost.eq11_flops), show_percent(cost.eq11_ratio)]
+        executed = [show_flops(cost.executed_flops), show_percent(cost.executed_ratio)]
+        rows.append([cost.tier, *flops, *executed, show_bytes(cost.kv_bytes), show_percent(cost.kv_ratio)])
+    whole = show_flops(tiers[0].original_flops)
+    rows.append(["original", whole, "", whole, "", show_bytes(tiers[0].original_kv_bytes), ""])
+    return columns(rows)

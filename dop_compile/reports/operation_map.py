@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dop_compile.costs import group_counts
-from dop_compile.policy import MODULES, Policy
+from dop_compile.policy.costs import group_counts
+from dop_compile.policy.operations import MODULES
+from dop_compile.policy.policy import Policy
 from dop_compile.reports.executed import Prompt, group_tokens
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dop_compile.costs import DecoderDims, LayerTokens, layer_flops
+from dop_compile.policy.costs import DecoderDims, LayerTokens, layer_flops
 from dop_compile.reports.executed import Prompt, layer_costs
 from dop_compile.reports.explain import explain
 from dop_compile.reports.operation_map import OperationMap

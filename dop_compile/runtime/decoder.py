@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from dop_compile.errors import UnsupportedUsageError
-from dop_compile.rankings.call import CallRankings
+from dop_compile.hf.kernels import is_flash
+from dop_compile.hf.spellings import CACHE, parameters, spelled
 from dop_compile.runtime.cache import PrunedCache, ReducedView
-from dop_compile.runtime.flash import is_flash
+from dop_compile.runtime.call_rankings import CallRankings
 from dop_compile.runtime.layout import TokenLayout
 from dop_compile.runtime.masks import MaskSelector
 from dop_compile.runtime.merging import merge_images
@@ -21,7 +22,6 @@ from dop_compile.runtime.outer_masks import deferred
 from dop_compile.runtime.packed import packed_rows
 from dop_compile.runtime.program import Program
 from dop_compile.runtime.slots import Arguments, Call, Slots
-from dop_compile.spellings import CACHE, parameters, spelled
 from dop_compile.tokens import TokenSet
 from dop_compile.tracing.module_tracer import names_in
 from dop_compile.tracing.side_inputs import embed_ids
@@ -159,7 +159,7 @@ def run_decoder(compiled: Any, decoder: nn.Module, call: Call, **kwargs: Any) ->
         compiled: the model's `CompiledState`: its programs by keep table.
         decoder: the text decoder (this call's copy; weights shared).
         call: what the outer model's call asked for.
-        kwargs: what the outer model passes to its decoder, under the names of `dop_compile.spellings`.
+        kwargs: what the outer model passes to its decoder, under the names of `dop_compile.hf.spellings`.
 
     Returns:
         the decoder's own output class; `last_hidden_state` is (batch, rows, hidden) for `rows` last rows, else

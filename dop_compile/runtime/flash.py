@@ -16,7 +16,6 @@ Refused: kernels that align at the top left, attention that is not causal, parts
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -24,45 +23,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers.integrations.flash_attention import flash_attention_forward
-from transformers.modeling_flash_attention_utils import flash_attn_supports_top_left_mask
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from dop_compile.errors import UnsupportedModelError, UnsupportedUsageError
+from dop_compile.errors import UnsupportedUsageError
+from dop_compile.hf.kernels import KernelMask
 from dop_compile.runtime.cache import Entries
 
-__all__ = ["FlashTokens", "following_runs", "is_flash"]
-
-
-def is_flash(implementation: str) -> bool:
-    """Whether an attention implementation is Hugging Face's interface to FlashAttention, with whatever kernel.
-
-    Raises:
-        UnsupportedModelError: the kernel aligns causality at the top left.
-    """
-    if ALL_ATTENTION_FUNCTIONS.get(implementation) is not flash_attention_forward:
-        return False
-    if flash_attn_supports_top_left_mask():  # type: ignore[no-untyped-call]
-        raise UnsupportedModelError(
-            f"attention implementation {implementation!r} aligns causality at the top left here, which pruned queries "
-            "cannot be given to; load the model with attn_implementation='sdpa'"
-        )
-    return True
-
-
-@functools.cache
-def following_runs(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """A kernel of the attention interface; FlashAttention's also takes `FlashTokens` as its mask."""
-    if kernel is not flash_attention_forward:
-        return kernel
-
-    @functools.wraps(kernel)
-    def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
-        if isinstance(mask, FlashTokens):
-            return mask.attend(kernel, module, (query, key, value), kwargs)
-        return kernel(module, query, key, value, mask, **kwargs)
-
-    return attention
+__all__ = ["FlashTokens"]
 
 
 @dataclass(frozen=True)
@@ -78,7 +44,7 @@ class _Runs:
     longest: tuple[int, int]
 
 
-class FlashTokens:
+class FlashTokens(KernelMask):
     """Stands in for a mask: which slots a layer's queries and keys are; layers with the same ones share it.
 
     Args:

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from transformers.utils.generic import can_return_tuple
 
 from dop_compile.errors import UnsupportedUsageError
+from dop_compile.hf.spellings import CACHE, EMBEDS, MASK, POSITIONS, canonical, spelled
 from dop_compile.runtime.mask_values import BLOCKS, MaskValues
-from dop_compile.spellings import CACHE, EMBEDS, MASK, POSITIONS, canonical, spelled
 from dop_compile.tracing.module_tracer import names_in
 
 __all__ = ["DeferredMask", "DeferredMasks", "builds_masks", "deferred", "deferring_forward", "positions_of_masks"]

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from dop_compile.errors import UnsupportedUsageError
-from dop_compile.keep import KeepTable
-from dop_compile.policy import Policy
+from dop_compile.policy.keep import KeepTable
+from dop_compile.policy.policy import Policy
 from dop_compile.reducers import GivenReducer
 from dop_compile.runtime.outer_masks import positions_of_masks
 from dop_compile.runtime.prompt import call_groups

@@ -12,7 +12,7 @@ from torch import fx, nn
 from torch._dynamo.exc import Unsupported, UserError
 from torch.fx.experimental import _config as fx_config
 
-from dop_compile.policy_json import choice
+from dop_compile.checks import choice
 
 __all__ = ["PieceLibrary", "call_module", "check_backend", "piece_kind"]
 

@@ -17,10 +17,12 @@ import torch
 from torch import fx, nn
 
 from dop_compile import ops
-from dop_compile.passes.graph import DecoderGraph, IndexSpec
+from dop_compile.hf.kernels import MASK_BUILDERS
+from dop_compile.passes.blocks import IndexSpec
+from dop_compile.passes.graph import DecoderGraph
 from dop_compile.runtime.pieces import PieceLibrary, call_module, piece_kind
 from dop_compile.tokens import TokenSet
-from dop_compile.tracing.trace import MASK_BUILDERS, is_length, is_packed
+from dop_compile.tracing.trace import is_length, is_packed
 
 __all__ = ["Program"]
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dop_compile.errors import UnsupportedUsageError
-from dop_compile.policy import Policy
+from dop_compile.policy.policy import Policy
 from dop_compile.reducers import GivenReducer, Reducer, VisualContext, create, needs, select_batch
 from dop_compile.runtime.layout import NO_TOKEN
 from dop_compile.vision.prompt import VISION_FIELDS, PromptVision

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 from dop_compile.errors import UnsupportedUsageError
-from dop_compile.keep import KeepTable
-from dop_compile.policy import Policy
+from dop_compile.policy.keep import KeepTable
+from dop_compile.policy.policy import Policy
 from dop_compile.runtime.cache import PrunedCache
 from dop_compile.runtime.layout import NO_TOKEN, TokenLayout
 from dop_compile.runtime.masks import MaskSelector
 from dop_compile.runtime.outer_masks import DeferredMask, DeferredMasks
 from dop_compile.runtime.program import Program
 from dop_compile.runtime.prompt import Prompt, Reduction, call_groups, make_reducer, reduce_prompt
-from dop_compile.runtime.spans import SELECTION, span
+from dop_compile.spans import SELECTION, span
 from dop_compile.tokens import Universe
 from dop_compile.vision.features import TokenFeatures
 from dop_compile.vision.prompt import PromptVision

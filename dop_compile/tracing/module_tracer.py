@@ -15,8 +15,8 @@ from typing import Any
 from torch import fx, nn
 from transformers import PreTrainedConfig
 
-from dop_compile.copies import BOUND_CALLS, rebind
-from dop_compile.spellings import spelled
+from dop_compile.hf.copies import BOUND_CALLS, rebind
+from dop_compile.hf.spellings import spelled
 from dop_compile.tracing.proxies import flatten
 
 __all__ = ["ModuleTracer", "names_in"]

@@ -22,11 +22,12 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from dop_compile import ops
 from dop_compile.errors import UnsupportedModelError
+from dop_compile.hf.kernels import ATTENTION_REGISTRY, MASK_BUILDERS
 from dop_compile.tracing.decoder_inputs import PACKED_FEATURES, DecoderInputs
 from dop_compile.tracing.flat_tokens import unflatten_tokens
 from dop_compile.tracing.module_tracer import names_in
 from dop_compile.tracing.proxies import BATCH, TOKENS, is_packed
-from dop_compile.tracing.tracer import ATTENTION_REGISTRY, CACHE_INPUT, MASK_BUILDERS, DecoderTracer
+from dop_compile.tracing.tracer import CACHE_INPUT, DecoderTracer
 
 __all__ = [
     "BATCH",

@@ -17,12 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import masking_utils
 
 from dop_compile import ops
-from dop_compile.copies import BOUND_CALLS, rebind
-from dop_compile.runtime.flash import following_runs
-from dop_compile.spellings import CACHE, EMBEDS, MASK, POSITIONS, require, spelled
+from dop_compile.hf.copies import BOUND_CALLS, rebind
+from dop_compile.hf.kernels import ATTENTION_REGISTRY, MASK_BUILDERS, following_runs
+from dop_compile.hf.spellings import CACHE, EMBEDS, MASK, POSITIONS, require, spelled
 from dop_compile.tracing.decoder_inputs import DecoderInputs
 from dop_compile.tracing.module_tracer import ModuleTracer
 from dop_compile.tracing.proxies import (
@@ -37,16 +36,9 @@ from dop_compile.tracing.proxies import (
     map_nested,
 )
 
-__all__ = ["ATTENTION_REGISTRY", "CACHE_INPUT", "MASK_BUILDERS", "DecoderTracer"]
+__all__ = ["CACHE_INPUT", "DecoderTracer"]
 
-ATTENTION_REGISTRY = "ALL_ATTENTION_FUNCTIONS"
 CACHE_INPUT = CACHE
-MASK_BUILDERS = frozenset(
-    function
-    for name, function in vars(masking_utils).items()
-    if name.startswith("create_") and inspect.isfunction(function)
-)
-
 
 # What a module cannot do with example values is no news to the user: PyTorch's log of it is dropped, in this thread
 _EVALUATING = threading.local()

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dop_compile.copies import shallow_copy
+from dop_compile.hf.copies import shallow_copy
 from dop_compile.reducers.gradients import refusing_gradients
 from dop_compile.vision.items import feature_parts
 from dop_compile.vision.rows import attention_rows

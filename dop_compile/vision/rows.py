@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from dop_compile.copies import rebound, shallow_copy
+from dop_compile.hf.copies import rebound, shallow_copy
 
 __all__ = ["attention_rows"]
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dop_compile.copies import own, rebind, shallow_copy
+from dop_compile.hf.copies import own, rebind, shallow_copy
 
 __all__ = ["FEATURE_METHODS", "Observed", "Tower", "VisionModules", "observing"]
 

@@ -7,7 +7,7 @@
 
 `AutoProcessor` does the same as `reader` for `llava`. For `qwen2_5_vl` it needs torchvision, which a CPU build of torch
 may not be able to load, so that `reader` puts tokenizer and image processor together itself (as
-`dop_compile.processors` does for any model).
+`dop_compile.hf.processors` does for any model).
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from scipy.stats import rankdata, spearmanr
 
-from dop_compile.policy import Policy
-from dop_compile.policy_json import finite, integer
+from dop_compile.checks import finite, integer
+from dop_compile.policy.policy import Policy
 from dop_compile.search.axes import DOP_AXES, VISUAL_TOKENS, tokens_kept
 from dop_compile.search.costs import FlopsModel
 from dop_compile.search.curves import curve

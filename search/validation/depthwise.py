@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from dop_compile.policy import Operation, Policy
-from dop_compile.policy_json import choice, integer
+from dop_compile.checks import choice, integer
+from dop_compile.policy.operations import Operation
+from dop_compile.policy.policy import Policy
 from dop_compile.search.validation.study import Cell, Measure, Study, losses_of
 
 __all__ = ["consecutive_operations", "swapped_operations"]

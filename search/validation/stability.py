@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from dop_compile.policy import Policy
-from dop_compile.policy_json import integer
+from dop_compile.checks import integer
+from dop_compile.policy.policy import Policy
 from dop_compile.search.divergences import Divergences
 from dop_compile.search.optimize import optimize
 from dop_compile.search.validation.study import Cell, Measure, Study, losses_of

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from dop_compile.policy import Policy
+from dop_compile.policy.policy import Policy
 from dop_compile.reports.operation_picture import new_figure
 from dop_compile.reports.table import columns
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dop_compile.policy import Policy
+from dop_compile.policy.policy import Policy
 from dop_compile.search.divergences import Divergences
 from dop_compile.search.optimize import optimize
 from dop_compile.search.validation.study import Cell, Measure, Study, losses_of

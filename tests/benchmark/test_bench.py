@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 
 from dop_compile import Policy, dop_compile, explain, prefill_flops
-from dop_compile.benchmark import Benchmark, Contender, Setting, Timing, bench
-from dop_compile.benchmark.measuring import repeated
-from dop_compile.benchmark.report import markdown
-from dop_compile.benchmark.result import AGAIN, FULL, ORIGINAL
 from dop_compile.evaluation import clock
+from dop_compile.timing import Benchmark, Contender, Setting, Timing, bench
+from dop_compile.timing.measuring import repeated
+from dop_compile.timing.report import markdown
+from dop_compile.timing.result import AGAIN, FULL, ORIGINAL
 from tests.command_line import refused, run
 from tests.local_llava import local_llava, local_processor
 from tests.support import make_batch

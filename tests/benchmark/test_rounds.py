@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from dop_compile.benchmark import rounds
-from dop_compile.benchmark.rounds import Ratio, interleave, milliseconds, ratio
+from dop_compile.timing import rounds
+from dop_compile.timing.rounds import Ratio, interleave, milliseconds, ratio
 
 
 def test_every_round_asks_everybody_once_in_changing_order() -> None:

@@ -10,11 +10,11 @@ import pytest
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from dop_compile import Policy, dop_compile
-from dop_compile.benchmark import commands as bench
+from dop_compile.commands import evaluate as evaluation
+from dop_compile.commands import export as onnx
 from dop_compile.commands import policies
 from dop_compile.commands.inputs import UsageError
-from dop_compile.evaluation import commands as evaluation
-from dop_compile.onnx import commands as onnx
+from dop_compile.timing import commands as bench
 from tests.command_line import refused, run
 from tests.local_llava import local_llava, local_processor, picture
 
@@ -91,7 +91,7 @@ def test_export(
         exported.append(tiers)
         raise ValueError("enough")
 
-    monkeypatch.setattr("dop_compile.onnx.export.export_onnx", stop)
+    monkeypatch.setattr("dop_compile.onnx.export.export.export_onnx", stop)
     argv = ["export", str(saved), "--out", str(tmp_path / "out")]
     assert "enough" in refused(capsys, *argv)
     refused(capsys, *argv, "--tier", "half")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from dop_compile import Policy
-from dop_compile.drop_in.replay import Replay
+from dop_compile.replay import Replay
 from tests.families import Family
 from tests.reference import split_rows
 from tests.support import (

@@ -8,7 +8,7 @@ import pytest
 
 from dop_compile import Policy
 from dop_compile.errors import UnsupportedModelError
-from dop_compile.ranking import Ranking, Stage
+from dop_compile.policy.ranking import Ranking, Stage
 from dop_compile.rankings import known
 from tests.conformance.checks import POLICIES, check_full, check_policy, check_prepared, check_row_alone
 from tests.conformance.table import EXACT, REFUSED

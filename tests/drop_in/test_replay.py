@@ -13,8 +13,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dop_compile import Policy, dop_compile
-from dop_compile.costs import prefill_flops
-from dop_compile.drop_in.replay import Replay
+from dop_compile.policy.costs import prefill_flops
+from dop_compile.replay import Replay
 from dop_compile.runtime.cache import PrunedCache
 from tests.conformance.table import EXACT
 from tests.drawing import examples

@@ -10,7 +10,7 @@ import transformers as hf
 from torch import Tensor
 
 from dop_compile import Policy, UnsupportedUsageError, dop_compile
-from dop_compile.drop_in.replay import Replay
+from dop_compile.replay import Replay
 from dop_compile.search import measure_divergences
 from dop_compile.search.metrics import METRICS
 from tests.conformance.q_formers import Q_FORMERS

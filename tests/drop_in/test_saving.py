@@ -19,7 +19,7 @@ from transformers import LlavaForConditionalGeneration, TorchAoConfig
 
 from dop_compile import Policy, dop_compile, from_pretrained, model_fingerprint, save_policies
 from dop_compile.errors import UnsupportedUsageError
-from dop_compile.policy import Provenance
+from dop_compile.policy.provenance import Provenance
 from tests.families import FAMILIES
 from tests.support import Batch, make_batch
 

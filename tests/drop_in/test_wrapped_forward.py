@@ -16,9 +16,9 @@ from accelerate.utils import extract_model_from_parallel
 from torch import Tensor
 
 from dop_compile import Policy, dop_compile
-from dop_compile.drop_in.replay import Replay
 from dop_compile.errors import UnsupportedModelError, UnsupportedUsageError
 from dop_compile.onnx import export_onnx
+from dop_compile.replay import Replay
 from tests.families import FAMILIES
 from tests.support import Batch, assert_close, make_batch, reference
 

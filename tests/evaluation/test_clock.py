@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dop_compile.evaluation.clock import Clock
-from dop_compile.runtime.spans import SELECTION, listening, span
+from dop_compile.spans import SELECTION, listening, span
 
 
 class Hand:

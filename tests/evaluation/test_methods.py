@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 
 from dop_compile import Policy
-from dop_compile.costs import DecoderDims, LayerTokens, layer_flops, prefill_flops
 from dop_compile.evaluation import Method, Planner, method_names
 from dop_compile.evaluation.in_decoder import RANKED
-from dop_compile.policy import Operation, Provenance
-from dop_compile.ranking import Ranking, Stage
+from dop_compile.policy.costs import DecoderDims, LayerTokens, layer_flops, prefill_flops
+from dop_compile.policy.operations import Operation
+from dop_compile.policy.provenance import Provenance
+from dop_compile.policy.ranking import Ranking, Stage
 from dop_compile.search import AttentionShares, InfeasibleBudgetError, OperationOrder, fit_prune
 from dop_compile.search.greedy_sort import Step
 from tests.search.synthetic import dims_of, make_divergences

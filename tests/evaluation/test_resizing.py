@@ -10,7 +10,8 @@ import pytest
 
 from digits_vlm import data, models
 from dop_compile import Policy, prefill_flops
-from dop_compile.evaluation import Evaluation, Planner, commands
+from dop_compile.commands import evaluate as commands
+from dop_compile.evaluation import Evaluation, Planner
 from dop_compile.reducers import resize_processor
 from dop_compile.search.samples import Row, Samples
 from tests.command_line import run

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dop_compile import Policy, save_policies
-from dop_compile.lmms_plugin.arguments import batch_size_of, check_names, device_of, dtype_of, policy_of
+from dop_compile.plugins.lmms_eval.arguments import batch_size_of, check_names, device_of, dtype_of, policy_of
 
 MINE = Policy.depthwise(8, mha_depth=6, visual_tokens=40)
 

@@ -15,8 +15,8 @@ pytest.importorskip("lmms_eval.api.model", reason="lmms-eval is not installed: p
 import lmms_eval.tasks
 from lmms_eval.utils import simple_parse_args_string
 
-from dop_compile.lmms_plugin.arguments import check_names, policy_of
-from dop_compile.lmms_plugin.models.dop_compile import DopCompile
+from dop_compile.plugins.lmms_eval.arguments import check_names, policy_of
+from dop_compile.plugins.lmms_eval.models.dop_compile import DopCompile
 
 ROOT = Path(__file__).parents[2]
 LAYERS = {"7b": 32, "13b": 40, "8b": 28, "llava": 8}

@@ -19,7 +19,7 @@ from lmms_eval.tasks import TaskManager
 
 from digits_vlm import benchmark, data, evaluate, models
 from dop_compile import Policy, dop_compile
-from dop_compile.lmms_plugin.manifest import manifest
+from dop_compile.plugins.lmms_eval.manifest import manifest
 
 CHECKPOINT = Path(__file__).parents[2] / "examples" / "digits_vlm" / "checkpoints" / "llava"
 POLICY = {"mha_depth": 5, "mlp_depth": 2}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dop_compile.lmms_plugin.generation import AtStops, Forced, cut, losses, settings_of, stops_of
+from dop_compile.plugins.lmms_eval.generation import AtStops, Forced, cut, losses, settings_of, stops_of
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dop_compile.lmms_plugin.media import read_messages, sample_frames, user_message
+from dop_compile.plugins.lmms_eval.media import read_messages, sample_frames, user_message
 
 
 def plain(shade: int) -> Image.Image:

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from digits_vlm import data
-from dop_compile.lmms_plugin.manifest import manifest
+from dop_compile.plugins.lmms_eval.manifest import manifest
 from tests.local_llava import local_llava, local_processor
 
 CHECKPOINT = Path(__file__).parents[2] / "examples" / "digits_vlm" / "checkpoints" / "llava"

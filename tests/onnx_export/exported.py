@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from dop_compile import Policy
-from dop_compile.onnx.export import export_onnx
-from dop_compile.onnx.manifest import Manifest
-from dop_compile.onnx.plain import PlainPipeline
-from dop_compile.onnx.shapes import Shapes
+from dop_compile.onnx.contract.manifest import Manifest
+from dop_compile.onnx.export.export import export_onnx
+from dop_compile.onnx.export.shapes import Shapes
+from dop_compile.onnx.run.plain import PlainPipeline
 from tests.families import Family, Segment
 from tests.onnx_export.harness import LAYERS, small_batch, small_family, small_model
 

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from dop_compile import Policy
-from dop_compile.onnx.capture import capture_prompt
-from dop_compile.onnx.graphs import Decode, Prefill
-from dop_compile.onnx.parts import SectionInfo
-from dop_compile.onnx.prepare import Prepared, prepare
-from dop_compile.onnx.sections import past_classes, tier_sections
+from dop_compile.onnx.contract.parts import SectionInfo
+from dop_compile.onnx.export.capture import capture_prompt
+from dop_compile.onnx.export.graphs import Decode, Prefill
+from dop_compile.onnx.export.sections import past_classes, tier_sections
+from dop_compile.onnx.run.prepare import Prepared, prepare
 from tests.conformance.table import EXACT
 from tests.families import IMAGE, VIDEO, Family, Segment
 from tests.support import Batch, make_batch

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dop_compile import Policy
-from dop_compile.onnx.manifest import WEIGHTS, Manifest
+from dop_compile.onnx.contract.manifest import WEIGHTS, Manifest
 from tests.command_line import refused, run
 from tests.local_llava import local_llava, local_processor, picture
 

@@ -13,14 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dop_compile import Policy, UnsupportedModelError, export_onnx
-from dop_compile.onnx.check import OPERATORS, check_graph, operators
-from dop_compile.onnx.convert import Signature, write_graph
-from dop_compile.onnx.describe import slugs
-from dop_compile.onnx.graphs import Reduce
-from dop_compile.onnx.manifest import MANIFEST, WEIGHTS, Manifest
-from dop_compile.onnx.plain import PlainPipeline
-from dop_compile.onnx.sessions import GraphSession
-from dop_compile.onnx.weights import WeightStore
+from dop_compile.onnx.check.graphs import OPERATORS, check_graph, operators
+from dop_compile.onnx.contract.manifest import MANIFEST, WEIGHTS, Manifest
+from dop_compile.onnx.export.convert import Signature, write_graph
+from dop_compile.onnx.export.describe import slugs
+from dop_compile.onnx.export.graphs import Reduce
+from dop_compile.onnx.export.weights import WeightStore
+from dop_compile.onnx.run.plain import PlainPipeline
+from dop_compile.onnx.run.sessions import GraphSession
 from dop_compile.reducers import VisualContext, create, select_tokens
 from tests.drawing import examples
 from tests.families import FAMILIES

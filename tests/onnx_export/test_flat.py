@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from dop_compile import UnsupportedModelError
-from dop_compile.onnx.capture import VisionCall, capture_prompt
-from dop_compile.onnx.flat import flat
-from dop_compile.onnx.graphs import Vision
+from dop_compile.onnx.export.capture import VisionCall, capture_prompt
+from dop_compile.onnx.export.flat import flat
+from dop_compile.onnx.export.graphs import Vision
 from tests.conformance.table import EXACT
 
 PIXELS = torch.arange(24, dtype=torch.float32).view(1, 4, 6)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dop_compile import Policy, UnsupportedModelError
-from dop_compile.onnx.capture import capture_prompt
+from dop_compile.onnx.export.capture import capture_prompt
 from tests.drawing import examples
 from tests.families import FAMILIES
 from tests.onnx_export.harness import FIVE, greedy_in_pytorch, small_batch, small_family

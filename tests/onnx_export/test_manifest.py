@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from dop_compile.onnx.manifest import MANIFEST, WEIGHTS, Manifest
+from dop_compile.onnx.contract.manifest import MANIFEST, WEIGHTS, Manifest
 from tests.onnx_export.exported import exported
 
 

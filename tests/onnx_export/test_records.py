@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 
 from dop_compile import Policy
-from dop_compile.onnx.records import decode, encode
+from dop_compile.onnx.contract.records import decode, encode
 
 
 @dataclass(frozen=True)

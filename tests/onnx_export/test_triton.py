@@ -13,8 +13,8 @@ import onnx
 import onnxruntime as ort
 import pytest
 
-from dop_compile.onnx.manifest import WEIGHTS, Manifest
-from dop_compile.onnx.triton import LAYOUTS, check_layout, triton_repository
+from dop_compile.onnx.contract.manifest import WEIGHTS, Manifest
+from dop_compile.onnx.deploy.triton import LAYOUTS, check_layout, triton_repository
 from tests.onnx_export.exported import TIERS, batch_of, example_rows, exported, pipeline, run
 from tests.onnx_export.harness import small_family
 

@@ -9,8 +9,8 @@ import onnx
 import onnxruntime as ort
 import pytest
 
-from dop_compile.onnx.manifest import Manifest
-from dop_compile.onnx.trtexec import trtexec_commands
+from dop_compile.onnx.contract.manifest import Manifest
+from dop_compile.onnx.deploy.trtexec import trtexec_commands
 from tests.onnx_export.exported import exported, static_export
 
 TYPES = {onnx.TensorProto.FLOAT: np.float32, onnx.TensorProto.INT64: np.int64}

@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from dop_compile import Policy
-from dop_compile.onnx import providers, verification
-from dop_compile.onnx.manifest import MANIFEST, WEIGHTS, Manifest
-from dop_compile.onnx.parts import file_sha256
-from dop_compile.onnx.sessions import GraphSession, UnrunnableError
-from dop_compile.onnx.verification import verify
+from dop_compile.onnx.check import verification
+from dop_compile.onnx.check.verification import verify
+from dop_compile.onnx.contract.manifest import MANIFEST, WEIGHTS, Manifest
+from dop_compile.onnx.contract.parts import file_sha256
+from dop_compile.onnx.run import providers
+from dop_compile.onnx.run.sessions import GraphSession, UnrunnableError
 from tests.onnx_export.exported import example_rows, exported
 from tests.onnx_export.harness import LAYERS, small_family, small_model
 

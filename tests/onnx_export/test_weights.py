@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dop_compile.onnx import weights
-from dop_compile.onnx.weights import WeightStore
+from dop_compile.onnx.export import weights
+from dop_compile.onnx.export.weights import WeightStore
 
 
 def read(path: Path, place: tuple[int, int], dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
@@ -78,7 +78,7 @@ from pathlib import Path
 import torch
 import transformers as hf
 from dop_compile import Policy
-from dop_compile.onnx.export import export_onnx
+from dop_compile.onnx.export.export import export_onnx
 
 def build(width):
     sizes = {"hidden_size": 256, "intermediate_size": width, "num_hidden_layers": 1, "num_attention_heads": 2}

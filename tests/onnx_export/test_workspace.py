@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from dop_compile.onnx import workspace
-from dop_compile.onnx.workspace import new_directory
+from dop_compile.onnx.export import workspace
+from dop_compile.onnx.export.workspace import new_directory
 
 
 def write(target: Path, fail: Callable[[], object] = lambda: None, *, force: bool = False, needed: int = 0) -> None:

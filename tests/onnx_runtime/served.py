@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 
 from dop_compile import Policy, dop_compile
-from dop_compile.commands.processing import prompt_inputs
-from dop_compile.onnx.export import export_onnx
-from dop_compile.onnx.runtime import OnnxPipeline
+from dop_compile.hf.prompts import prompt_inputs
+from dop_compile.onnx.export.export import export_onnx
+from dop_compile.onnx.run.pipeline import OnnxPipeline
 from tests.local_llava import local_llava, local_processor
 from tests.onnx_export import exported
 

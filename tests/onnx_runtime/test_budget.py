@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from dop_compile.onnx.runtime import OnnxPipeline
-from dop_compile.onnx.runtime_latency import TierLatency, tier_tokens
+from dop_compile.onnx.run.latency import TierLatency, tier_tokens
+from dop_compile.onnx.run.pipeline import OnnxPipeline
 from tests.onnx_runtime.served import batch, picture, pipeline, served
 
 CPU = ["CPUExecutionProvider"]

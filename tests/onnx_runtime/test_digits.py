@@ -13,9 +13,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from digits_vlm import data
 from dop_compile import Policy, dop_compile
-from dop_compile.commands.processing import prompt_inputs
-from dop_compile.onnx.export import export_onnx
-from dop_compile.onnx.runtime import OnnxPipeline, Token
+from dop_compile.hf.prompts import prompt_inputs
+from dop_compile.onnx.export.export import export_onnx
+from dop_compile.onnx.run.pipeline import OnnxPipeline, Token
 from tests.onnx_export import exported
 
 pytest.importorskip("sklearn")  # the digits are its data

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from dop_compile.onnx import providers
-from dop_compile.onnx.manifest import MANIFEST, WEIGHTS
-from dop_compile.onnx.runtime import OnnxPipeline
-from dop_compile.onnx.sessions import UnrunnableError
+from dop_compile.onnx.contract.manifest import MANIFEST, WEIGHTS
+from dop_compile.onnx.run import providers
+from dop_compile.onnx.run.pipeline import OnnxPipeline
+from dop_compile.onnx.run.sessions import UnrunnableError
 from tests.onnx_export.exported import exported, static_export, static_model
 from tests.onnx_export.harness import small_family
 from tests.onnx_runtime.served import batch, picture, pipeline, served

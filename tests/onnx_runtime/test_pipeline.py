@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from dop_compile import dop_compile
-from dop_compile.onnx import runtime_decode
-from dop_compile.onnx.runtime import OnnxPipeline, Sampling, Token
+from dop_compile.onnx.run import decode as runtime_decode
+from dop_compile.onnx.run.pipeline import OnnxPipeline, Sampling, Token
 from tests.onnx_export.exported import TIERS as FAMILY_TIERS
 from tests.onnx_export.exported import batch_of, exported
 from tests.onnx_runtime import served

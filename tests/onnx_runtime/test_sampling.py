@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from dop_compile.onnx.runtime_sampling import Sampler, Sampling, probabilities
-from dop_compile.onnx.runtime_stream import Token, TokenStream
+from dop_compile.onnx.run.sampling import Sampler, Sampling, probabilities
+from dop_compile.onnx.run.stream import Token, TokenStream
 
 VOCABULARY = 12
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from dop_compile import Policy
-from dop_compile.keep import KeepTable
 from dop_compile.passes import PIPELINE, DecoderGraph, Pass, PassReport, check_graph, run_passes
+from dop_compile.policy.keep import KeepTable
 from dop_compile.runtime.cache import PrunedCache, ReducedView
 from dop_compile.runtime.layout import TokenLayout
 from dop_compile.runtime.masks import MaskSelector

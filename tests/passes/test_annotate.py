@@ -11,7 +11,8 @@ from dop_compile import Policy
 from dop_compile.errors import PassError, UnsupportedModelError
 from dop_compile.passes import dump, run_passes
 from dop_compile.passes.annotate import ANNOTATE
-from dop_compile.passes.graph import MHA, MLP, DecoderGraph
+from dop_compile.passes.blocks import MHA, MLP
+from dop_compile.passes.graph import DecoderGraph
 from dop_compile.passes.slice_operations import SLICE_OPERATIONS
 from dop_compile.tracing.trace import DecoderInputs, trace_decoder
 from tests.families import FAMILIES

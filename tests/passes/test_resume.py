@@ -13,10 +13,10 @@ from transformers import GraniteConfig, GraniteModel
 
 from dop_compile import Policy
 from dop_compile.errors import PassError
-from dop_compile.keep import KeepTable
 from dop_compile.passes import PIPELINE, DecoderGraph, check_graph, dump, run_passes
 from dop_compile.passes.annotate import ANNOTATE
 from dop_compile.passes.resume import RESUME
+from dop_compile.policy.keep import KeepTable
 from dop_compile.tokens import Universe
 from dop_compile.tracing.trace import DecoderInputs, trace_decoder
 from tests.drawing import examples

@@ -11,10 +11,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dop_compile import Policy, baselines, explain, prefill_flops
-from dop_compile.costs import DecoderDims, LayerTokens, layer_flops, policy_tokens
-from dop_compile.keep import KeepTable
-from dop_compile.ranking import Ranking, Stage
+from dop_compile import Policy, explain, prefill_flops
+from dop_compile.policy import baselines
+from dop_compile.policy.costs import DecoderDims, LayerTokens, layer_flops, policy_tokens
+from dop_compile.policy.keep import KeepTable
+from dop_compile.policy.ranking import Ranking, Stage
 from dop_compile.rankings import criterion, known, register
 from dop_compile.rankings.attention import LastToken
 from dop_compile.tokens import Universe

@@ -7,11 +7,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dop_compile import Policy, baselines, dop_compile
+from dop_compile import Policy, dop_compile
 from dop_compile.errors import UnsupportedModelError
 from dop_compile.passes import rank_tokens
-from dop_compile.ranking import Ranking, Stage
-from dop_compile.rankings.call import observing
+from dop_compile.policy import baselines
+from dop_compile.policy.ranking import Ranking, Stage
+from dop_compile.runtime.call_rankings import observing
 from tests.drawing import examples
 from tests.families import FAMILIES as ALL_FAMILIES
 from tests.rankings.check import check

@@ -12,12 +12,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dop_compile import Policy
-from dop_compile.ranking import Ranking, Stage
+from dop_compile.policy.ranking import Ranking, Stage
 from dop_compile.rankings.attention import TextRaters
-from dop_compile.rankings.call import observing
 from dop_compile.rankings.pivots import Pivots
-from dop_compile.rankings.view import LayerView
-from dop_compile.runtime.spans import SELECTION, listening
+from dop_compile.runtime.call_rankings import observing
+from dop_compile.runtime.layer_view import StoredLayerView
+from dop_compile.spans import SELECTION, listening
 from tests.families import FAMILIES
 from tests.flash_stand_in import install
 from tests.support import Batch, assert_rows_match, compile_eagerly, make_batch
@@ -52,7 +52,7 @@ def test_every_kernel_ranks_alike(
     assert_rows_match(found, expected, batch.mask)
 
 
-def views(batch: Batch, policy: Policy, look: Callable[[LayerView], None]) -> None:
+def views(batch: Batch, policy: Policy, look: Callable[[StoredLayerView], None]) -> None:
     with torch.no_grad(), observing(lambda _, view: look(view)):
         compile_eagerly(batch.model, policy)(**batch.inputs)
 
@@ -61,7 +61,7 @@ def test_rows_that_are_not_asked_for_may_be_nan() -> None:
     """In half precision a row of padding, whose scores are all the lowest number, overflows."""
     seen = 0
 
-    def look(view: LayerView) -> None:
+    def look(view: StoredLayerView) -> None:
         nonlocal seen
         text = view.group("text")
         expected = view.received(text)
@@ -113,7 +113,7 @@ def test_the_text_that_rates_costs_visual_times_text_tokens() -> None:
     batch = make_batch("llava", [[("text", 6), ("image",), ("text", 3)]])
     sizes: list[set[tuple[int, ...]]] = []
 
-    def look(view: LayerView) -> None:
+    def look(view: StoredLayerView) -> None:
         with Calls() as calls:
             TextRaters()(view, [2])
         sizes.append(calls.sizes)
@@ -129,7 +129,7 @@ def test_pivots_read_no_number_back() -> None:
     batch = make_batch("llava")
     seen = []
 
-    def look(view: LayerView) -> None:
+    def look(view: StoredLayerView) -> None:
         view.states()  # the layout's own numbers are the CPU's
         with Calls() as calls:
             Pivots()(view, [0, 3, 4])

@@ -14,7 +14,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from dop_compile import Policy, dop_compile, explain
-from dop_compile.ranking import Ranking, Stage
+from dop_compile.policy.ranking import Ranking, Stage
 from dop_compile.reports.executed import Prompt
 from dop_compile.reports.operation_map import ABSENT, FROZEN, OperationMap
 from dop_compile.reports.operation_picture import COLOURS, TRACK, TierPicture, draw_map, tiers_figure

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dop_compile import Policy
 from dop_compile.errors import UnsupportedUsageError
-from dop_compile.ranking import Ranking, Stage
+from dop_compile.policy.ranking import Ranking, Stage
 from tests.families import FAMILIES
 from tests.reference import text_decoder
 from tests.support import (

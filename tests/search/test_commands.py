@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from dop_compile import Policy
-from dop_compile.costs import prefill_flops_ratio
-from dop_compile.policy import Provenance
+from dop_compile.policy.costs import prefill_flops_ratio
+from dop_compile.policy.provenance import Provenance
 from dop_compile.search import Divergences, OperationOrder, measure_policies
 from dop_compile.search.optimize import candidates
 from tests.command_line import refused, run
@@ -174,7 +174,7 @@ def test_policies_and_models_of_another_model_are_refused(
 def test_outputs_that_cannot_be_written_are_named_before_a_model_is_loaded(
     capsys: pytest.CaptureFixture[str], folder: Path, profiled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dop_compile.search.commands.load_processor", None)  # would fail if it were called
+    monkeypatch.setattr("dop_compile.commands.measuring.load_processor", None)  # would fail if it were called
     (tmp_path / "file").write_text("in the way")
     out = ["--out", str(tmp_path / "file" / "out")]
     model = ["--model", str(folder / "model"), "--samples", str(folder / "samples.jsonl")]
@@ -201,7 +201,7 @@ def test_a_disk_that_fills_up_is_named_and_the_same_command_goes_on(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patched:
-        patched.setattr("dop_compile.policy_json.os.replace", full)
+        patched.setattr("dop_compile.documents.os.replace", full)
         code, _, err = run(capsys, *argv)
     assert code == 1
     assert f"OSError: {out}: No space left on device" in err
@@ -216,7 +216,7 @@ def test_ctrl_c_says_whether_the_same_command_goes_on(
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("dop_compile.search.commands.load_processor", stop)
+    monkeypatch.setattr("dop_compile.commands.measuring.load_processor", stop)
     model, out = ["--samples", str(folder / "samples.jsonl")], ["--out", str(tmp_path / "o")]
     verified = ["search", str(profiled), "--budget", "0.7", "--verify-top", "2", "--model", str(folder / "model")]
     for argv, says in (

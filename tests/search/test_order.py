@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dop_compile.costs import DecoderDims, prefill_flops
-from dop_compile.policy import MODULES, Operation, Policy
+from dop_compile.policy.costs import DecoderDims, prefill_flops
+from dop_compile.policy.operations import MODULES, Operation
+from dop_compile.policy.policy import Policy
 from dop_compile.search.greedy_sort import Step, implied
 from dop_compile.search.optimize import InfeasibleBudgetError
 from dop_compile.search.order import OperationOrder

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dop_compile import Policy
-from dop_compile.policy import Provenance
+from dop_compile.policy.provenance import Provenance
 from dop_compile.search import Divergences
 from dop_compile.search.optimize import candidates
 from dop_compile.search.predict import additive_divergence, predicted_divergence

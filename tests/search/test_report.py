@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from dop_compile import Policy, prefill_flops
-from dop_compile.costs import kv_cache_bytes, policy_tokens
-from dop_compile.policy import Provenance
+from dop_compile.policy.costs import kv_cache_bytes, policy_tokens
+from dop_compile.policy.provenance import Provenance
 from dop_compile.search import optimize
 from dop_compile.search.predict import predicted_divergence
 from dop_compile.search.report import (

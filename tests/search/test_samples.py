@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dop_compile.commands.processing import prompt_inputs
+from dop_compile.hf.prompts import prompt_inputs
 from dop_compile.search.samples import Row, Samples, check_images, choose, read_data_set, read_jsonl
 from tests.local_llava import local_processor
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dop_compile.costs import prefill_flops_ratio
+from dop_compile.policy.costs import prefill_flops_ratio
 from dop_compile.search import Divergences, candidates, optimize, transfer
 from dop_compile.search.axes import tokens_kept
 from dop_compile.search.curves import curve

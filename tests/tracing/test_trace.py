@@ -18,7 +18,7 @@ from transformers.masking_utils import create_causal_mask
 from dop_compile import Policy, ops
 from dop_compile.compiler import build_graph
 from dop_compile.errors import PassError, UnsupportedModelError
-from dop_compile.keep import KeepTable
+from dop_compile.policy.keep import KeepTable
 from dop_compile.tokens import Universe
 from dop_compile.tracing.module_tracer import ModuleTracer
 from dop_compile.tracing.proxies import BATCH, PACKED, TOKENS, Refused, ValueProxy
