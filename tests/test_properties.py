@@ -89,7 +89,7 @@ def cases(draw: st.DrawFn, split: bool = False, reduction: bool = True) -> Case:
     return Case(batch, policy.replace(reducer="given", positions=positions), [list(row) for row in ranked])
 
 
-@examples(20)
+@examples(12)
 @given(batch=batches(ALL_NAMES), visual_tokens=st.sampled_from((None, 10**6)))
 @torch.no_grad()
 def test_full_budget_is_the_original_bit_by_bit(batch: Batch, visual_tokens: int | None) -> None:
@@ -101,7 +101,7 @@ def test_full_budget_is_the_original_bit_by_bit(batch: Batch, visual_tokens: int
 
 
 @pytest.mark.parametrize("reduction", [False, True])
-@examples(14)
+@examples(9)
 @given(data=st.data())
 def test_random_policies_are_the_reference(reduction: bool, data: st.DataObject) -> None:
     case = data.draw(cases(reduction=reduction))
@@ -109,14 +109,14 @@ def test_random_policies_are_the_reference(reduction: bool, data: st.DataObject)
     assert_forward_matches(compiled, case.batch, case.policy, case.ranked)
 
 
-@examples(14)
+@examples(9)
 @given(case=cases(split=True))
 def test_split_policies_are_the_reference(case: Case) -> None:
     compiled = compile_eagerly(case.batch.model, case.policy)
     assert_forward_matches(compiled, case.batch, case.policy, case.ranked, case.salient)
 
 
-@examples(10)
+@examples(6)
 @given(case=cases(), rows=st.integers(0, 4), cached=st.booleans())
 @torch.no_grad()
 def test_optional_passes_change_no_requested_number(case: Case, rows: int, cached: bool) -> None:
@@ -160,7 +160,7 @@ def groups_entering(case: Case) -> list[list[str]]:
     return out
 
 
-@examples(20)
+@examples(12)
 @given(case=cases() | cases(split=True))
 @torch.no_grad()
 def test_each_layer_stores_what_its_policy_keeps_as_keys(case: Case) -> None:
@@ -185,7 +185,7 @@ def test_each_layer_stores_what_its_policy_keeps_as_keys(case: Case) -> None:
         assert valid.sum(1).tolist() == kept
 
 
-@examples(8)
+@examples(6)
 @given(case=cases())
 @torch.no_grad()
 def test_decoding_step_by_step_is_the_reference_of_the_longer_prompt(case: Case) -> None:

@@ -60,7 +60,7 @@ def exported(name: str, opset: int = 23, dtype: torch.dtype = torch.float32) -> 
 
 
 STATIC_TIERS = {"full": Policy.full(1)} | {
-    str(n): Policy.depthwise(1, mlp_depth=n % 2, visual_tokens=3 + n) for n in range(3)
+    str(n): Policy.depthwise(1, mlp_depth=n % 2, visual_tokens=3 + n) for n in range(2)
 }
 
 

@@ -96,6 +96,7 @@ def test_graphs_are_valid_and_of_standard_operators(name: str) -> None:
     check_all(name, 23)
 
 
+@pytest.mark.conformance
 def test_graphs_of_opset_18_are_valid_and_of_standard_operators() -> None:
     check_all("llava", 18)
 

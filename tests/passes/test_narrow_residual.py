@@ -64,7 +64,7 @@ def test_the_output_holds_requested_rows_only() -> None:
     assert hidden.shape == (3, 2, 64)
 
 
-@examples(25)
+@examples(15)
 @given(policies(LAYERS, reduction=False), st.sampled_from([None, TEXT_ONLY]), st.booleans())
 def test_numbers_do_not_change(policy: Policy, requested: frozenset[str] | None, cached: bool) -> None:
     arguments = {"requested": requested, "cached": cached}

@@ -67,7 +67,7 @@ def ranked_policies(draw: st.DrawFn) -> Policy:
     return Policy.from_operations(4, pruned).replace(ranking=ranking(criterion, *stages))
 
 
-@examples(15)
+@examples(9)
 @given(ranked_policies())
 def test_any_ranking_with_any_operations(policy: Policy) -> None:
     check("llava", policy, tokens=2)

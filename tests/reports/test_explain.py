@@ -23,7 +23,7 @@ from tests.strategies import policies
 SPLIT = {"mha_query_depth": 1, "mha_key_value_depth": 3, "mlp_depth": 1}
 NO_KEYS = Policy.from_operations(LAYERS, [(group, 2, "mha_key_value") for group in ("system", "visual", "text")])
 TEXT_ONLY = ("llama", "qwen2")
-DRAWN = examples(12)  # every example is compiled
+DRAWN = examples(8)  # every example is compiled
 COUNTS = st.tuples(st.integers(0, 6), st.integers(0, 9), st.integers(2, 7))
 
 
@@ -102,7 +102,7 @@ def test_the_last_layer_updates_only_the_requested_rows() -> None:
     assert result.summary.eq11_ratio == 1
 
 
-@examples(15)
+@examples(10)
 @given(
     depths=st.tuples(*[st.integers(0, LAYERS)] * 3),
     visual_tokens=st.integers(0, 8),

@@ -68,7 +68,7 @@ def test_a_policy_is_counted_by_hand() -> None:
         OperationMap.of_policy(Policy.full(2))
 
 
-@examples(15)
+@examples(10)
 @given(
     policy=policies(LAYERS, split=None, max_visual_tokens=8),
     visual=st.integers(0, 6),
