@@ -7,16 +7,21 @@ adds 1 for a tier that differs, and 3 for graphs that cannot run here. 130: stop
 from __future__ import annotations
 
 import argparse
+import importlib
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
 
-from dop_compile.commands.bench_options import add_bench_command
-from dop_compile.commands.eval_options import add_eval_command
-from dop_compile.commands.onnx_options import add_onnx_commands
-from dop_compile.commands.search_options import add_search_commands, count, positive
+from dop_compile.commands.options import bench, evaluate, model, onnx, search
+from dop_compile.commands.options.common import policy_options
+from dop_compile.commands.unused import check_unused, given_options
+from dop_compile.commands.usage import UsageError
 
 __all__ = ["main"]
+
+ACTIONS = {**model.ACTIONS, **bench.ACTIONS, **search.ACTIONS, **evaluate.ACTIONS, **onnx.ACTIONS}
+"""What does what a command says: loaded once it is run, since torch takes seconds."""
 
 DESCRIPTION = """\
 Compile a Hugging Face vision-language model so that its decoder skips the operations a policy prunes.
@@ -47,35 +52,6 @@ examples:
   dop-compile export ./my-model --policy 28%=policies/28.json --out exported
   dop-compile verify exported --samples samples.jsonl
 """
-EXPLAIN = """\
-Print, per layer, how many tokens are queries, keys and in the MLP, the FLOPs and the KV cache, and a
-summary against the original. No weights are read: a configuration will do.
-
-Visual tokens are those of one picture where the configuration fixes their number. Where it depends on the
-picture, say it by --image, --samples or --visual. The table says which numbers were used.
-
-  policy FLOPs    eq. 11: every operation that the policy keeps, at these token counts
-  executed FLOPs  what is left when work that reaches no requested output is removed
-
---plot draws the same as a picture: which tokens each operation of each layer processes, in every tier.
-"""
-RUN = """\
-Answer a prompt about an image with a pruned model. The chat template of the model's processor is used
-where there is one; else the image token is put before the prompt, unless the prompt holds it.
-Several policies are tiers of one compiled model; the first is used unless --tier names another. A model that
-was saved with its tiers (dop_compile.json) needs no policies.
-"""
-DEMO = """\
-A small trained LLaVA reads handwritten digits. An image is composed of scans that it was not trained on,
-and several questions about it are answered by the original and by three tiers of the compiled model:
-100 % (checked to equal the original), and two pruned ones, of which the second prunes queries and
-key-values apart. Printed are the answers, FLOPs, KV cache and measured prefill of each. The image is
-saved as demo-input.png, and image, answers and each tier's operations as demo.png.
-
-Nothing is downloaded. Model and data are in the repository, so this runs in a clone only; it needs
-pip install -e '.[demo]' there.
-"""
-
 INTERRUPTED = 130
 STOPPED = {
     **dict.fromkeys(("profile", "greedy", "eval"), "the same command goes on with what is finished"),
@@ -85,39 +61,12 @@ NOTHING = "nothing was kept"
 """What Ctrl-C leaves behind, by command."""
 
 
-def _policy_options() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(add_help=False)
-    group = parser.add_argument_group("policy")
-    group.add_argument(
-        "--policy",
-        action="append",
-        default=[],
-        metavar="[NAME=]FILE",
-        help="a policy saved as JSON; repeat for several tiers (the name is the file's unless given); instead of those "
-        "that were saved with the model",
-    )
-    group.add_argument("--tier", metavar="NAME", help="which of the tiers to use; the first unless given")
-    for flag, text in (
-        ("--mha-depth", "layers in which visual tokens take part in attention"),
-        ("--mha-query-depth", "layers in which attention updates visual tokens (overrides --mha-depth)"),
-        ("--mha-key-value-depth", "layers in which visual tokens can be read (overrides --mha-depth)"),
-        ("--mlp-depth", "layers in which visual tokens pass the MLP"),
-        ("--system-mha-depth", "the same as --mha-depth for the tokens before the first visual one"),
-        ("--system-mlp-depth", "the same as --mlp-depth for the tokens before the first visual one"),
-        ("--visual-tokens", "visual tokens per sample that enter the decoder"),
-    ):
-        group.add_argument(flag, type=count, metavar="N", help=text)
-    group.add_argument("--reducer", metavar="NAME", help="who chooses the visual tokens: uniform (default), random")
-    group.add_argument("--positions", choices=("original", "compact"), help="positions of kept tokens")
-    return parser
-
-
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("dop-compile", description=DESCRIPTION, epilog=EXAMPLES, formatter_class=raw)
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--debug", action="store_true", help="show a traceback where something fails")
-    policy = _policy_options()
+    policy = policy_options()
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, summary: str, text: str, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -125,46 +74,11 @@ def _parser() -> argparse.ArgumentParser:
             name, help=summary, description=text, epilog=EXAMPLES, formatter_class=raw, parents=[*parents, common]
         )
 
-    dtypes = ("auto", "float32", "bfloat16", "float16")
-    backend = "eager (default), inductor (compiles first, then faster), or any backend of torch.compile"
-
-    one = command("explain", "what a policy costs, per layer", EXPLAIN, policy)
-    one.add_argument("model", metavar="MODEL", help="model directory, config.json, or hub id")
-    one.add_argument("--image", action="append", default=[], metavar="PATH", help="count this image; repeat")
-    one.add_argument("--prompt", metavar="TEXT", help="count this prompt, with --image")
-    one.add_argument("--samples", metavar="FILE", help="count these samples (JSON Lines, as for profile): their mean")
-    for group, default in (("system", "a short prompt's"), ("visual", "one picture's"), ("text", "a short prompt's")):
-        help_text = f"{group} tokens of the prompt, before reduction (default: {default})"
-        one.add_argument(f"--{group}", type=count, metavar="N", help=help_text)
-    one.add_argument("--rows", type=count, default=1, metavar="N", help="last rows of logits asked for; 0 for all")
-    one.add_argument("--dtype", choices=dtypes, default="auto", help="for the size of the KV cache")
-    one.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    one.add_argument("--save-policy", metavar="FILE", help="write the policy as JSON")
-    one.add_argument("--plot", metavar="FILE", help="draw what every tier computes: FILE.svg, .png or .pdf")
-    one.add_argument("--force", action="store_true", help="replace files that are there")
-
-    two = command("run", "answer a prompt about an image with a pruned model", RUN, policy)
-    two.add_argument("model", metavar="MODEL", help="model directory or hub id")
-    two.add_argument("--image", action="append", default=[], metavar="PATH", help="an image; repeat for several")
-    two.add_argument("--prompt", required=True, metavar="TEXT", help="what to ask")
-    two.add_argument("--backend", default="eager", metavar="NAME", help=backend)
-    two.add_argument("--dtype", choices=dtypes, default="auto", help="of the weights; auto: as saved")
-    two.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
-    two.add_argument("--max-new-tokens", type=positive, default=64, metavar="N", help="length of the answer (64)")
-    two.add_argument("--compare", action="store_true", help="also the original's answer, and times")
-
-    three = command("demo", "a small trained model reads digits, in full and pruned; no downloads", DEMO)
-    three.add_argument("--checkpoint", metavar="DIR", help="another checkpoint of examples/digits_vlm")
-    three.add_argument("--out", default=".", metavar="DIR", help="where its pictures go and are replaced (here)")
-    three.add_argument("--image", metavar="PATH", help="a picture of your own; answers are not marked right or wrong")
-    three.add_argument("--number", type=count, default=0, metavar="N", help="which canvas, and questions (0)")
-    three.add_argument("--seed", type=count, default=0, metavar="N", help="another series of canvases (0)")
-    three.add_argument("--backend", default="eager", metavar="NAME", help=backend)
-    three.add_argument("--repeats", type=positive, default=10, metavar="N", help="timed rounds (10)")
-    add_bench_command(command, policy)
-    add_search_commands(command)
-    add_eval_command(command)
-    add_onnx_commands(command, policy)
+    model.add_model_commands(command, policy)
+    bench.add_bench_command(command, policy)
+    search.add_search_commands(command)
+    evaluate.add_eval_command(command)
+    onnx.add_onnx_commands(command, policy)
     return parser
 
 
@@ -181,42 +95,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
 
 
+def _be_quiet(debug: bool) -> None:
+    """Leave what libraries have to say to whoever debugs."""
+    logging.getLogger("torchao").setLevel(logging.ERROR)  # of its C++ extensions, which nobody asked for
+    if not debug:
+        from transformers.utils import logging as hf_logging  # late: it takes seconds
+
+        hf_logging.set_verbosity_error()
+
+
 def _run(arguments: argparse.Namespace, argv: Sequence[str] | None) -> int:
-    # Imported late: --help and typing errors are answered at once
-    from transformers.utils import logging
-
-    from dop_compile.commands import evaluate as evaluation
-    from dop_compile.commands import export as onnx
-    from dop_compile.commands import measuring as search
-    from dop_compile.commands import run as commands
-    from dop_compile.commands.search import search_command
-    from dop_compile.commands.unused import check_unused, given_options
-    from dop_compile.timing import commands as benchmark
-
-    if not arguments.debug:
-        logging.set_verbosity(40)  # errors only
-    run: dict[str, Callable[[argparse.Namespace], int | None]] = {
-        "explain": commands.explain_command,
-        "run": commands.run_command,
-        "bench": benchmark.bench_command,
-        "demo": commands.demo_command,
-        "profile": search.profile_command,
-        "search": search_command,
-        "greedy": search.greedy_command,
-        "report": search.report_command,
-        "eval": evaluation.eval_command,
-        "export": onnx.export_command,
-        "verify": onnx.verify_command,
-        "trtexec": onnx.trtexec_command,
-    }
     try:
         check_unused(arguments, given_options(_parser(), argv))
-        code = run[arguments.command](arguments)
+        _be_quiet(arguments.debug)
+        module, _, function = ACTIONS[arguments.command].partition(":")
+        action: Callable[[argparse.Namespace], int | None] = getattr(importlib.import_module(module), function)
+        code = action(arguments)
         sys.stdout.flush()
     except BrokenPipeError:  # `dop-compile explain ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except commands.UsageError as error:
+    except UsageError as error:
         if arguments.debug:
             raise
         print(f"dop-compile {arguments.command}: {error}", file=sys.stderr)

@@ -317,7 +317,7 @@ def test_ctrl_c_is_code_130_and_says_that_nothing_was_kept(
     def stopped(_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("dop_compile.commands.run.explain_command", stopped)
+    monkeypatch.setattr("dop_compile.commands.explain.explain_command", stopped)
     assert run(capsys, "explain", "x") == (130, "", "dop-compile explain: stopped; nothing was kept\n")
 
 
@@ -327,7 +327,7 @@ def test_other_failures_are_code_1_and_debug_shows_them(
     def broken(_: object) -> None:
         raise RuntimeError("two\nlines")
 
-    monkeypatch.setattr("dop_compile.commands.run.explain_command", broken)
+    monkeypatch.setattr("dop_compile.commands.explain.explain_command", broken)
     assert run(capsys, "explain", "x") == (1, "", "dop-compile explain: RuntimeError: two lines\n")
     with pytest.raises(RuntimeError, match="two"):
         main(["explain", "x", "--debug"])

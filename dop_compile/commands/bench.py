@@ -10,18 +10,17 @@ import torch
 from PIL import Image
 
 from dop_compile.commands.inputs import (
-    UsageError,
     check_backend,
     load_processor,
     load_vision_config,
     load_vision_model,
-    one_line,
     read_images,
     resized_processor,
     write_file,
 )
 from dop_compile.commands.outputs import check_new, output_directory
 from dop_compile.commands.policies import NO_POLICY, read_policies
+from dop_compile.commands.usage import UsageError, one_line
 from dop_compile.hf.prompts import prompt_inputs
 from dop_compile.timing.measuring import bench
 from dop_compile.timing.report import markdown

@@ -8,11 +8,12 @@ from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import replace
 
-from dop_compile.commands.inputs import UsageError, check_backend, write_file
-from dop_compile.commands.measuring import decoder_of, model_and_samples, processes, usage_errors
+from dop_compile.commands.inputs import check_backend, write_file
+from dop_compile.commands.measuring import decoder_of, model_and_samples, processes
 from dop_compile.commands.named_files import named_files, read_file
 from dop_compile.commands.outputs import output_directory
 from dop_compile.commands.policies import replacing
+from dop_compile.commands.usage import UsageError, usage_errors
 from dop_compile.evaluation.in_decoder import FITPRUNE
 from dop_compile.evaluation.measuring import check_tasks, count_tokens, evaluate
 from dop_compile.evaluation.methods import FULL, ORIGINAL, RESIZE, Counts, Method, Planner, check_name

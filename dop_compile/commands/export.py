@@ -1,4 +1,4 @@
-"""What ``dop-compile export``, ``verify`` and ``trtexec`` do; `dop_compile.commands.onnx_options` has their options."""
+"""What ``dop-compile export``, ``verify`` and ``trtexec`` do; `dop_compile.commands.options.onnx` has their options."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Any
 
 from PIL import Image
 
-from dop_compile.commands.inputs import UsageError, load_processor, load_vision_model, one_line
+from dop_compile.commands.inputs import load_processor, load_vision_model
 from dop_compile.commands.outputs import output_directory, output_file
 from dop_compile.commands.policies import read_policies
+from dop_compile.commands.usage import UsageError, one_line
 from dop_compile.hf.prompts import prompt_inputs
 from dop_compile.onnx import require_packages
 from dop_compile.policy.policy import Policy

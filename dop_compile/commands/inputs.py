@@ -11,6 +11,7 @@ import torch
 import transformers
 from PIL import Image, UnidentifiedImageError
 
+from dop_compile.commands.usage import UsageError, one_line
 from dop_compile.compiler import dop_compile
 from dop_compile.hf import processors
 from dop_compile.hf.images import load_image
@@ -22,7 +23,6 @@ from dop_compile.runtime import pieces
 hf: Any = transformers
 
 __all__ = [
-    "UsageError",
     "check_backend",
     "compile_model",
     "load_model_on_meta",
@@ -30,19 +30,10 @@ __all__ = [
     "load_vision_config",
     "load_vision_model",
     "located",
-    "one_line",
     "read_images",
     "resized_processor",
     "write_file",
 ]
-
-
-class UsageError(Exception):
-    """The command was given something wrong; the message says what, in one line."""
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def located(model: str) -> str:

@@ -14,16 +14,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dop_compile.commands.inputs import (
-    UsageError,
-    check_backend,
-    load_processor,
-    load_vision_model,
-    one_line,
-    write_file,
-)
+from dop_compile.commands.inputs import check_backend, load_processor, load_vision_model, write_file
 from dop_compile.commands.named_files import named_files
 from dop_compile.commands.outputs import check_new, output_directory, output_file
+from dop_compile.commands.usage import UsageError, one_line, usage_errors
 from dop_compile.hf.fingerprint import model_fingerprint
 from dop_compile.policy.policy import Policy
 from dop_compile.reports.table import POLICY_FLOPS
@@ -43,18 +37,8 @@ __all__ = [
     "profile_command",
     "read_divergences",
     "report_command",
-    "usage_errors",
     "whole_policies",
 ]
-
-
-@contextmanager
-def usage_errors() -> Iterator[None]:
-    """Wrong input, whoever finds it, ends the command with one line and exit code 2."""
-    try:
-        yield
-    except (TypeError, ValueError) as error:
-        raise UsageError(one_line(error)) from error
 
 
 def _rows(arguments: Namespace) -> list[Row]:

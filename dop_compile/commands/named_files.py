@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
-from dop_compile.commands.inputs import UsageError, one_line
+from dop_compile.commands.usage import UsageError, one_line
 
 __all__ = ["named_files", "read_file"]
 

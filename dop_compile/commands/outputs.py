@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from dop_compile.commands.inputs import UsageError, one_line
+from dop_compile.commands.usage import UsageError, one_line
 
 __all__ = ["check_new", "output_directory", "output_file"]
 

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-from dop_compile.commands.inputs import UsageError, located, one_line
+from dop_compile.commands.inputs import located
+from dop_compile.commands.usage import UsageError, one_line
 from dop_compile.policy.policy import Policy
 from dop_compile.policy.tiers import TIERS_FILE, load_policies
 

@@ -19,7 +19,8 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from dop_compile.commands.inputs import UsageError, load_processor, one_line, read_images
+from dop_compile.commands.inputs import load_processor, read_images
+from dop_compile.commands.usage import UsageError, one_line
 from dop_compile.hf.prompts import prompt_inputs
 from dop_compile.policy.policy import Policy
 from dop_compile.reports.counts import PictureTokens, PromptCounts, assumed_counts, is_text_only, picture_tokens

@@ -8,9 +8,10 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from dop_compile.commands.inputs import UsageError, write_file
-from dop_compile.commands.measuring import model_of, processes, read_divergences, usage_errors, whole_policies
+from dop_compile.commands.inputs import write_file
+from dop_compile.commands.measuring import model_of, processes, read_divergences, whole_policies
 from dop_compile.commands.outputs import check_new, output_directory, output_file
+from dop_compile.commands.usage import UsageError, usage_errors
 from dop_compile.search import report
 from dop_compile.search.latency import LatencyModel, measure_latency
 from dop_compile.search.meter import model_inputs

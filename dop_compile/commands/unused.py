@@ -7,7 +7,7 @@ from argparse import Namespace
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from dop_compile.commands.inputs import UsageError
+from dop_compile.commands.usage import UsageError
 
 __all__ = ["check_unused", "given_options"]
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from dop_compile.commands.inputs import UsageError
 from dop_compile.commands.outputs import check_new, output_directory, output_file
+from dop_compile.commands.usage import UsageError
 
 
 def test_nothing_is_left_behind(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from digits_vlm import data, models
 from dop_compile.commands import prompt_tokens
-from dop_compile.commands.inputs import UsageError
+from dop_compile.commands.usage import UsageError
 from tests.command_line import refused, run
 
 CHECKPOINTS = Path(models.__file__).parent / "checkpoints"

@@ -54,7 +54,7 @@ def result(opened: tuple[Any, Any]) -> DemoResult:
 @pytest.fixture
 def finished(result: DemoResult, monkeypatch: pytest.MonkeyPatch) -> DemoResult:
     """What the command line finds, without the work."""
-    monkeypatch.setattr("dop_compile.commands.run.run_demo", lambda *_, **__: result)
+    monkeypatch.setattr("dop_compile.commands.demo.run_demo", lambda *_, **__: result)
     return result
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
-from dop_compile.commands.search_options import positive
+from dop_compile.commands.options.common import positive
 
-__all__ = ["add_bench_command"]
+__all__ = ["ACTIONS", "add_bench_command"]
+
+ACTIONS = {"bench": "dop_compile.commands.bench:bench_command"}
 
 BENCH = """\
 Measure answers of the original and of every policy, part by part: vision, selection of tokens, prefill,

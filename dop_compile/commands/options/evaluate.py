@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
-from dop_compile.commands.search_options import positive, samples_options
+from dop_compile.commands.options.common import positive, samples_options
 
-__all__ = ["add_eval_command"]
+__all__ = ["ACTIONS", "add_eval_command"]
+
+ACTIONS = {"eval": "dop_compile.commands.evaluate:eval_command"}
 
 EVAL = """\
 Compare methods on the same model and the same samples: right answers by task, FLOPs, KV cache, times of

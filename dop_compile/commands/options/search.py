@@ -5,7 +5,16 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
-__all__ = ["add_search_commands", "count", "positive", "samples_options"]
+from dop_compile.commands.options.common import positive, samples_options
+
+__all__ = ["ACTIONS", "add_search_commands"]
+
+ACTIONS = {
+    "profile": "dop_compile.commands.measuring:profile_command",
+    "search": "dop_compile.commands.search:search_command",
+    "greedy": "dop_compile.commands.measuring:greedy_command",
+    "report": "dop_compile.commands.measuring:report_command",
+}
 
 PROFILE = """\
 Measure what a model loses when visual tokens take part in fewer layers, and when fewer of them enter:
@@ -38,46 +47,6 @@ Draw what was measured: divergence along each axis with 95 % confidence bands, d
 FLOPs, and which operations each policy keeps. With --model and --samples the policies are also run: measured
 divergence, and right answers where samples have them.
 """
-
-
-def count(text: str) -> int:
-    """A whole number >= 0."""
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"expected a number >= 0, got {value}")
-    return value
-
-
-def positive(text: str) -> int:
-    """A whole number >= 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a number >= 1, got {value}")
-    return value
-
-
-count.__name__ = positive.__name__ = "whole number"  # argparse names the type in its messages
-
-
-def samples_options(required: bool) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(add_help=False)
-    group = parser.add_argument_group("samples")
-    group.add_argument("--samples", required=required, metavar="FILE|ID", help="JSON Lines file, or data set")
-    group.add_argument("--count", type=positive, metavar="N", help="draw N of them; all unless given")
-    group.add_argument("--seed", type=count, default=0, metavar="N", help="of the draw (0)")
-    group.add_argument("--skip-bad", action="store_true", help="leave out samples whose images do not decode")
-    group.add_argument("--split", default="train", help="of a data set (train)")
-    group.add_argument("--image-column", default="image", metavar="NAME", help="of a data set (image)")
-    group.add_argument("--prompt-column", default="question", metavar="NAME", help="of a data set (question)")
-    group.add_argument("--answers-column", metavar="NAME", help="of a data set; none unless given")
-    group.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
-    dtypes = ("auto", "float32", "bfloat16", "float16")
-    group.add_argument("--dtype", choices=dtypes, default="auto", help="of the weights; auto: as saved")
-    group.add_argument(
-        "--tensor-parallel", action="store_true", help="torchrun's processes share one model, not the samples"
-    )
-    group.add_argument("--backend", default="eager", metavar="NAME", help="eager (default), inductor, ...")
-    return parser
 
 
 def add_search_commands(command: Callable[..., argparse.ArgumentParser]) -> None:

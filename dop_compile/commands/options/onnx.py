@@ -5,9 +5,15 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
-from dop_compile.commands.search_options import positive
+from dop_compile.commands.options.common import positive
 
-__all__ = ["add_onnx_commands"]
+__all__ = ["ACTIONS", "add_onnx_commands"]
+
+ACTIONS = {
+    "export": "dop_compile.commands.export:export_command",
+    "verify": "dop_compile.commands.export:verify_command",
+    "trtexec": "dop_compile.commands.export:trtexec_command",
+}
 
 EXPORT = """\
 Write a model and budget tiers as ONNX graphs: a prefill graph per tier, one decode graph, embedding and
