@@ -63,7 +63,7 @@ test-lower: $(LOWER)/.installed
 	PYTHONHASHSEED=0 OMP_NUM_THREADS=1 $(LOWER)/bin/python -m pytest -n 2 $(LOWER_TESTS) -k "$(LOWER_FAMILIES)" $(PYTEST_ARGS)
 
 # The other end of what pyproject.toml allows, which is what a user's `pip install` gives: no constraints.
-NEWEST_TESTS := $(LOWER_TESTS) tests/test_spellings.py tests/test_cli.py tests/benchmark/test_bench.py
+NEWEST_TESTS := $(LOWER_TESTS) tests/hf/test_spellings.py tests/test_cli.py tests/timing/test_bench.py
 NEWEST_FAMILIES := not (video_llava or mistral3 or smolvlm or cohere2_vision)
 $(NEWEST)/.installed: pyproject.toml
 	test -x $(NEWEST)/bin/python || $(PYTHON) -m venv $(NEWEST)

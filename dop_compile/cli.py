@@ -95,22 +95,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
 
 
-def _be_quiet(debug: bool) -> None:
-    """Leave what libraries have to say to whoever debugs."""
-    logging.getLogger("torchao").setLevel(logging.ERROR)  # of its C++ extensions, which nobody asked for
+def _action(name: str, debug: bool) -> Callable[[argparse.Namespace], int | None]:
+    """What a command does; libraries that it needs say nothing while they are imported, unless someone debugs."""
     if not debug:
+        logging.disable(logging.WARNING)
+    try:
         from transformers.utils import logging as hf_logging  # late: it takes seconds
 
+        module, _, function = ACTIONS[name].partition(":")
+        action: Callable[[argparse.Namespace], int | None] = getattr(importlib.import_module(module), function)
+    finally:
+        logging.disable(logging.NOTSET)
+    if not debug:
         hf_logging.set_verbosity_error()
+    return action
 
 
 def _run(arguments: argparse.Namespace, argv: Sequence[str] | None) -> int:
     try:
         check_unused(arguments, given_options(_parser(), argv))
-        _be_quiet(arguments.debug)
-        module, _, function = ACTIONS[arguments.command].partition(":")
-        action: Callable[[argparse.Namespace], int | None] = getattr(importlib.import_module(module), function)
-        code = action(arguments)
+        code = _action(arguments.command, arguments.debug)(arguments)
         sys.stdout.flush()
     except BrokenPipeError:  # `dop-compile explain ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

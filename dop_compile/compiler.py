@@ -10,27 +10,26 @@ from __future__ import annotations
 import copy
 import inspect
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from dop_compile import logs
+from dop_compile.drop_in.door import check_model, check_policy
 from dop_compile.drop_in.following import OriginalFollower, Views
-from dop_compile.drop_in.frame import GENERATE_REPLACED
 from dop_compile.drop_in.model import drop_in
-from dop_compile.drop_in.wrapped_forward import wrapped_forward
+from dop_compile.drop_in.typed import CompiledModel
 from dop_compile.errors import PassError, UnsupportedModelError, UnsupportedUsageError
-from dop_compile.hf.copies import copy_path, is_own, rebound
-from dop_compile.hf.fingerprint import model_fingerprint
-from dop_compile.hf.kernels import is_flash
-from dop_compile.hf.model_path import block_path, decoder_path, path_modules, placeholder_ids, unblocked
+from dop_compile.hf.copies import copy_path, is_own
+from dop_compile.hf.model_path import block_path, decoder_path, unblocked
 from dop_compile.passes import PIPELINE, DecoderGraph, check_graph, run_passes
 from dop_compile.passes.annotate import ANNOTATE
 from dop_compile.passes.cleanup import eliminate_dead_nodes
 from dop_compile.policy.keep import KeepTable
 from dop_compile.policy.policy import Policy
-from dop_compile.reducers import create
 from dop_compile.runtime.pieces import PieceLibrary, check_backend
 from dop_compile.runtime.program import Program
 from dop_compile.tokens import Universe
@@ -41,7 +40,6 @@ from dop_compile.tracing.trace import DecoderInputs, TracedDecoder, trace_decode
 __all__ = ["CompiledState", "build_graph", "dop_compile"]
 
 DEFAULT_TIER = "default"
-ATTENTION_IMPLEMENTATIONS = ("eager", "sdpa", "flex_attention")
 
 
 def build_graph(
@@ -68,8 +66,15 @@ def build_graph(
 
 def trace(decoder: nn.Module, inputs: DecoderInputs | None = None) -> TracedDecoder:
     """The decoder's graph, in which every node takes sizes from its own inputs."""
+    started = time.perf_counter()
     traced = trace_decoder(decoder, inputs)
     localise_sizes(traced.graph)
+    logs.TRACE.info(
+        "%s: %d nodes in %.0f ms",
+        type(decoder).__name__,
+        len(traced.graph.nodes),
+        1000 * (time.perf_counter() - started),
+    )
     return traced
 
 
@@ -212,66 +217,6 @@ def _hooks(module: nn.Module) -> tuple[Mapping[int, Any], ...]:
     return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
 
 
-def _check_model(model: PreTrainedModel, has_groups: bool) -> None:
-    for name, module in path_modules(model, decoder_path(model)):
-        if hasattr(module, "_hf_hook"):
-            raise UnsupportedModelError(
-                f"{name or 'the model'} ({type(module).__name__}) has a hook of accelerate, which spreads or offloads "
-                "weights and which dop_compile would bypass; load the model onto one device (device_map={'': 0}), or "
-                "by tensor parallelism (tp_plan='auto')"
-            )
-        if "forward" in vars(module) and (name or wrapped_forward(module) is None):
-            raise UnsupportedModelError(
-                f"the forward of {name or 'the model'} ({type(module).__name__}) was replaced on the instance, and "
-                "dop_compile would bypass it; remove what replaced it (what accelerate puts around it for mixed "
-                "precision may stay)"
-            )
-    generate = vars(model).get("generate")
-    if generate is not None and rebound(generate, {id(model): nn.Module()}) is generate:
-        raise UnsupportedModelError(GENERATE_REPLACED.format(type(model).__name__))
-    decoder: Any = model.get_submodule(decoder_path(model))
-    implementation = decoder.config._attn_implementation
-    if implementation not in ATTENTION_IMPLEMENTATIONS and not is_flash(implementation):
-        raise UnsupportedModelError(
-            f"attention implementation {implementation!r} is not supported; load the model with attn_implementation="
-            f"{', '.join(map(repr, ATTENTION_IMPLEMENTATIONS))} or 'flash_attention_2'"
-        )
-    multimodal = model.config.get_text_config(decoder=True) is not model.config
-    says = any(hasattr(type(module), "get_placeholder_mask") for module in copy_path(model, decoder_path(model)))
-    if multimodal and not says and not placeholder_ids(model.config) and not has_groups:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} does not say which tokens are visual (no get_placeholder_mask, no placeholder id "
-            "in its configuration); pass token_groups"
-        )
-    devices = {parameter.device for parameter in decoder.parameters()}
-    if len(devices) > 1:
-        raise UnsupportedModelError(
-            f"the decoder's weights are on several devices ({', '.join(sorted(map(str, devices)))}); move the model to "
-            "one device"
-        )
-
-
-def _check_policy(model: PreTrainedModel, tier: str, policy: Any) -> None:
-    if not isinstance(policy, Policy):
-        raise TypeError(f"tier {tier!r}: expected a Policy, got {type(policy).__name__}")
-    layers = model.config.get_text_config(decoder=True).num_hidden_layers
-    try:
-        policy.check_layers(layers)
-    except ValueError as error:
-        raise ValueError(f"tier {tier!r}: {error}") from error
-    if policy.reducer != "given":
-        try:
-            create(policy.reducer, policy.options)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"tier {tier!r}: {error}") from error
-    wanted = policy.provenance.model_fingerprint if policy.provenance is not None else None
-    if wanted is not None and wanted != (found := model_fingerprint(model)):
-        raise ValueError(
-            f"tier {tier!r}: the policy was made for another model (fingerprint {wanted[:12]}, this model has "
-            f"{found[:12]}); use policy.replace(provenance=None) to apply it all the same"
-        )
-
-
 def dop_compile(
     model: PreTrainedModel,
     policy: Policy | Mapping[str, Policy],
@@ -281,7 +226,7 @@ def dop_compile(
     disable_passes: Sequence[str] = (),
     debug: bool = False,
     compile_options: Mapping[str, Any] | None = None,
-) -> Any:
+) -> CompiledModel:
     """Compile a model so that it skips the operations that a policy prunes.
 
     Args:
@@ -313,8 +258,8 @@ def dop_compile(
         raise TypeError("model is a compiled model already; pass the original, with all policies as tiers")
     decoder_path(model)
     for tier, value in tiers.items():
-        _check_policy(model, tier, value)
-    _check_model(model, token_groups is not None)
+        check_policy(model, tier, value)
+    check_model(model, token_groups is not None)
     library = PieceLibrary(backend, dict(compile_options or {}))
     state = CompiledState(model, tiers, library, token_groups, disable_passes, debug)
     # Built now and not on the first call, so that a model that cannot be compiled is refused here
@@ -325,4 +270,5 @@ def dop_compile(
             state.program(keep, Universe(keep.groups), default_inputs(state.decoder))
     except (PassError, UnsupportedModelError) as error:
         raise UnsupportedModelError(f"{type(model).__name__} cannot be pruned: {error}") from error
-    return drop_in(state, state.base, next(iter(tiers)))
+    compiled: CompiledModel = drop_in(state, state.base, next(iter(tiers)))
+    return compiled

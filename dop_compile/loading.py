@@ -15,6 +15,7 @@ from typing import Any
 import transformers
 
 from dop_compile.compiler import dop_compile
+from dop_compile.drop_in.typed import CompiledModel
 from dop_compile.policy.policy import Policy
 from dop_compile.policy.tiers import load_policies
 
@@ -29,7 +30,7 @@ def from_pretrained(
     tiers: Mapping[str, Policy] | Policy | None = None,
     backend: str = "inductor",
     **settings: Any,
-) -> Any:
+) -> CompiledModel:
     """Load a model and compile it.
 
     Args:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from dop_compile.errors import PassError
+from dop_compile.logs import PASSES
 from dop_compile.passes.dump import diff_dumps, dump
 from dop_compile.passes.graph import DecoderGraph
 from dop_compile.passes.report import PassReport
@@ -104,6 +105,7 @@ def run_passes(
             ) from error.__cause__
         report.seconds = time.perf_counter() - started
         report.nodes_after = len(graph.graph.nodes)
+        PASSES.info("%s", "\n".join([str(report), *(f"kept {reason}" for reason in report.kept)]))
         if diff:
             before, text = text, dump(graph.graph)
             graph.diffs[item.name] = diff_dumps(before, text)

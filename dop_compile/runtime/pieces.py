@@ -13,6 +13,7 @@ from torch._dynamo.exc import Unsupported, UserError
 from torch.fx.experimental import _config as fx_config
 
 from dop_compile.checks import choice
+from dop_compile.logs import COMPILE
 
 __all__ = ["PieceLibrary", "call_module", "check_backend", "piece_kind"]
 
@@ -59,16 +60,19 @@ class PieceLibrary:
         with self._lock:
             if kind not in self._functions:
                 plain = fx.GraphModule(nn.Module(), graph, class_name="Piece").forward
-                self._functions[kind] = plain if self.backend == "eager" else self._by_unit_sizes(graph)
+                self._functions[kind] = (
+                    plain if self.backend == "eager" else self._by_unit_sizes(graph, len(self._functions))
+                )
             return self._functions[kind]
 
-    def _by_unit_sizes(self, graph: fx.Graph) -> Callable[..., Any]:
+    def _by_unit_sizes(self, graph: fx.Graph, number: int) -> Callable[..., Any]:
         """One compiled function for each of "one row or more", "one token or more" and the like, and way of autograd.
 
         torch.compile always specialises sizes of one. Kept apart, each function compiles once, and nobody comes near
         the limit of recompilations of a function, behind which torch.compile refuses to go on.
         """
         variants: dict[Any, Callable[..., Any]] = {}
+        kind_name = f"piece {number} ({_named(graph)})"
 
         def piece(*args: Any) -> Any:
             kind = (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *map(_unit_sizes, args))
@@ -76,12 +80,15 @@ class PieceLibrary:
                 return variants[kind](*args)
             with self._lock, _NO_DUCK_SHAPES():
                 if kind not in variants:
+                    again = " again, for other sizes of one or another way of autograd" if variants else ""
+                    COMPILE.info("%s: %d operations%s", kind_name, len(graph.nodes), again)
                     compiled = self._compile(graph, fullgraph=True)
                     try:
                         result = compiled(*args)
                     except (Unsupported, UserError):
                         if "fullgraph" in self._options:
                             raise
+                        COMPILE.info("%s: in parts, since its code branches on values", kind_name)
                         # A module whose code branches on values (experts of ERNIE, of Step) is compiled in parts
                         compiled = self._compile(graph, fullgraph=False)
                         result = compiled(*args)
@@ -97,6 +104,12 @@ class PieceLibrary:
             fresh, backend=self.backend, **{"dynamic": True, **settings, **self._options}
         )
         return compiled
+
+
+def _named(graph: fx.Graph) -> str:
+    """What a piece is called in logs: its first and its last operation."""
+    names = [node.name for node in graph.nodes if node.op not in ("placeholder", "output")]
+    return " to ".join(dict.fromkeys([names[0], names[-1]])) if names else "nothing"
 
 
 def _unit_sizes(value: Any) -> Any:

@@ -10,11 +10,10 @@ import pytest
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from dop_compile import Policy, dop_compile
+from dop_compile.commands import bench, policies
 from dop_compile.commands import evaluate as evaluation
 from dop_compile.commands import export as onnx
-from dop_compile.commands import policies
 from dop_compile.commands.usage import UsageError
-from dop_compile.timing import commands as bench
 from tests.command_line import refused, run
 from tests.local_llava import local_llava, local_processor, picture
 

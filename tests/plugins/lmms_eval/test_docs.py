@@ -18,7 +18,7 @@ from lmms_eval.utils import simple_parse_args_string
 from dop_compile.plugins.lmms_eval.arguments import check_names, policy_of
 from dop_compile.plugins.lmms_eval.models.dop_compile import DopCompile
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 LAYERS = {"7b": 32, "13b": 40, "8b": 28, "llava": 8}
 NAMED = re.compile(r"""^\s*(?:task|group|tag):\s*["']?([\w+-]+)["']?\s*$""", re.MULTILINE)
 

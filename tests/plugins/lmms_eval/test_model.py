@@ -26,7 +26,7 @@ from digits_vlm import data
 from dop_compile.plugins.lmms_eval.manifest import manifest
 from tests.local_llava import local_llava, local_processor
 
-CHECKPOINT = Path(__file__).parents[2] / "examples" / "digits_vlm" / "checkpoints" / "llava"
+CHECKPOINT = Path(__file__).parents[3] / "examples" / "digits_vlm" / "checkpoints" / "llava"
 TASK, SPLIT = "digits", "validation"
 QUESTIONS = ("Read row 1.", "Which digit is in row 2 column 3? a 4, b 7, c 0, d 9.", "Is there any 4?", "Read row 3.")
 PRUNED = {"mha_query_depth": 3, "mlp_depth": 2, "visual_tokens": 100}

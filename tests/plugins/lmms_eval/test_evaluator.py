@@ -21,7 +21,7 @@ from digits_vlm import benchmark, data, evaluate, models
 from dop_compile import Policy, dop_compile
 from dop_compile.plugins.lmms_eval.manifest import manifest
 
-CHECKPOINT = Path(__file__).parents[2] / "examples" / "digits_vlm" / "checkpoints" / "llava"
+CHECKPOINT = Path(__file__).parents[3] / "examples" / "digits_vlm" / "checkpoints" / "llava"
 POLICY = {"mha_depth": 5, "mlp_depth": 2}
 QUESTIONS = 4
 
