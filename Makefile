@@ -17,7 +17,7 @@ help:
 	@echo "make test-lower  the paper's models with the oldest transformers that is supported"
 	@echo "make test-newest  the paper's models, Qwen3-VL and Gemma 3 with the newest torch and transformers"
 	@echo "make conformance  the slow tests: every known model family, and large exports; prints the table"
-	@echo "make lint   ruff"
+	@echo "make lint   ruff, and which room may import which"
 	@echo "make types  mypy --strict"
 	@echo "make bench  measure prefill of the original and of pruned models"
 	@echo "make clean  remove $(VENV), $(LOWER), $(NEWEST) and everything built"
@@ -80,6 +80,7 @@ conformance: $(VENV)/.installed
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
+	$(BIN)/lint-imports
 
 types: $(VENV)/.installed-dev
 	$(BIN)/mypy --package dop_compile

@@ -38,7 +38,7 @@ def export_command(arguments: Namespace) -> None:
     from dop_compile.onnx.deploy.triton import TRITON, check_layout
     from dop_compile.onnx.export.export import export_onnx
     from dop_compile.onnx.export.shapes import Shapes
-    from dop_compile.onnx.export.workspace import check_target
+    from dop_compile.onnx.contract.workspace import check_target
 
     try:
         shapes = Shapes(

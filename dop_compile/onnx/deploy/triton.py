@@ -20,7 +20,7 @@ from typing import Any
 
 from dop_compile.onnx.contract.manifest import WEIGHTS, Manifest
 from dop_compile.onnx.contract.parts import Graph, InputSpec, OutputSpec
-from dop_compile.onnx.export.workspace import new_directory
+from dop_compile.onnx.contract.workspace import new_directory
 
 __all__ = ["LAYOUTS", "TRITON", "check_layout", "triton_repository", "write_repository"]
 

@@ -26,7 +26,7 @@ from dop_compile.onnx.deploy.triton import TRITON, check_layout, write_repositor
 from dop_compile.onnx.export.capture import capture_prompt
 from dop_compile.onnx.export.exporter import Exporter
 from dop_compile.onnx.export.shapes import Shapes
-from dop_compile.onnx.export.workspace import new_directory
+from dop_compile.onnx.contract.workspace import new_directory
 from dop_compile.policy.policy import Policy
 
 __all__ = ["export_onnx"]

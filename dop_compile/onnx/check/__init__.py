@@ -1,0 +1,1 @@
+"""What an exported directory must be: valid, and the same as the PyTorch model."""

@@ -1,0 +1,1 @@
+"""An exported directory for servers and engines of others."""

@@ -1,0 +1,1 @@
+"""Ways in which other programs use compiled models."""
