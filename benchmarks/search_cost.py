@@ -26,7 +26,7 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dop_compile import Policy, dop_compile, prefill_flops
-from dop_compile.policy.costs import DecoderDims
+from dop_compile.hf.dimensions import DecoderDims
 from dop_compile.reports.executed import Prompt, resumed_flops
 from dop_compile.search.axes import DEPTH_AXES, DOP_AXES, SPLIT_AXES, axis_policy, default_points
 from dop_compile.search.meter import SampleMeter

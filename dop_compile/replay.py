@@ -23,13 +23,14 @@ from transformers import PreTrainedModel
 from dop_compile.drop_in.frame import CALL_ARGUMENTS, Frame, Session, presented_as
 from dop_compile.drop_in.wrapped_forward import check_unwrapped
 from dop_compile.errors import UnsupportedUsageError
+from dop_compile.hf.dimensions import DecoderDims
+from dop_compile.hf.merging import merge_images
 from dop_compile.hf.model_path import placeholder_ids
 from dop_compile.hf.spellings import CACHE, canonical, parameters, spelled
-from dop_compile.policy.costs import DecoderDims, prefill_flops
+from dop_compile.policy.costs import prefill_flops
 from dop_compile.policy.policy import Policy
 from dop_compile.reports.executed import Prompt, resumed_flops
 from dop_compile.runtime.decoder import run_decoder
-from dop_compile.runtime.merging import merge_images
 from dop_compile.runtime.outer_masks import deferred
 from dop_compile.runtime.slots import Call, token_counts
 from dop_compile.tracing.side_inputs import embed_ids
@@ -207,7 +208,8 @@ class _Recorder(_HeadFrame):
         )
 
     def run_decoder(self, call: Call, kwargs: dict[str, Any]) -> Any:
-        merge_images(self.decoder, call, kwargs)
+        if (merged := merge_images(self.decoder, kwargs)) is not None:
+            call.visual.append(merged)
         self.call, self.arguments = call, kwargs
         plain = dict(kwargs)
         if (masks := deferred(plain.get("attention_mask"))) is not None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from dop_compile.policy.costs import DecoderDims
+from dop_compile.hf.dimensions import DecoderDims
 
 __all__ = ["FlopsModel", "KvModel"]
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from dop_compile.checks import choice, finite, integer, pairs
 from dop_compile.documents import parse, write_atomic
-from dop_compile.policy.costs import DecoderDims
+from dop_compile.hf.dimensions import DecoderDims
 from dop_compile.policy.policy import JsonScalar, Policy
 from dop_compile.search.axes import AXES, VISUAL_TOKENS, tokens_kept
 

@@ -23,7 +23,8 @@ from tqdm import tqdm
 
 from dop_compile.checks import finite
 from dop_compile.compiler import dop_compile
-from dop_compile.policy.costs import DecoderDims, prefill_flops
+from dop_compile.hf.dimensions import DecoderDims
+from dop_compile.policy.costs import prefill_flops
 from dop_compile.policy.policy import Policy
 from dop_compile.policy.ranking import Ranking, Stage
 from dop_compile.rankings import LayerView

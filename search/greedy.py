@@ -26,8 +26,8 @@ from tqdm import tqdm
 
 from dop_compile.checks import choice, integer
 from dop_compile.compiler import dop_compile
+from dop_compile.hf.dimensions import DecoderDims
 from dop_compile.hf.fingerprint import model_fingerprint
-from dop_compile.policy.costs import DecoderDims
 from dop_compile.policy.operations import Operation
 from dop_compile.policy.policy import JsonScalar, Policy
 from dop_compile.search.greedy_sort import GreedyRules, Measure, default_danger, greedy_sort

@@ -25,8 +25,8 @@ from tqdm import tqdm
 
 from dop_compile.checks import choice, integer
 from dop_compile.compiler import dop_compile
+from dop_compile.hf.dimensions import DecoderDims
 from dop_compile.hf.fingerprint import model_fingerprint
-from dop_compile.policy.costs import DecoderDims
 from dop_compile.policy.policy import JsonScalar, Policy
 from dop_compile.search.axes import DEPTH_AXES, SPLIT_AXES, VISUAL_TOKENS, axis_policy, check_points
 from dop_compile.search.divergences import Divergences

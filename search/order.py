@@ -19,7 +19,8 @@ from typing import Any
 
 from dop_compile.checks import choice, finite, integer, pairs, store
 from dop_compile.documents import parse, write_atomic
-from dop_compile.policy.costs import DecoderDims, LayerTokens, group_counts, layer_flops
+from dop_compile.hf.dimensions import DecoderDims
+from dop_compile.policy.costs import LayerTokens, group_counts, layer_flops
 from dop_compile.policy.operations import Operation
 from dop_compile.policy.policy import JsonScalar, Policy
 from dop_compile.policy.provenance import Provenance

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from dop_compile.policy.costs import DecoderDims
+from dop_compile.hf.dimensions import DecoderDims
 from dop_compile.policy.policy import Policy
 from dop_compile.search.axes import VISUAL_TOKENS
 from dop_compile.search.divergences import Divergences

@@ -35,10 +35,10 @@ def export_command(arguments: Namespace) -> None:
     """Export a model with the tiers that the command line names."""
     _require()
     from dop_compile.onnx.contract.manifest import MANIFEST
+    from dop_compile.onnx.contract.workspace import check_target
     from dop_compile.onnx.deploy.triton import TRITON, check_layout
     from dop_compile.onnx.export.export import export_onnx
     from dop_compile.onnx.export.shapes import Shapes
-    from dop_compile.onnx.contract.workspace import check_target
 
     try:
         shapes = Shapes(

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from dop_compile.commands.inputs import load_processor, read_images
 from dop_compile.commands.usage import UsageError, one_line
+from dop_compile.hf.names import PLACEHOLDER_IDS
 from dop_compile.hf.prompts import prompt_inputs
 from dop_compile.policy.policy import Policy
 from dop_compile.reports.counts import PictureTokens, PromptCounts, assumed_counts, is_text_only, picture_tokens
@@ -34,7 +35,6 @@ QUESTION = "Describe the picture."
 SIZES = ((336, 336), (224, 448), (1024, 768), (96, 96))
 """(height, width) of pictures that have as many tokens only if all pictures have."""
 BLANK = Image.new("RGB", SIZES[0])
-ID_NAMES = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def _directory(model: str) -> str:
 
 
 def _visual_ids(config: Any) -> set[int]:
-    ids = {value for name in ID_NAMES if isinstance(value := getattr(config, name, None), int)}
+    ids = {value for name in PLACEHOLDER_IDS if isinstance(value := getattr(config, name, None), int)}
     if not ids:
         raise UsageError(
             f"{type(config).__name__} names no image token, and visual tokens cannot be counted; give --visual N"

@@ -17,15 +17,14 @@ from typing import Any
 
 from torch import nn
 
-from dop_compile.drop_in.wrapped_forward import PREPARATION, wrapped_forward
+from dop_compile.drop_in.wrapped_forward import wrapped_forward
 from dop_compile.errors import UnsupportedUsageError
 from dop_compile.hf.copies import BOUND_CALLS, is_own, rebound
 from dop_compile.hf.model_path import path_modules
+from dop_compile.hf.names import CONVERSATION_ATTRIBUTES, PREPARATION
 
-__all__ = ["CONVERSATION_ATTRIBUTES", "OriginalFollower", "Views"]
+__all__ = ["OriginalFollower", "Views"]
 
-CONVERSATION_ATTRIBUTES = ("rope_deltas",)
-"""Attributes that Hugging Face's outer models keep between calls on the module; here they live in the cache."""
 
 _NOT_FOLLOWED = frozenset({"_modules", "training", "forward", *BOUND_CALLS, *CONVERSATION_ATTRIBUTES, *PREPARATION})
 _MISSING = object()

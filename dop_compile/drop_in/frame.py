@@ -17,12 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 
-from dop_compile.drop_in.following import CONVERSATION_ATTRIBUTES
 from dop_compile.drop_in.session import CALL_ARGUMENTS, Session, presented_as
 from dop_compile.drop_in.streams import Stream
 from dop_compile.errors import UnsupportedModelError, UnsupportedUsageError
 from dop_compile.hf.copies import copy_path, own, rebind, rebound
 from dop_compile.hf.model_path import placeholder_ids
+from dop_compile.hf.names import CONVERSATION_ATTRIBUTES, NEWLINE_EMBEDDINGS
 from dop_compile.hf.spellings import CACHE, cache_of, canonical, spelled
 from dop_compile.policy.policy import Policy
 from dop_compile.runtime.cache import PrunedCache
@@ -43,9 +43,6 @@ GENERATE_REPLACED = (
     "the generate of {} was replaced on the instance by something that does not lead to the model it stands on, so "
     "that it cannot be made to run the compiled one; put it back, and pass what shall run as custom_generate="
 )
-
-NEWLINE_EMBEDDINGS = ("image_newline",)
-"""Embeddings that a model inserts inside image placeholders: visual, never dropped, not counted."""
 
 
 class Frame:

@@ -16,12 +16,10 @@ from dop_compile.drop_in.saving import check_push, save_compiled
 from dop_compile.drop_in.wrapped_forward import OwnForward, forget_preparation
 from dop_compile.errors import UnsupportedUsageError
 from dop_compile.hf.copies import own, shallow_copy
+from dop_compile.hf.names import CONTINUOUS_BATCHING
 from dop_compile.policy.policy import Policy
 
 __all__ = ["drop_in", "generate_under"]
-
-CONTINUOUS_BATCHING = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
-"""Ways into transformers' own server loop."""
 
 
 def drop_in(state: Any, source: nn.Module, tier: str, outer: OwnForward | None = None) -> Any:

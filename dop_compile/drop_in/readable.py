@@ -19,12 +19,12 @@ from transformers import initialization
 
 from dop_compile.errors import UnsupportedUsageError
 from dop_compile.hf.adapters import active_adapters, adapter_layers, available_adapters, configurations
+from dop_compile.hf.names import ADAPTER_WEIGHTS
 
 __all__ = ["check_adapter_file", "check_structure", "check_values", "saved_adapter"]
 
 MERGE = "merge it first (merge_and_unload of peft's model)"
 SHOWN = 4
-WEIGHTS = "adapter_model.safetensors"
 
 
 def saved_adapter(view: nn.Module, original: nn.Module) -> tuple[str, Any] | None:
@@ -132,7 +132,7 @@ def check_structure(base: Any, weights: Mapping[str, Any], *, complete: bool) ->
 
 def check_adapter_file(adapter: Any, name: str, folder: Path) -> None:
     """UnsupportedUsageError if transformers does not read from a folder the adapter that a model has."""
-    if not (folder / WEIGHTS).exists():
+    if not (folder / ADAPTER_WEIGHTS).exists():
         raise UnsupportedUsageError(
             f"adapter {name!r}: its weights are not among those given, or take more than one file; give all weights of "
             "the model, or a larger max_shard_size"

@@ -26,12 +26,11 @@ from dop_compile.drop_in.readable import check_adapter_file, check_structure, ch
 from dop_compile.errors import UnsupportedUsageError
 from dop_compile.hf.adapters import effective_names, without_adapters
 from dop_compile.hf.fingerprint import model_fingerprint
+from dop_compile.hf.names import ADAPTER_FILES
 from dop_compile.policy.policy import Policy
 from dop_compile.policy.tiers import TIERS_FILE, save_policies
 
 __all__ = ["check_push", "save_compiled"]
-
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 
 
 def save_compiled(view: Any, state: Any, first: str, directory: Any, *args: Any, **kwargs: Any) -> None:

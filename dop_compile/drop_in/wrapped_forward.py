@@ -21,14 +21,9 @@ from torch import nn
 from dop_compile.drop_in.no_export import refuse_recording
 from dop_compile.drop_in.session import presented_as
 from dop_compile.errors import UnsupportedUsageError
+from dop_compile.hf.names import PASSING_ON, PREPARATION
 
-__all__ = ["PREPARATION", "OwnForward", "check_unwrapped", "forget_preparation", "wrapped_forward"]
-
-PASSING_ON = ("accelerate.utils.operations", "torch.amp.autocast_mode", "torch.utils._contextlib")
-"""Modules whose wrappers call what they wrap with the arguments they are given: conversion, autocast, no_grad."""
-
-PREPARATION = ("_original_forward", "_is_accelerate_prepared")
-"""What accelerate notes on the model that it wraps."""
+__all__ = ["OwnForward", "check_unwrapped", "forget_preparation", "wrapped_forward"]
 
 
 def wrapped_forward(model: nn.Module) -> Callable[..., Any] | None:

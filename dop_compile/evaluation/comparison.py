@@ -14,7 +14,8 @@ from dop_compile.compiler import dop_compile
 from dop_compile.evaluation.answers import Answer, Asker
 from dop_compile.evaluation.methods import ORIGINAL, Method
 from dop_compile.evaluation.result import Run
-from dop_compile.policy.costs import DecoderDims, kv_cache_bytes, policy_tokens, prefill_flops
+from dop_compile.hf.dimensions import DecoderDims
+from dop_compile.policy.costs import kv_cache_bytes, policy_tokens, prefill_flops
 from dop_compile.policy.policy import Policy
 from dop_compile.reports.executed import Prompt, layer_costs
 from dop_compile.search.meter import ANSWERS, model_inputs, sample_digest

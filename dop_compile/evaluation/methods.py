@@ -18,8 +18,9 @@ from typing import Any
 
 from dop_compile.checks import choice, finite
 from dop_compile.evaluation.in_decoder import FITPRUNE, IN_DECODER, RANKED
+from dop_compile.hf.dimensions import DecoderDims
 from dop_compile.hf.fingerprint import model_fingerprint
-from dop_compile.policy.costs import DecoderDims, prefill_flops
+from dop_compile.policy.costs import prefill_flops
 from dop_compile.policy.policy import JsonScalar, Policy
 from dop_compile.reducers import create, known
 from dop_compile.search.divergences import Divergences

@@ -19,6 +19,8 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from dop_compile.hf.rebuilt import remade
+
 __all__ = ["BOUND_CALLS", "copy_path", "is_own", "own", "rebind", "rebound", "shallow_copy"]
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -119,8 +121,7 @@ def _function(value: types.FunctionType, follow: Callable[[Any], Any]) -> Any:
     if same and not namespace:
         return value
     around = _Globals(value.__globals__, namespace) if namespace else value.__globals__
-    copy = types.FunctionType(value.__code__, around, value.__name__, defaults or None, cells or None)
-    copy.__kwdefaults__ = keywords or None
+    copy = remade(value, around, defaults, cells, keywords)
     vars(copy).update(vars(value))
     return copy
 

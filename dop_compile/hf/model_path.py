@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from dop_compile.errors import UnsupportedUsageError
 from dop_compile.hf.copies import own, shallow_copy
+from dop_compile.hf.names import PLACEHOLDER_IDS
 
 __all__ = [
     "block_path",
@@ -21,9 +22,6 @@ __all__ = [
     "placeholder_ids",
     "unblocked",
 ]
-
-PLACEHOLDER_IDS = ("image_token_id", "video_token_id", "image_token_index", "video_token_index")
-"""Where configurations name placeholder ids, for models that cannot say themselves which positions are visual."""
 
 
 def decoder_path(model: PreTrainedModel) -> str:

@@ -18,6 +18,7 @@ from typing import Any
 
 import transformers
 
+from dop_compile.hf.names import FIXED_TOWERS, REARRANGED
 from dop_compile.policy.policy import Policy
 
 __all__ = ["PictureTokens", "PromptCounts", "assumed_counts", "is_text_only", "picture_tokens"]
@@ -26,10 +27,6 @@ __all__ = ["PictureTokens", "PromptCounts", "assumed_counts", "is_text_only", "p
 hf: Any = transformers
 
 SYSTEM, TEXT = 35, 100
-FIXED_TOWERS = {"clip_vision_model": 1, "siglip_vision_model": 0}
-"""Towers of one resolution, and how many tokens they have besides those of the patches."""
-REARRANGED = ("image_grid_pinpoints", "downsample_factor", "downsample_ratio", "spatial_merge_size", "scale_factor")
-"""What configurations have whose tokens are not the tower's patches, or whose pictures are cut into tiles."""
 ASK = "give visual=, the number of visual tokens of the prompt (system= and text= for the rest)"
 
 

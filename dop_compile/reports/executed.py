@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from dop_compile.compiler import CompiledState
+from dop_compile.hf.dimensions import DecoderDims
 from dop_compile.passes.blocks import MHA, Block
-from dop_compile.policy.costs import DecoderDims, LayerTokens, group_counts, layer_flops
+from dop_compile.policy.costs import LayerTokens, group_counts, layer_flops
 from dop_compile.policy.keep import ANY_GROUP, KeepTable
 from dop_compile.policy.policy import Policy
 from dop_compile.rankings import criterion

@@ -19,7 +19,8 @@ from typing import Any
 
 from dop_compile.checks import integer
 from dop_compile.compiler import CompiledState
-from dop_compile.policy.costs import DecoderDims, LayerTokens, group_counts, kv_cache_bytes, prefill_flops
+from dop_compile.hf.dimensions import DecoderDims
+from dop_compile.policy.costs import LayerTokens, group_counts, kv_cache_bytes, prefill_flops
 from dop_compile.policy.policy import Policy
 from dop_compile.reports.counts import PromptCounts, assumed_counts
 from dop_compile.reports.executed import LayerCost, Prompt, layer_costs

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from dop_compile.policy.costs import DecoderDims, LayerTokens, layer_flops
+from dop_compile.hf.dimensions import DecoderDims
+from dop_compile.policy.costs import LayerTokens, layer_flops
 from dop_compile.reports.executed import Prompt, layer_costs
 from dop_compile.reports.explain import explain
 from dop_compile.reports.operation_map import OperationMap

@@ -12,8 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_mask
-from transformers.masking_utils import flex_attention_mask
 
+from dop_compile.hf.private import flex_attention_mask
 from dop_compile.runtime.cache import Entries
 
 __all__ = ["BlockMask", "gathered_block_mask"]

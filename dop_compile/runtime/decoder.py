@@ -12,26 +12,23 @@ from torch import Tensor, nn
 
 from dop_compile.errors import UnsupportedUsageError
 from dop_compile.hf.kernels import is_flash
+from dop_compile.hf.merging import merge_images
+from dop_compile.hf.names import PACKED_FEATURES, REFUSED_OUTPUTS, UNUSED_ARGUMENTS
+from dop_compile.hf.rebuilt import names_in
 from dop_compile.hf.spellings import CACHE, parameters, spelled
 from dop_compile.runtime.cache import PrunedCache, ReducedView
 from dop_compile.runtime.call_rankings import CallRankings
 from dop_compile.runtime.layout import TokenLayout
 from dop_compile.runtime.masks import MaskSelector
-from dop_compile.runtime.merging import merge_images
 from dop_compile.runtime.outer_masks import deferred
 from dop_compile.runtime.packed import packed_rows
 from dop_compile.runtime.program import Program
 from dop_compile.runtime.slots import Arguments, Call, Slots
 from dop_compile.tokens import TokenSet
-from dop_compile.tracing.module_tracer import names_in
 from dop_compile.tracing.side_inputs import embed_ids
-from dop_compile.tracing.trace import PACKED_FEATURES, DecoderInputs
+from dop_compile.tracing.trace import DecoderInputs
 
-__all__ = ["UNUSED_ARGUMENTS", "run_decoder"]
-
-UNUSED_ARGUMENTS = ("num_items_in_batch", "cache_position", "mm_token_type_ids", "logits_to_keep")
-"""What outer models pass on to decoders that take any keyword but do nothing with these."""
-REFUSED_OUTPUTS = ("output_attentions", "output_hidden_states", "output_router_logits")
+__all__ = ["run_decoder"]
 
 
 def _check_arguments(decoder: Any, call: Call, kwargs: dict[str, Any]) -> Arguments:
@@ -165,7 +162,8 @@ def run_decoder(compiled: Any, decoder: nn.Module, call: Call, **kwargs: Any) ->
         the decoder's own output class; `last_hidden_state` is (batch, rows, hidden) for `rows` last rows, else
         (batch, tokens, hidden) in the caller's columns.
     """
-    merge_images(decoder, call, kwargs)
+    if (merged := merge_images(decoder, kwargs)) is not None:
+        call.visual.append(merged)
     arguments = _check_arguments(decoder, call, kwargs)
     packed_samples = packed_rows(decoder, call, arguments)
     if packed_samples is not None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dop_compile.errors import UnsupportedUsageError
 from dop_compile.hf.kernels import eager_attention
+from dop_compile.hf.names import NOT_OF_EAGER
 from dop_compile.rankings.base import slots_of
 from dop_compile.runtime.block_masks import BlockMask
 from dop_compile.runtime.cache import Entries
@@ -27,7 +28,6 @@ from dop_compile.tokens import TokenSet
 __all__ = ["StoredLayerView"]
 
 ROWS_AT_ONCE = 256
-_NOT_OF_EAGER = ("dropout", "is_causal", "sliding_window")
 
 
 @dataclass
@@ -157,7 +157,7 @@ class StoredLayerView:
         assert eager is not None
         query = self.query.gather(2, places[:, None, :, None].expand(-1, self.query.shape[1], -1, self.query.shape[3]))
         mask = self._mask(slots, places)
-        settings = {name: value for name, value in self.settings.items() if name not in _NOT_OF_EAGER}
+        settings = {name: value for name, value in self.settings.items() if name not in NOT_OF_EAGER}
         weights: Tensor = eager(self.module, query, self.key, self.value, mask, dropout=0.0, **settings)[1]
         weights = weights[..., : self.key.shape[2]].float()
         return weights.amax(dim=1) if heads == "max" else weights.mean(dim=1)

@@ -19,11 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dop_compile.errors import UnsupportedUsageError
+from dop_compile.hf.names import BLOCKS
+from dop_compile.hf.rebuilt import remade
 
-__all__ = ["BLOCKS", "MaskValues"]
-
-BLOCKS = "block_sequence_ids"
-"""The argument of Hugging Face's builders that they pad."""
+__all__ = ["MaskValues"]
 
 
 class MaskValues:
@@ -88,14 +87,8 @@ class MaskValues:
         inside = (held, list(function.__defaults__ or ()), function.__kwdefaults__ or {})
         followed = tuple(self._value(name, part) for part in inside)
         if not _same(inside, followed):
-            made = types.FunctionType(
-                function.__code__,
-                function.__globals__,
-                function.__name__,
-                tuple(followed[1]) or None,
-                tuple(types.CellType(value) for value in followed[0]),
-            )
-            made.__kwdefaults__ = followed[2] or None
+            cells = tuple(types.CellType(value) for value in followed[0])
+            made = remade(function, function.__globals__, tuple(followed[1]), cells, followed[2])
             self._made[function] = made
         return self._made[function]
 

@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.utils.generic import can_return_tuple
 
 from dop_compile.errors import UnsupportedUsageError
+from dop_compile.hf.names import BLOCKS
+from dop_compile.hf.private import can_return_tuple
+from dop_compile.hf.rebuilt import names_in, with_globals
 from dop_compile.hf.spellings import CACHE, EMBEDS, MASK, POSITIONS, canonical, spelled
-from dop_compile.runtime.mask_values import BLOCKS, MaskValues
-from dop_compile.tracing.module_tracer import names_in
+from dop_compile.runtime.mask_values import MaskValues
 
 __all__ = ["DeferredMask", "DeferredMasks", "builds_masks", "deferred", "deferring_forward", "positions_of_masks"]
 
@@ -162,11 +163,7 @@ def _with_builders(
         **function.__globals__,
         **{name: replaced(builder) for name, builder in _builders(function).items()},
     }
-    copy = types.FunctionType(
-        function.__code__, namespace, function.__name__, function.__defaults__, function.__closure__
-    )
-    copy.__kwdefaults__ = function.__kwdefaults__
-    return copy
+    return with_globals(function, namespace)
 
 
 def deferring_forward(module: nn.Module) -> Callable[..., Any]:

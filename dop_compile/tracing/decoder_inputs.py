@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 
-__all__ = ["PACKED_FEATURES", "DecoderInputs"]
+from dop_compile.hf.names import PACKED_FEATURES
 
-PACKED_FEATURES = {"deepstack_visual_embeds": "visual_pos_masks", "deepstack_features": "vision_mask"}
-"""Arguments for features of visual tokens without a batch dimension, and for the mask of the tokens they belong to."""
+__all__ = ["DecoderInputs"]
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,11 @@ from torch import fx, nn
 from transformers import PreTrainedConfig
 
 from dop_compile.hf.copies import BOUND_CALLS, rebind
+from dop_compile.hf.rebuilt import names_in, with_globals
 from dop_compile.hf.spellings import spelled
 from dop_compile.tracing.proxies import flatten
 
-__all__ = ["ModuleTracer", "names_in"]
+__all__ = ["ModuleTracer"]
 
 
 class ModuleTracer(fx.Tracer):
@@ -119,7 +120,7 @@ class ModuleTracer(fx.Tracer):
             while users := {n for n, v in plain.items() if n not in names and names & names_in(v)}:
                 names |= users
             for name in names - set(own):
-                shared[name] = _with_globals(plain[name], shared)
+                shared[name] = with_globals(plain[name], shared)
             self._namespaces[id(namespace)] = shared, names
         return self._namespaces[id(namespace)]
 
@@ -129,7 +130,7 @@ class ModuleTracer(fx.Tracer):
         if not isinstance(inner, types.FunctionType):
             return None
         namespace, names = self._namespace(inner.__globals__)
-        return _with_globals(inner, namespace) if names & names_in(inner) else None
+        return with_globals(inner, namespace) if names & names_in(inner) else None
 
     # --- arguments and tracing ------------------------------------------------------------------------------------
 
@@ -147,22 +148,3 @@ class ModuleTracer(fx.Tracer):
         """The graph of `function` of the copied module, whose result is the graph's output."""
         self.create_node("output", "output", (self.create_arg(function(self.copy)),), {})
         return self.graph
-
-
-def names_in(function: Any) -> set[str]:
-    """Global names and attributes that a function uses, and the functions written inside it."""
-    names: set[str] = set()
-    codes = [inspect.unwrap(function).__code__]
-    while codes:
-        code = codes.pop()
-        names.update(code.co_names)
-        codes += [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
-    return names
-
-
-def _with_globals(function: types.FunctionType, namespace: dict[str, Any]) -> types.FunctionType:
-    made = types.FunctionType(
-        function.__code__, namespace, function.__name__, function.__defaults__, function.__closure__
-    )
-    made.__kwdefaults__ = function.__kwdefaults__
-    return made

@@ -10,11 +10,10 @@ from typing import Any
 
 from torch import Tensor
 
+from dop_compile.hf.names import PER_LAYER
 from dop_compile.tracing.trace import DecoderInputs
 
 __all__ = ["default_inputs", "embed_ids"]
-
-PER_LAYER = "per_layer_inputs"
 
 
 def _per_layer_size(decoder: Any) -> int:

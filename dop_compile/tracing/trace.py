@@ -23,9 +23,10 @@ from torch.nn.utils.parametrize import is_parametrized
 from dop_compile import ops
 from dop_compile.errors import UnsupportedModelError
 from dop_compile.hf.kernels import ATTENTION_REGISTRY, MASK_BUILDERS
-from dop_compile.tracing.decoder_inputs import PACKED_FEATURES, DecoderInputs
+from dop_compile.hf.names import CHANNEL_MIXERS, PACKED_FEATURES, UNPRUNABLE_LAYERS, UNPRUNABLE_SETTINGS
+from dop_compile.hf.rebuilt import names_in
+from dop_compile.tracing.decoder_inputs import DecoderInputs
 from dop_compile.tracing.flat_tokens import unflatten_tokens
-from dop_compile.tracing.module_tracer import names_in
 from dop_compile.tracing.proxies import BATCH, TOKENS, is_packed
 from dop_compile.tracing.tracer import CACHE_INPUT, DecoderTracer
 
@@ -127,29 +128,12 @@ def _check_openable(path: str, module: nn.Module) -> None:
         )
 
 
-_CHANNEL_MIXERS = ("norm", "ln_", "mlp", "feed_forward", "moe", "dropout", "ffn", "activation", "experts")
-_UNTRACEABLE = {
-    "num_kv_shared_layers": "its last {} layers read the keys and values of earlier layers, so that the tokens which "
-    "supply them cannot be chosen for each layer",
-    "cross_attention_layers": "layers {} attend to image features outside of the token sequence, which hold no visual "
-    "tokens that could be pruned",
-    "altup_num_inputs": "its layers work on {} residual streams at once (AltUp), and update only one of them",
-    "hc_mult": "its layers mix {} residual streams at once (hyper-connections)",
-    "hc_count": "its layers mix {} residual streams at once (hyper-connections)",
-}
-"""Settings of configurations that a decoder cannot be pruned with, and why."""
-_LAYER_TYPES = {
-    "reference_sliding_attention": "it keeps the whole prompt and a window of what is generated, in a cache of its own",
-}
-"""Types of layers, of those that a configuration names, whose keys cannot be chosen."""
-
-
 def _check_settings(decoder: nn.Module) -> None:
-    for name, reason in _UNTRACEABLE.items():
+    for name, reason in UNPRUNABLE_SETTINGS.items():
         if value := getattr(decoder.config, name, None):
             raise UnsupportedModelError(f"{type(decoder).__name__} has {name}={value}: {reason.format(value)}")
     for number, kind in enumerate(getattr(decoder.config, "layer_types", None) or ()):
-        if reason := _LAYER_TYPES.get(kind, ""):
+        if reason := UNPRUNABLE_LAYERS.get(kind, ""):
             raise UnsupportedModelError(f"layer {number} of {type(decoder).__name__} is of type {kind!r}: {reason}")
 
 
@@ -175,7 +159,7 @@ def _without_attention(decoder: nn.Module, number: int, layer: nn.Module, known:
         for name, child in layer.named_children()
         if (name, type(child)) not in known
         and not isinstance(child, nn.Linear)
-        and not any(word in name for word in _CHANNEL_MIXERS)
+        and not any(word in name for word in CHANNEL_MIXERS)
     ]
     how = " and ".join(own) or "code of its own"
     where = f"layer {number} of {type(decoder).__name__} ({type(layer).__name__})"

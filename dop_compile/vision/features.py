@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from dop_compile.hf.copies import shallow_copy
+from dop_compile.hf.private import window_order
 from dop_compile.reducers.gradients import refusing_gradients
 from dop_compile.vision.items import feature_parts
 from dop_compile.vision.rows import attention_rows
@@ -170,9 +171,7 @@ def _window_order(tower: Any, grid: Tensor) -> Tensor:
     if hasattr(tower, "get_window_index"):
         order: Tensor = torch.as_tensor(tower.get_window_index(grid)[0])
     else:
-        from transformers.vision_utils import get_vision_window_index
-
-        order = get_vision_window_index(grid, tower.spatial_merge_size, tower.window_size, tower.patch_size)[0]
+        order = window_order(grid, tower.spatial_merge_size, tower.window_size, tower.patch_size)
     return order.cpu()
 
 

@@ -16,16 +16,9 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["feature_parts", "has_items", "item_sizes"]
+from dop_compile.hf.names import TILED
 
-# Known by name, since their features look like those of images
-TILED = (
-    *("Aria", "AyaVision", "Cohere2Vision", "GotOcr2", "InternVL", "Lfm2Vl", "Lfm3Vl", "Llama4", "MiniCPM", "Ovis2"),
-    *("PerceptionLM", "QianfanOCR"),
-    *("GraniteDocling", "Idefics", "ModernVBert", "SmolVLM", "UltraVBert"),
-)
-"""Models, by how their classes' names begin, whose feature methods return one entry per tile, or per row of the batch;
-nothing they are given says how many tiles an image has."""
+__all__ = ["feature_parts", "has_items", "item_sizes"]
 
 
 def has_items(*class_names: str) -> bool:

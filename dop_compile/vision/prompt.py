@@ -19,12 +19,13 @@ from torch import Tensor, nn
 
 from dop_compile.errors import UnsupportedUsageError
 from dop_compile.hf.copies import own
+from dop_compile.hf.names import FEATURE_METHODS
 from dop_compile.policy.policy import Policy
 from dop_compile.reducers import Reducer, create, fitting, needs
 from dop_compile.spans import SELECTION, span
 from dop_compile.vision.features import TokenFeatures, token_features
 from dop_compile.vision.items import has_items, item_sizes
-from dop_compile.vision.tap import FEATURE_METHODS, Observed, Tower, VisionModules, observing
+from dop_compile.vision.tap import Observed, Tower, VisionModules, observing
 
 __all__ = ["VISION_FIELDS", "PromptVision", "vision_fields", "watch_vision"]
 

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dop_compile.hf.copies import rebound, shallow_copy
+from dop_compile.hf.private import ALL_ATTENTION_FUNCTIONS
 
 __all__ = ["attention_rows"]
 

@@ -19,14 +19,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dop_compile.hf.copies import own, rebind, shallow_copy
+from dop_compile.hf.names import ATTENTIONS, CLASS_TOKENS, PROJECTORS
+from dop_compile.hf.private import maybe_install_capturing_hooks
 
-__all__ = ["FEATURE_METHODS", "Observed", "Tower", "VisionModules", "observing"]
+__all__ = ["Observed", "Tower", "VisionModules", "observing"]
 
 # What has to be known by name, because nothing else tells it
-FEATURE_METHODS = ("get_image_features", "get_video_features")
-PROJECTORS = ("multi_modal_projector", "modality_projection", "merger", "mm_projector")
-ATTENTIONS = ("self_attn", "attention", "attn")
-CLASS_TOKENS = ("class_embedding", "cls_token", "class_token")
 
 
 @dataclass(frozen=True)
@@ -163,8 +161,6 @@ def _install_recorders(module: nn.Module) -> None:
     It does so on first use and marks the module; on a copy, whose hooks are the original's, it would do so each time.
     """
     if isinstance(module, PreTrainedModel):
-        from transformers.utils.output_capturing import maybe_install_capturing_hooks
-
         maybe_install_capturing_hooks(module)
 
 

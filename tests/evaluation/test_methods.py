@@ -13,7 +13,8 @@ import pytest
 from dop_compile import Policy
 from dop_compile.evaluation import Method, Planner, method_names
 from dop_compile.evaluation.in_decoder import RANKED
-from dop_compile.policy.costs import DecoderDims, LayerTokens, layer_flops, prefill_flops
+from dop_compile.hf.dimensions import DecoderDims
+from dop_compile.policy.costs import LayerTokens, layer_flops, prefill_flops
 from dop_compile.policy.operations import Operation
 from dop_compile.policy.provenance import Provenance
 from dop_compile.policy.ranking import Ranking, Stage

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
+from dop_compile.hf.dimensions import DecoderDims
 from dop_compile.policy.costs import (
-    DecoderDims,
     LayerTokens,
     kv_cache_bytes,
     layer_flops,

@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dop_compile import Policy, explain, prefill_flops
+from dop_compile.hf.dimensions import DecoderDims
 from dop_compile.policy import baselines
-from dop_compile.policy.costs import DecoderDims, LayerTokens, layer_flops, policy_tokens
+from dop_compile.policy.costs import LayerTokens, layer_flops, policy_tokens
 from dop_compile.policy.keep import KeepTable
 from dop_compile.policy.ranking import Ranking, Stage
 from dop_compile.rankings import criterion, known, register

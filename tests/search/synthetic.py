@@ -8,7 +8,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from dop_compile import Policy
-from dop_compile.policy.costs import DecoderDims
+from dop_compile.hf.dimensions import DecoderDims
 from dop_compile.search import Divergences
 
 Counts = tuple[int, int, int]

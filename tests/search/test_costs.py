@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dop_compile import Policy
-from dop_compile.policy.costs import DecoderDims, kv_cache_bytes, policy_tokens, prefill_flops
+from dop_compile.hf.dimensions import DecoderDims
+from dop_compile.policy.costs import kv_cache_bytes, policy_tokens, prefill_flops
 from dop_compile.search.costs import FlopsModel, KvModel
 from tests.drawing import examples
 

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dop_compile import Policy, dop_compile
-from dop_compile.policy.costs import DecoderDims
+from dop_compile.hf.dimensions import DecoderDims
 from dop_compile.policy.operations import MODULES, SPLIT_VISUAL_GROUPS
 from dop_compile.search import OperationOrder, greedy, greedy_order, measure_policies
 from dop_compile.search.greedy_sort import GreedyRules, GreedySort, default_danger, greedy_sort

@@ -20,8 +20,9 @@ from scipy.stats import entropy
 from torch import Tensor
 
 from dop_compile import Policy, dop_compile
+from dop_compile.hf.dimensions import DecoderDims
 from dop_compile.hf.fingerprint import model_fingerprint
-from dop_compile.policy.costs import DecoderDims, prefill_flops
+from dop_compile.policy.costs import prefill_flops
 from dop_compile.replay import Replay
 from dop_compile.reports.executed import Prompt, resumed_flops
 from dop_compile.search import Divergences, measure, measure_divergences, measure_policies

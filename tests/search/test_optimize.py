@@ -16,7 +16,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from dop_compile import Policy
-from dop_compile.policy.costs import DecoderDims, kv_cache_bytes, policy_tokens, prefill_flops, prefill_flops_ratio
+from dop_compile.hf.dimensions import DecoderDims
+from dop_compile.policy.costs import kv_cache_bytes, policy_tokens, prefill_flops, prefill_flops_ratio
 from dop_compile.search import Divergences, InfeasibleBudgetError, candidates, optimize
 from dop_compile.search.axes import DOP_AXES, SPLIT_AXES, default_points
 from dop_compile.search.curves import curve

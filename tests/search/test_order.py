@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dop_compile.policy.costs import DecoderDims, prefill_flops
+from dop_compile.hf.dimensions import DecoderDims
+from dop_compile.policy.costs import prefill_flops
 from dop_compile.policy.operations import MODULES, Operation
 from dop_compile.policy.policy import Policy
 from dop_compile.search.greedy_sort import Step, implied

@@ -21,8 +21,8 @@ from torch import Tensor
 from dop_compile.errors import UnsupportedModelError
 from dop_compile.hf.copies import copy_path
 from dop_compile.hf.model_path import decoder_path, placeholder_ids
+from dop_compile.hf.names import UNUSED_ARGUMENTS
 from dop_compile.hf.spellings import CACHE, EMBEDS, IDS, MASK, POSITIONS, canonical, spelled
-from dop_compile.runtime.decoder import UNUSED_ARGUMENTS
 from dop_compile.runtime.outer_masks import builds_masks
 
 __all__ = ["MODALITIES", "Capture", "VisionCall", "capture_prompt", "features_of"]

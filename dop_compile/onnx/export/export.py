@@ -22,11 +22,11 @@ from dop_compile.hf.model_path import decoder_path
 from dop_compile.hf.prompts import prompt_inputs
 from dop_compile.onnx.check.graphs import OPSETS
 from dop_compile.onnx.contract.manifest import MANIFEST, Manifest
+from dop_compile.onnx.contract.workspace import new_directory
 from dop_compile.onnx.deploy.triton import TRITON, check_layout, write_repository
 from dop_compile.onnx.export.capture import capture_prompt
 from dop_compile.onnx.export.exporter import Exporter
 from dop_compile.onnx.export.shapes import Shapes
-from dop_compile.onnx.contract.workspace import new_directory
 from dop_compile.policy.policy import Policy
 
 __all__ = ["export_onnx"]

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from dop_compile import ops
 from dop_compile.errors import UnsupportedModelError
 from dop_compile.hf.kernels import MASK_BUILDERS
+from dop_compile.hf.private import sdpa_attention_forward
 from dop_compile.onnx.export.sections import SectionLayout
 from dop_compile.onnx.export.slot_masks import build_mask, visible
 from dop_compile.passes.graph import DecoderGraph

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.masking_utils import AttentionMaskInterface
 
 from dop_compile.errors import UnsupportedModelError
+from dop_compile.hf.private import AttentionMaskInterface
 from dop_compile.hf.spellings import CACHE, MASK, POSITIONS, canonical, spelled
 
 __all__ = ["SlotMask", "build_mask", "visible"]

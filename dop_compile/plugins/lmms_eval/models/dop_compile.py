@@ -16,6 +16,10 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from lmms_eval import utils
+from lmms_eval.api.instance import GenerationResult, TokenCounts
+from lmms_eval.api.model import lmms
+from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from loguru import logger
 from tqdm import tqdm
 from transformers import AutoConfig, BatchFeature, LogitsProcessorList, StoppingCriteriaList
@@ -31,10 +35,6 @@ from dop_compile.plugins.lmms_eval.arguments import (
 from dop_compile.plugins.lmms_eval.generation import AtStops, Forced, cut, losses, settings_of, stops_of
 from dop_compile.plugins.lmms_eval.media import Conversation, read_messages, user_message
 from dop_compile.plugins.lmms_eval.reading import Reader, load_processor
-from lmms_eval import utils
-from lmms_eval.api.instance import GenerationResult, TokenCounts
-from lmms_eval.api.model import lmms
-from lmms_eval.models.model_utils.gen_metrics import log_metrics
 
 __all__ = ["DopCompile", "SimpleDopCompile"]
 

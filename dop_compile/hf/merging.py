@@ -10,8 +10,6 @@ from typing import Any
 
 from torch import Tensor
 
-from dop_compile.runtime.slots import Call
-
 __all__ = ["merge_images"]
 
 
@@ -53,15 +51,14 @@ MERGERS = {
 """How each class merges, and the arguments that it takes for it."""
 
 
-def merge_images(decoder: Any, call: Call, arguments: dict[str, Any]) -> None:
-    """Replace pixels among a decoder's arguments by embeddings with their features, and note the visual tokens."""
+def merge_images(decoder: Any, arguments: dict[str, Any]) -> Tensor | None:
+    """Replace pixels among a decoder's arguments by embeddings with their features; which tokens are visual."""
     merge, names = MERGERS.get(type(decoder).__name__, (None, ()))
     images = {name: value for name in names if (value := arguments.pop(name, None)) is not None}
     if merge is None or not images:
-        return
+        return None
     input_ids, embeds = arguments.pop("input_ids", None), arguments.get("inputs_embeds")
     if embeds is None:
         embeds = decoder.get_input_embeddings()(input_ids)
     arguments["inputs_embeds"], mask = merge(decoder, input_ids, embeds, images)
-    if mask is not None:
-        call.visual.append(mask)
+    return mask

@@ -1,0 +1,170 @@
+"""Sizes of a decoder, by which eq. 11 of DOP counts, and how they are read off a configuration.
+
+Cases read from a Hugging Face configuration:
+1. gated MLP (3 matrices)   2. plain MLP (2 matrices), known by model type   3. grouped KV heads
+4. mixtures of experts: a token pays for its routed and shared experts, or for one wide MLP in a dense layer
+Refused, as eq. 11 does not describe them: latent attention, linear-attention and convolution layers, layers
+of unlike head sizes, K/V shared between layers, mixtures whose configuration is not recognised. Build
+`DecoderDims` by hand for those.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from dop_compile.checks import integer, store
+from dop_compile.hf.names import ATTENTION_LAYERS, GATED_PREFIXES, PLAIN_MLP
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+__all__ = ["DecoderDims"]
+
+
+@dataclass(frozen=True)
+class DecoderDims:
+    """Sizes of a decoder that its FLOPs depend on.
+
+    `intermediate_sizes`: per layer, the width of one MLP or one routed expert. `active_experts`: per layer,
+    how many of that width a token passes (1 when dense). `shared_sizes`: per layer, the width of the shared
+    experts that every token passes besides (0 without). `gated`: an MLP has 3 matrices, else 2.
+    """
+
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    head_dim: int
+    num_key_value_heads: int
+    intermediate_sizes: tuple[int, ...]
+    gated: bool = True
+    active_experts: tuple[int, ...] = ()
+    shared_sizes: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for field in ("num_layers", "hidden_size", "num_heads", "head_dim", "num_key_value_heads"):
+            store(self, field, integer(field, getattr(self, field), low=1))
+        if self.num_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_key_value_heads: expected a divisor of {self.num_heads} heads, got {self.num_key_value_heads}"
+            )
+        if not isinstance(self.gated, bool):
+            raise TypeError(f"gated: expected True (3 matrices) or False (2), got {self.gated!r}")
+        for field, low, default in (
+            ("intermediate_sizes", 0, None),
+            ("active_experts", 1, 1),
+            ("shared_sizes", 0, 0),
+        ):
+            sizes = tuple(getattr(self, field))
+            if not sizes and default is not None:
+                sizes = (default,) * self.num_layers
+            if len(sizes) != self.num_layers:
+                raise ValueError(f"{field}: expected one per layer ({self.num_layers}), got {len(sizes)}")
+            store(self, field, tuple(integer(field, size, low=low) for size in sizes))
+
+    @cached_property
+    def mlp_widths(self) -> tuple[int, ...]:
+        """Per layer, the summed width of everything that a token passes in the MLP: m of eq. 11."""
+        parts = zip(self.intermediate_sizes, self.active_experts, self.shared_sizes, strict=True)
+        return tuple(size * active + shared for size, active, shared in parts)
+
+    @classmethod
+    def from_config(cls, config: PreTrainedConfig) -> DecoderDims:
+        """Sizes of the text decoder of a Hugging Face configuration; ValueError where eq. 11 does not fit."""
+        text: Any = config.get_text_config(decoder=True)
+        kind = str(text.model_type)
+        _refuse_other_attention(text, kind)
+        layers, heads = _size(text, kind, "num_hidden_layers"), _size(text, kind, "num_attention_heads")
+        hidden = _size(text, kind, "hidden_size")
+        sizes, active, shared = _mlp_sizes(text, kind, layers)
+        return cls(
+            num_layers=layers,
+            hidden_size=hidden,
+            num_heads=heads,
+            head_dim=getattr(text, "head_dim", None) or hidden // heads,
+            num_key_value_heads=getattr(text, "num_key_value_heads", None) or heads,
+            intermediate_sizes=sizes,
+            gated=_is_gated(text, kind),
+            active_experts=active,
+            shared_sizes=shared,
+        )
+
+
+def _size(text: Any, kind: str, *names: str) -> int:
+    for name in names:
+        value = getattr(text, name, None)
+        if isinstance(value, list | tuple):
+            raise ValueError(f"{kind}.{name}: expected one size, got {value!r}; build DecoderDims by hand")
+        if value is not None:
+            return integer(f"{kind}.{name}", value, low=1)
+    raise ValueError(f"{kind}: the configuration has no {' or '.join(names)}; build DecoderDims by hand")
+
+
+def _refuse_other_attention(text: Any, kind: str) -> None:
+    def refuse(what: str) -> None:
+        raise ValueError(f"{kind}: eq. 11 does not describe {what}; build DecoderDims by hand")
+
+    if getattr(text, "is_heterogeneous", False) or hasattr(text, "global_head_dim"):
+        refuse("layers of unlike head sizes")
+    if getattr(text, "kv_lora_rank", None):
+        refuse("latent attention (kv_lora_rank)")
+    if getattr(text, "num_kv_shared_layers", 0):
+        refuse("K/V shared between layers (num_kv_shared_layers)")
+    kinds = {*(getattr(text, "layer_types", None) or ()), *(getattr(text, "layers_block_type", None) or ())}
+    if other := sorted(kinds - ATTENTION_LAYERS):
+        refuse(f"layers of type {', '.join(other)}")
+
+
+def _is_gated(text: Any, kind: str) -> bool:
+    if kind in PLAIN_MLP:
+        return False
+    activation = getattr(text, "hidden_act", None) or getattr(text, "hidden_activation", None)
+    if activation == "silu" or kind.startswith(GATED_PREFIXES):
+        return True
+    raise ValueError(
+        f"{kind}: unknown whether its MLP is gated (3 matrices) or plain (2), activation {activation!r}; "
+        "build DecoderDims by hand with gated=..."
+    )
+
+
+def _mlp_sizes(text: Any, kind: str, layers: int) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Per layer: width of an MLP or routed expert, experts a token passes, width of the shared experts."""
+    given = getattr(text, "intermediate_size", None)
+    wide = tuple(given) if isinstance(given, list | tuple) else None
+    active = getattr(text, "num_experts_per_tok", None)
+    if not active:
+        if any(
+            (getattr(text, name, None) or 0) > 1 for name in ("num_experts", "moe_num_experts", "num_local_experts")
+        ):
+            raise ValueError(f"{kind}: this mixture of experts is not recognised; build DecoderDims by hand")
+        return wide or (_size(text, kind, "intermediate_size", "ffn_dim"),) * layers, (), ()
+    expert = _size(text, kind, "moe_intermediate_size", "intermediate_size")
+    shared = _shared_size(text, expert)
+    sparse = [_is_sparse(text, layer) for layer in range(layers)]
+    dense = _size(text, kind, "intermediate_size_mlp", "intermediate_size", "moe_intermediate_size")
+    return (
+        tuple(expert if moe else dense for moe in sparse),
+        tuple(active if moe else 1 for moe in sparse),
+        tuple(shared if moe else 0 for moe in sparse),
+    )
+
+
+def _shared_size(text: Any, expert: int) -> int:
+    if hasattr(text, "intermediate_size_mlp"):
+        return expert  # Llama 4 has one shared expert, of which its configuration says nothing.
+    for name in ("shared_expert_intermediate_size", "shared_intermediate_size"):
+        if (size := getattr(text, name, None)) is not None:
+            return int(size)
+    return (getattr(text, "n_shared_experts", None) or 0) * expert
+
+
+def _is_sparse(text: Any, layer: int) -> bool:
+    """Whether `layer` of a mixture has experts, by whichever of the conventions its configuration follows."""
+    if (types := getattr(text, "mlp_layer_types", None)) is not None:
+        return bool(types[layer] == "sparse")
+    if (moe_layers := getattr(text, "moe_layers", None)) is not None:
+        return layer in moe_layers
+    first = max(getattr(text, "first_k_dense_replace", 0) or 0, getattr(text, "num_dense_layers", 0) or 0)
+    step = getattr(text, "decoder_sparse_step", 1)
+    return layer >= first and layer not in (getattr(text, "mlp_only_layers", None) or ()) and (layer + 1) % step == 0
