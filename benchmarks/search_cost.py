@@ -27,7 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dop_compile import Policy, dop_compile, prefill_flops
 from dop_compile.hf.dimensions import DecoderDims
-from dop_compile.reports.executed import Prompt, resumed_flops
+from dop_compile.reports.executed import SampleTokens, resumed_flops
 from dop_compile.search.axes import DEPTH_AXES, DOP_AXES, SPLIT_AXES, axis_policy, default_points
 from dop_compile.search.meter import SampleMeter
 from dop_compile.search.metrics import top_k_kl
@@ -50,7 +50,7 @@ def flops_rows() -> list[dict[str, Any]]:
     rows = []
     for name, visual in GEOMETRIES.items():
         for space, axes in (("dop", DOP_AXES), ("split", SPLIT_AXES)):
-            prompt = Prompt(SYSTEM, visual, TEXT, rows=1, use_cache=False)
+            prompt = SampleTokens(SYSTEM, visual, TEXT, rows=1, use_cache=False)
             whole = prefill_flops(dims, full, SYSTEM, visual, TEXT)
             spent = anew = whole
             count = 1

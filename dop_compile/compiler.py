@@ -25,6 +25,7 @@ from dop_compile.drop_in.typed import CompiledModel
 from dop_compile.errors import PassError, UnsupportedModelError, UnsupportedUsageError
 from dop_compile.hf.copies import copy_path, is_own
 from dop_compile.hf.model_path import block_path, decoder_path, unblocked
+from dop_compile.identity import Same
 from dop_compile.passes import PIPELINE, DecoderGraph, check_graph, run_passes
 from dop_compile.passes.annotate import ANNOTATE
 from dop_compile.passes.cleanup import eliminate_dead_nodes
@@ -40,6 +41,8 @@ from dop_compile.tracing.trace import DecoderInputs, TracedDecoder, trace_decode
 __all__ = ["CompiledState", "build_graph", "dop_compile"]
 
 DEFAULT_TIER = "default"
+PROGRAMS = 256
+"""How many programs a compiled model keeps; the oldest go first, and are built again if they are asked for."""
 
 
 def build_graph(
@@ -140,6 +143,8 @@ class CompiledState:
                 if program is None:
                     graph = rewrite(self._traced(inputs), keep, universe, disable=self._disable, debug=self._debug)
                     program = self._programs[key] = Program(graph, self.library)
+                    while len(self._programs) > PROGRAMS:
+                        del self._programs[next(iter(self._programs))]
         return program
 
     def _traced(self, inputs: DecoderInputs) -> TracedDecoder:
@@ -205,9 +210,9 @@ class CompiledState:
                 "or eval() for inference"
             )
         weight = next(decoder.parameters())
-        patches = tuple(id(value) for value in vars(decoder).values() if inspect.isroutine(value) and not is_own(value))
+        patches = tuple(value for value in vars(decoder).values() if inspect.isroutine(value) and not is_own(value))
         hooks = tuple(
-            (id(module), module.training, "forward" in vars(module), *map(tuple, _hooks(module)))
+            (Same(module), module.training, "forward" in vars(module), *map(tuple, _hooks(module)))
             for module in decoder.modules()
         )
         return hooks, patches, decoder.training, decoder.config._attn_implementation, weight.dtype, weight.device

@@ -10,26 +10,28 @@ depth, and no tokens, goes on from the residual stream that the original decoder
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from dop_compile.drop_in.frame import CALL_ARGUMENTS, Frame, Session, presented_as
+from dop_compile.drop_in.observer import Observer
 from dop_compile.drop_in.wrapped_forward import check_unwrapped
 from dop_compile.errors import UnsupportedUsageError
+from dop_compile.hf.copies import copy_path, own, shallow_copy
 from dop_compile.hf.dimensions import DecoderDims
 from dop_compile.hf.merging import merge_images
 from dop_compile.hf.model_path import placeholder_ids
 from dop_compile.hf.spellings import CACHE, canonical, parameters, spelled
 from dop_compile.policy.costs import prefill_flops
 from dop_compile.policy.policy import Policy
-from dop_compile.reports.executed import Prompt, resumed_flops
+from dop_compile.reports.executed import SampleTokens, resumed_flops
 from dop_compile.runtime.decoder import run_decoder
 from dop_compile.runtime.outer_masks import deferred
 from dop_compile.runtime.slots import Call, token_counts
@@ -79,16 +81,19 @@ class Replay:
         session = Session(compiled.dop_tier, inputs.get("visual_indices"), inputs.get("token_groups"))
         self._prompt = prompt_tokens or self._inputs["input_ids"].shape[1]
         session.streams.main.prompt_columns = self._prompt
-        recorder = _Recorder(compiled, session, depths)
+        recorder = _Recorder(depths)
+        frame = Frame(compiled.dop, compiled, session, recorder)
+        head = _Head.of(frame)
+        recorder.note_logits(head, frame)
         keep = {"logits_to_keep": rows} if "logits_to_keep" in _parameters(compiled) else {}
         with torch.no_grad():
-            output = recorder.forward(**self._inputs, **keep, use_cache=False)
+            output = frame.forward(**self._inputs, **keep, use_cache=False)
         self.original: Tensor = output.logits[:, -rows:]
         """(batch, rows, vocabulary) logits of the untouched model."""
-        recorder.check_logits(output.logits)
+        recorder.check_logits(head, frame, output.logits)
         assert recorder.call is not None
         self._call = replace(recorder.call, rows=rows)
-        self._decoder, self._arguments = recorder.decoder, dict(recorder.arguments)
+        self._decoder, self._arguments = frame.decoder, dict(recorder.arguments)
         ids = self._arguments.pop("input_ids", None)
         if self._arguments.get("inputs_embeds") is None:  # text-only models leave the embedding to their decoder
             with torch.no_grad():
@@ -129,7 +134,7 @@ class Replay:
     def flops(self, policy: Policy) -> int:
         """Decoder FLOPs that `logits(policy)` computes for one sample of the batch."""
         system, visual, text = self.counts
-        prompt = Prompt(system, visual, text, self._rows, use_cache=False)
+        prompt = SampleTokens(system, visual, text, self._rows, use_cache=False)
         dims = DecoderDims.from_config(self._compiled.config)
         return resumed_flops(self._compiled.dop, policy, prompt, dims, self.first_layer(policy))
 
@@ -137,32 +142,43 @@ class Replay:
         """What the model makes of its decoder's output."""
         session = Session(self._compiled.dop_tier)
         session.streams.main.prompt_columns = 0
-        return _Stub(self._compiled, session, hidden, kind).logits()
+        frame = Frame(self._compiled.dop, self._compiled, session, _Given(hidden, kind))
+        head, placeholders = _Head.of(frame), placeholder_ids(frame.root.config)
+        word = next(number for number in range(len(placeholders) + 1) if number not in placeholders)
+        ids = torch.full(hidden.shape[:2], word, device=hidden.device)
+        arguments = {"input_ids": ids, "use_cache": False}
+        logits: Tensor = frame.run_part(head.module, head.forward, (), arguments).logits
+        return logits
 
 
 def _parameters(model: Any) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(model.forward).parameters
 
 
-class _HeadFrame(Frame):
-    """A call that knows its head: the outermost part on the path whose forward needs no more than `input_ids`.
+@dataclass(frozen=True)
+class _Head:
+    """The outermost part on a frame's path whose forward needs no more than `input_ids`.
 
     It is the model itself but for those that ask for pictures (BLIP-2), of which it is the language model inside.
     """
 
-    def __init__(self, compiled: Any, session: Session):
-        super().__init__(compiled.dop, compiled, session)
-        self.head, self.head_forward = self.root, self.state.model_class.forward
-        parts = [m for m in self.chain[1:-1] if isinstance(m, PreTrainedModel) and m.can_generate()]
+    module: Any
+    forward: Callable[..., Any]
+
+    @classmethod
+    def of(cls, frame: Frame) -> _Head:
+        module, forward = frame.root, frame.state.model_class.forward
+        parts = [m for m in frame.chain[1:-1] if isinstance(m, PreTrainedModel) and m.can_generate()]
         for part in parts:
-            if _needed(self.head_forward):
-                self.head, self.head_forward = part, type(part).forward
-        if _needed(self.head_forward):
+            if _needed(forward):
+                module, forward = part, type(part).forward
+        if _needed(forward):
             raise UnsupportedUsageError(
-                f"{self.state.model_class.__name__} cannot be run under many policies at the cost of their decoders "
-                f"alone: its forward asks for {', '.join(_needed(self.state.model_class.forward))}, and no part of it "
+                f"{frame.state.model_class.__name__} cannot be run under many policies at the cost of their decoders "
+                f"alone: its forward asks for {', '.join(_needed(frame.state.model_class.forward))}, and no part of it "
                 "makes logits without; compile each policy as a tier and compare those"
             )
+        return cls(module, forward)
 
 
 def _needed(forward: Callable[..., Any]) -> list[str]:
@@ -172,13 +188,10 @@ def _needed(forward: Callable[..., Any]) -> list[str]:
     return [p.name for p in named if p.default is p.empty and p.name != "input_ids"]
 
 
-class _Recorder(_HeadFrame):
-    """A call whose decoder runs as the original does, noting its arguments, residual streams and its head's logits."""
+class _Recorder(Observer):
+    """Runs the decoder as the original does, noting its arguments, residual streams and its head's logits."""
 
-    def __init__(self, compiled: Any, session: Session, depths: Sequence[int]):
-        super().__init__(compiled, session)
-        if self.head is not self.root:
-            self.head.forward = presented_as(self.head_forward, self._noting_logits(self.head.forward))
+    def __init__(self, depths: Sequence[int]):
         self._logits: Tensor | None = None
         self.call: Call | None = None
         self.arguments: dict[str, Any] = {}
@@ -188,36 +201,38 @@ class _Recorder(_HeadFrame):
     def vision_fields(self, policy: Policy) -> frozenset[str]:
         return vision_fields(policy)  # the policies that will be run may reduce tokens where this one does not
 
-    def _noting_logits(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    def note_logits(self, head: _Head, frame: Frame) -> None:
+        """Note what the head makes, where it is not the model itself."""
+        if head.module is frame.root:
+            return
+        function = head.module.forward
+
         def forward(*args: Any, **kwargs: Any) -> Any:
             output = function(*args, **kwargs)
             self._logits = output[0] if isinstance(output, tuple) else output.logits
             return output
 
-        return forward
+        head.module.forward = presented_as(head.forward, forward)
 
-    def check_logits(self, logits: Tensor) -> None:
+    def check_logits(self, head: _Head, frame: Frame, logits: Tensor) -> None:
         """UnsupportedUsageError where the model's logits are not those that its head makes."""
-        own = self._logits
-        if self.head is self.root or (own is not None and _equal(own, logits)):
+        own_logits = self._logits
+        if head.module is frame.root or (own_logits is not None and _equal(own_logits, logits)):
             return
-        name = self.state.model_class.__name__
         raise UnsupportedUsageError(
-            f"{name} changes the logits of its {type(self.head).__name__}, which alone goes on from the decoder's "
-            "output; compile each policy as a tier and compare those"
+            f"{frame.state.model_class.__name__} changes the logits of its {type(head.module).__name__}, which alone "
+            "goes on from the decoder's output; compile each policy as a tier and compare those"
         )
 
-    def run_decoder(self, call: Call, kwargs: dict[str, Any]) -> Any:
-        if (merged := merge_images(self.decoder, kwargs)) is not None:
+    def decoder(self, decoder: Any, call: Call, arguments: dict[str, Any], run: Callable[[], Any]) -> Any:
+        if (merged := merge_images(decoder, arguments)) is not None:
             call.visual.append(merged)
-        self.call, self.arguments = call, kwargs
-        plain = dict(kwargs)
+        self.call, self.arguments = call, arguments
+        plain = dict(arguments)
         if (masks := deferred(plain.get("attention_mask"))) is not None:
             plain["attention_mask"] = masks.original()
-        _, layers = find_layers(self.decoder)
-        with _noting(layers, self._depths, self.streams):
-            function = type(self.decoder).forward
-            return function(self.decoder, **spelled(function, plain))
+        function = type(decoder).forward
+        return function(_noting(decoder, self._depths, self.streams), **spelled(function, plain))
 
 
 def _equal(first: Tensor, second: Tensor) -> bool:
@@ -227,38 +242,37 @@ def _equal(first: Tensor, second: Tensor) -> bool:
     return torch.allclose(first.to(second.device), second, rtol=0, atol=0, equal_nan=True)
 
 
-class _Stub(_HeadFrame):
-    """A call of the head, with a prompt of as many words without meaning, whose decoder returns what it was given."""
+class _Given(Observer):
+    """Gives a decoder's output, whatever the decoder is called with."""
 
-    def __init__(self, compiled: Any, session: Session, hidden: Tensor, kind: type[Any]):
-        super().__init__(compiled, session)
-        self._hidden = hidden
+    def __init__(self, hidden: Tensor, kind: type[Any]):
         self._result = (hidden, None) if issubclass(kind, tuple) else kind(last_hidden_state=hidden)
 
-    def run_decoder(self, call: Call, kwargs: dict[str, Any]) -> Any:
+    def decoder(self, decoder: Any, call: Call, arguments: dict[str, Any], run: Callable[[], Any]) -> Any:
         return self._result
 
-    def logits(self) -> Tensor:
-        placeholders = placeholder_ids(self.root.config)
-        word = next(number for number in range(len(placeholders) + 1) if number not in placeholders)
-        ids = torch.full(self._hidden.shape[:2], word, device=self._hidden.device)
-        logits: Tensor = self._run(self.head, self.head_forward, (), {"input_ids": ids, "use_cache": False}).logits
-        return logits
 
+def _noting(decoder: Any, depths: frozenset[int], streams: dict[int, Tensor]) -> Any:
+    """A copy of a decoder that keeps the residual stream which enters some layers.
 
-@contextmanager
-def _noting(layers: nn.ModuleList, depths: frozenset[int], streams: dict[int, Tensor]) -> Iterator[None]:
-    """Keep the residual stream that enters some layers."""
+    The layers are copies too, so that nothing is hooked that another call runs.
+    """
+    path, _ = find_layers(decoder)
+    copies = copy_path(decoder, path)
+    copies[0].forward = own(functools.partial(type(decoder).forward, copies[0]))
 
-    def note(depth: int) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            streams[depth] = args[0] if args else kwargs[list(parameters(type(module).forward))[1]]
+    def note(depth: int) -> None:
+        layer = copies[-1]._modules[str(depth)]
+        copy = copies[-1]._modules[str(depth)] = shallow_copy(layer, own_children=False)
+        plain = vars(copy).get("forward") or functools.partial(type(layer).forward, copy)
+        _, stream, *_ = parameters(type(layer).forward)
 
-        return hook
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            streams[depth] = args[0] if args else kwargs[stream]
+            return plain(*args, **kwargs)
 
-    handles = [layers[depth].register_forward_pre_hook(note(depth), with_kwargs=True) for depth in depths]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+        copy.forward = presented_as(type(layer).forward, forward)
+
+    for depth in depths:
+        note(depth)
+    return copies[0]

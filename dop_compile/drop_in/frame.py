@@ -17,20 +17,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 
+from dop_compile.drop_in.conversation import conversation, set_conversation
+from dop_compile.drop_in.observer import Observer
 from dop_compile.drop_in.session import CALL_ARGUMENTS, Session, presented_as
 from dop_compile.drop_in.streams import Stream
+from dop_compile.drop_in.visual_tokens import has_images, placeholders_by_id, token_groups
 from dop_compile.errors import UnsupportedModelError, UnsupportedUsageError
 from dop_compile.hf.copies import copy_path, own, rebind, rebound
 from dop_compile.hf.model_path import placeholder_ids
-from dop_compile.hf.names import CONVERSATION_ATTRIBUTES, NEWLINE_EMBEDDINGS
+from dop_compile.hf.names import NEWLINE_EMBEDDINGS
 from dop_compile.hf.spellings import CACHE, cache_of, canonical, spelled
-from dop_compile.policy.policy import Policy
 from dop_compile.runtime.cache import PrunedCache
 from dop_compile.runtime.decoder import run_decoder
 from dop_compile.runtime.outer_masks import builds_masks, deferring_forward
 from dop_compile.runtime.slots import Call
 from dop_compile.vision.features import TokenFeatures
-from dop_compile.vision.prompt import vision_fields, watch_vision
+from dop_compile.vision.prompt import watch_vision
 
 __all__ = ["CALL_ARGUMENTS", "Frame", "Session", "presented_as"]
 
@@ -46,10 +48,11 @@ GENERATE_REPLACED = (
 
 
 class Frame:
-    """Private copies of the path modules for one session."""
+    """Private copies of the path modules for one session, and what watches its calls."""
 
-    def __init__(self, state: Any, root: nn.Module, session: Session):
+    def __init__(self, state: Any, root: nn.Module, session: Session, observer: Observer | None = None):
         self.state = state
+        self.observer = observer or Observer()
         self.session = session
         state.follow(root)
         self.chain = copy_path(root, state.decoder_path)
@@ -94,7 +97,9 @@ class Frame:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         self._check_tier(kwargs)
-        return self._run(self.root, self.state.original.forward, args, kwargs)
+        output = self.run_part(self.root, self.state.original.forward, args, kwargs)
+        self.observer.returned(output)
+        return output
 
     def _check_tier(self, kwargs: dict[str, Any]) -> None:
         """Loops of the caller's own may name what holds for the whole `generate` again, and nothing else."""
@@ -105,7 +110,7 @@ class Frame:
                     f"{name} was given to a call inside generate; it holds for the whole generate: pass it to that"
                 )
 
-    def _run(self, module: Any, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def run_part(self, module: Any, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """A call of `function`, the forward of the model or of a part of it that generates by itself."""
         self._running = True
         try:
@@ -135,13 +140,13 @@ class Frame:
                     f"the forward of {type(self.root).__name__} does not call {self.state.decoder_path}; what it "
                     "returns was not pruned"
                 )
-            if call.prompt_tokens and not call.visual and call.token_groups is None and _has_images(named):
+            if call.prompt_tokens and not call.visual and call.token_groups is None and has_images(named):
                 raise UnsupportedModelError(
                     f"{type(self.root).__name__} does not say which tokens are those of the images; pass token_groups"
                 )
             for value in output if isinstance(output, tuple) else (cache, cache_of(output)):
                 if isinstance(value, PrunedCache):
-                    value.conversation = self._conversation(call.batch)
+                    value.conversation = conversation(self.chain, call.batch)
                     self.session.streams.note_cache(value, stream)
         return output
 
@@ -160,24 +165,17 @@ class Frame:
                 positional = signature.bind_partial(self.decoder, *args).arguments
                 kwargs = {**dict(list(positional.items())[1:]), **kwargs}
             call.done = True
-            return self.run_decoder(call, canonical(function, kwargs))
+            arguments = canonical(function, kwargs)
+            run = functools.partial(run_decoder, self.state, self.decoder, call, **arguments)
+            return self.observer.decoder(self.decoder, call, arguments, run)
 
         return forward
 
     def _watch_vision(self, noted: list[TokenFeatures]) -> None:
         """Note in a list what the vision tower returns, and what the session's reducer wants to know about it."""
-        wanted = self.vision_fields(self.session.policy or self.state.tiers[self.session.tier])
+        wanted = self.observer.vision_fields(self.session.policy or self.state.tiers[self.session.tier])
         if wanted is not None:
             watch_vision(self.chain, self.state.decoder_path, wanted, noted.append)
-
-    def vision_fields(self, policy: Policy) -> frozenset[str] | None:
-        """What the policy's reducer wants to know about the vision tower in this session; None if it is not asked."""
-        reduces = policy.visual_tokens is not None or policy.salient_fraction is not None
-        return vision_fields(policy) if reduces else None
-
-    def run_decoder(self, call: Call, kwargs: dict[str, Any]) -> Any:
-        """The decoder's forward in this session, with its arguments by name."""
-        return run_decoder(self.state, self.decoder, call, **kwargs)
 
     def _call(self, named: dict[str, Any], stream: Stream) -> Call:
         session = self.session
@@ -200,10 +198,12 @@ class Frame:
         )
         if prompt and tokens is not None:
             ids = named.get("input_ids")
-            groups = self._token_groups(None if ids is None else ids[:, :prompt], tokens[:, :prompt], past, stream)
+            groups = token_groups(
+                self._said_groups(stream), None if ids is None else ids[:, :prompt], tokens[:, :prompt], past, stream
+            )
             call.token_groups = None if groups is None else F.pad(groups, (0, length - prompt))
             if not any(hasattr(module, "get_placeholder_mask") for module in self.chain):
-                call.visual.extend(self._placeholders_by_id(named))
+                call.visual.extend(placeholders_by_id(self.root, named))
         for module in self.chain[:-1]:
             for name in NEWLINE_EMBEDDINGS:
                 newline = getattr(module, name, None)
@@ -211,42 +211,12 @@ class Frame:
                     call.newline = newline.detach()
         return call
 
-    def _token_groups(self, input_ids: Tensor | None, tokens: Tensor, past: int, stream: Stream) -> Tensor | None:
+    def _said_groups(self, stream: Stream) -> Any:
+        """What the caller says of the tokens; a tensor tells of the caller's own prompt alone."""
         groups = self.session.token_groups
         if groups is None:
             groups = self.state.token_groups
-        if not stream.main and not callable(groups):
-            return None  # the caller's tensor tells of the caller's prompt
-        if callable(groups):
-            if input_ids is None:
-                raise UnsupportedUsageError("a token_groups function needs input_ids; pass a tensor with inputs_embeds")
-            groups = groups(input_ids)
-        if groups is None:
-            return None
-        groups = torch.as_tensor(groups, device=tokens.device)
-        batch, length = tokens.shape[:2]
-        if groups.dim() != 2:
-            raise ValueError(f"token_groups must be (batch, tokens), got {tuple(groups.shape)}")
-        if groups.shape[1] in (past + length, stream.prompt_columns):
-            groups = groups[:, past : past + length]
-        if groups.shape[0] != batch and batch % groups.shape[0] == 0:
-            groups = groups.repeat_interleave(batch // groups.shape[0], dim=0)
-        if groups.shape != (batch, length):
-            raise ValueError(f"token_groups is {tuple(groups.shape)}; the prompt is {(batch, length)}")
-        if not bool(((groups >= 0) & (groups <= 2)).all()):
-            raise ValueError("token_groups: values are 0 (text), 1 (visual) and 2 (system)")
-        return groups
-
-    def _placeholders_by_id(self, named: dict[str, Any]) -> list[Tensor]:
-        """Placeholder positions by their ids, where images or videos are handed in."""
-        if not _has_images(named):
-            return []
-        if named.get("input_ids") is None:
-            raise UnsupportedUsageError(
-                f"{type(self.root).__name__} cannot tell which positions of inputs_embeds are visual; pass input_ids, "
-                "or token_groups"
-            )
-        return [named["input_ids"] == number for number in placeholder_ids(self.root.config)]
+        return groups if stream.main or callable(groups) else None
 
     # --- conversation state ---------------------------------------------------------------------------------------
 
@@ -254,13 +224,7 @@ class Frame:
         """Begin with the state of the conversation that the cache belongs to, or with none."""
         if not self._restored:
             self._restored = True
-            self._set_conversation(cache.conversation if isinstance(cache, PrunedCache) else {})
-
-    def _set_conversation(self, known: dict[str, Any]) -> None:
-        for number, module in enumerate(self.chain):
-            for name in CONVERSATION_ATTRIBUTES:
-                if name in vars(module):
-                    setattr(module, name, known.get(f"{number}.{name}"))
+            set_conversation(self.chain, cache.conversation if isinstance(cache, PrunedCache) else {})
 
     @contextmanager
     def _as_stream(self, stream: Stream, cache: Any) -> Iterator[None]:
@@ -268,25 +232,12 @@ class Frame:
         if stream.main:
             yield
             return
-        before = self._conversation(1)
-        self._set_conversation(cache.conversation if isinstance(cache, PrunedCache) else {})
+        before = conversation(self.chain, 1)
+        set_conversation(self.chain, cache.conversation if isinstance(cache, PrunedCache) else {})
         try:
             yield
         finally:
-            self._set_conversation(before)
-
-    def _conversation(self, batch: int) -> dict[str, Any]:
-        def per_row(value: Any) -> Any:  # beams repeat the rows after some models computed this for the prompts
-            if isinstance(value, Tensor) and value.dim() and batch > value.shape[0] and batch % value.shape[0] == 0:
-                return value.repeat_interleave(batch // value.shape[0], dim=0)
-            return value
-
-        return {
-            f"{number}.{name}": per_row(vars(module)[name])
-            for number, module in enumerate(self.chain)
-            for name in CONVERSATION_ATTRIBUTES
-            if vars(module).get(name) is not None
-        }
+            set_conversation(self.chain, before)
 
     # --- generate -------------------------------------------------------------------------------------------------
 
@@ -317,7 +268,7 @@ class Frame:
         """A `generate` called while this one runs: by a custom loop, or to heal tokens."""
         inner = self.session.inner({name: kwargs.pop(name, None) for name in CALL_ARGUMENTS})
         self.state.check_tier(inner.tier)
-        frame = Frame(self.state, self._view, inner)
+        frame = Frame(self.state, self._view, inner, self.observer)
         frame._generate = functools.partial(self.state.model_class.generate, frame.root)
         if self._around is not None:
             frame.run_within(self._around)
@@ -358,7 +309,7 @@ class Frame:
         def forward(*args: Any, **kwargs: Any) -> Any:
             if self._running:  # the model's own forward calls its part
                 return function(module, *args, **kwargs)
-            return self._run(module, function, args, kwargs)
+            return self.run_part(module, function, args, kwargs)
 
         return presented_as(function, forward)
 
@@ -370,13 +321,6 @@ def _noting_placeholders(call: Call, finder: Callable[..., Any]) -> Callable[...
         return masks
 
     return get_placeholder_mask
-
-
-def _has_images(named: dict[str, Any]) -> bool:
-    """Whether a call is given images or videos: pixels, or what a vision tower made of them."""
-    encoded = named.get("mm_encoder_outputs") or {}
-    pixels = (value for name, value in named.items() if "pixel_values" in name)
-    return any(value is not None for value in (*pixels, *encoded.values()))
 
 
 def _per_row(values: Tensor, batch: int) -> Tensor:

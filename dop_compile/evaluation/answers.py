@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dop_compile.drop_in.frame import Frame, Session
+from dop_compile.drop_in.frame import Frame, Session, presented_as
+from dop_compile.drop_in.observer import Observer
 from dop_compile.evaluation.clock import Clock
 from dop_compile.evaluation.memory import PeakMemory
-from dop_compile.hf.model_path import decoder_path
+from dop_compile.hf.copies import copy_path, rebind
+from dop_compile.hf.model_path import decoder_path, path_modules
 from dop_compile.hf.spellings import cache_of
 from dop_compile.policy.policy import Policy
+from dop_compile.runtime.cache import PrunedCache
 from dop_compile.runtime.slots import Call, token_counts
 
 __all__ = ["Answer", "Asker", "prompt_counts"]
@@ -57,7 +60,6 @@ class Asker:
 
     def __init__(self, model: Any, compiled: Any, settings: Mapping[str, Any]):
         self._model, self._compiled, self._settings = model, compiled, {**settings, **GREEDY}
-        self._decoder = model.get_submodule(decoder_path(model))
         self.memory = PeakMemory(model.device)
 
     @torch.no_grad()
@@ -65,61 +67,69 @@ class Asker:
         """The answer under a policy; of the untouched model if None. `inputs` are of one row."""
         clock = Clock(self._model.device)
         groups, own = inputs.get(GROUPS), {name: value for name, value in inputs.items() if name != GROUPS}
-        frame = None if policy is None else self._frame(clock, policy, groups)
-        generate = self._original(clock) if frame is None else frame.generate
+        watch = _Watch(clock)
+        if policy is None:
+            generate: Callable[..., Any] = _watched(self._model, watch).generate
+        else:
+            session = Session(self._compiled.dop_tier, None, groups, policy=policy)
+            generate = Frame(self._compiled.dop, self._compiled, session, watch).generate
         self.memory.start()
         with clock.running():
             output = generate(**own, **self._settings)
         ids = output[0, inputs["input_ids"].shape[1] :].cpu()
         spent = dict(clock.milliseconds)
         decode = spent.pop("decode") / (len(ids) - 1) if len(ids) > 1 else None
-        dropped = 0 if frame is None else frame.dropped
-        return Answer(ids, spent["vision"], spent["selection"], spent["prefill"], decode, self.memory.peak(), dropped)
-
-    def _original(self, clock: Clock) -> Callable[..., Tensor]:
-        def generate(**arguments: Any) -> Tensor:
-            with _noting(self._model, self._decoder, clock):
-                output: Tensor = self._model.generate(**arguments)
-            return output
-
-        return generate
-
-    def _frame(self, clock: Clock, policy: Policy, groups: Any) -> _TimedFrame:
-        return _TimedFrame(self._compiled, Session(self._compiled.dop_tier, None, groups, policy=policy), clock)
+        peak = self.memory.peak()
+        return Answer(ids, spent["vision"], spent["selection"], spent["prefill"], decode, peak, watch.dropped)
 
 
-@contextmanager
-def _noting(model: Any, decoder: Any, clock: Clock) -> Iterator[None]:
-    """Hooks on the untouched model that tell the clock; gone when the block ends, as if they had never been."""
-    handles = [
-        decoder.register_forward_pre_hook(lambda module, args: clock.enter_decoder()),
-        model.register_forward_hook(lambda module, args, output: clock.leave_model()),
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+class _Watch(Observer):
+    """Tells the clock, and how many of the prompt's tokens the reducer dropped."""
 
-
-class _TimedFrame(Frame):
-    """A `generate` that tells the clock, and how many of the prompt's tokens the reducer dropped."""
-
-    def __init__(self, compiled: Any, session: Session, clock: Clock):
-        super().__init__(compiled.dop, compiled, session)
+    def __init__(self, clock: Clock):
         self._clock = clock
         self.dropped = 0
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        output = super().forward(*args, **kwargs)
+    def decoder(self, decoder: Any, call: Call, arguments: dict[str, Any], run: Callable[[], Any]) -> Any:
+        self.entered()
+        return run()
+
+    def entered(self) -> None:
+        self._clock.enter_decoder()
+
+    def returned(self, output: Any) -> None:
         self._clock.leave_model()
-        if (cache := cache_of(output)) is not None:
+        if isinstance(cache := cache_of(output), PrunedCache):
             self.dropped = cache.columns_seen - cache.slots_seen  # generated tokens are one slot each
+
+
+def _watched(model: Any, watch: _Watch) -> Any:
+    """A copy of the untouched model, to be called once, that tells when its decoder is entered and its forward left."""
+    path = decoder_path(model)
+    copies = copy_path(model, path)
+    originals = [module for _, module in path_modules(model, path)]
+    for copy in copies:
+        rebind(copy, {id(original): own for original, own in zip(originals, copies, strict=True)})
+    root, decoder = copies[0], copies[-1]
+    run_model, run_decoder = _forward(root), _forward(decoder)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        output = run_model(*args, **kwargs)
+        watch.returned(output)
         return output
 
-    def run_decoder(self, call: Call, kwargs: dict[str, Any]) -> Any:
-        self._clock.enter_decoder()
-        return super().run_decoder(call, kwargs)
+    def decoder_forward(*args: Any, **kwargs: Any) -> Any:
+        watch.entered()
+        return run_decoder(*args, **kwargs)
+
+    root.forward = presented_as(type(model).forward, forward)
+    decoder.forward = presented_as(type(decoder).forward, decoder_forward)
+    return root
+
+
+def _forward(module: Any) -> Callable[..., Any]:
+    found: Callable[..., Any] = vars(module).get("forward") or functools.partial(type(module).forward, module)
+    return found
 
 
 # --- token counts -----------------------------------------------------------------------------------------------------
@@ -129,19 +139,17 @@ class _CountedError(Exception):
     """Ends a call at its decoder, once its tokens are counted."""
 
 
-class _CountingFrame(Frame):
-    """A call that gets as far as the decoder."""
+class _Count(Observer):
+    """Lets a call get as far as the decoder."""
 
-    def __init__(self, compiled: Any, groups: Any, mask: Tensor | None):
-        full = Policy.full(next(iter(compiled.dop.tiers.values())).num_layers)
-        super().__init__(compiled.dop, compiled, Session(compiled.dop_tier, None, groups, policy=full))
+    def __init__(self, mask: Tensor | None):
         self._mask = mask
         self.counts = (0, 0, 0)
 
-    def run_decoder(self, call: Call, kwargs: dict[str, Any]) -> Any:
-        embeds = kwargs.get("inputs_embeds")
+    def decoder(self, decoder: Any, call: Call, arguments: dict[str, Any], run: Callable[[], Any]) -> Any:
+        embeds = arguments.get("inputs_embeds")
         if embeds is None:
-            embeds = self.decoder.get_input_embeddings()(kwargs["input_ids"])
+            embeds = decoder.get_input_embeddings()(arguments["input_ids"])
         self.counts = token_counts(call, embeds, embeds.shape[1], self._mask)
         raise _CountedError
 
@@ -152,9 +160,12 @@ def prompt_counts(compiled: Any, inputs: Mapping[str, Any]) -> tuple[int, int, i
 
     Newlines inside an image, which no policy drops, count as text.
     """
-    frame = _CountingFrame(compiled, inputs.get(GROUPS), inputs.get("attention_mask"))
+    full = Policy.full(next(iter(compiled.dop.tiers.values())).num_layers)
+    session = Session(compiled.dop_tier, None, inputs.get(GROUPS), policy=full)
+    count = _Count(inputs.get("attention_mask"))
     try:
-        frame.forward(**{name: value for name, value in inputs.items() if name != GROUPS})
+        own = {name: value for name, value in inputs.items() if name != GROUPS}
+        Frame(compiled.dop, compiled, session, count).forward(**own)
     except _CountedError:
-        return frame.counts
+        return count.counts
     raise AssertionError("the model's forward does not call its decoder")

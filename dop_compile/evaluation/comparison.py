@@ -17,7 +17,7 @@ from dop_compile.evaluation.result import Run
 from dop_compile.hf.dimensions import DecoderDims
 from dop_compile.policy.costs import kv_cache_bytes, policy_tokens, prefill_flops
 from dop_compile.policy.policy import Policy
-from dop_compile.reports.executed import Prompt, layer_costs
+from dop_compile.reports.executed import SampleTokens, layer_costs
 from dop_compile.search.meter import ANSWERS, model_inputs, sample_digest
 from dop_compile.search.metrics import is_right
 
@@ -115,7 +115,7 @@ class Comparison:
         flops = prefill_flops(self._dims, policy or self._full, *counts)
         if policy is None:
             return flops, flops, kv_cache_bytes(self._dims, policy_tokens(self._full, *counts), self._bytes)
-        layers = layer_costs(self._state, label, Prompt(*entered, rows=1, use_cache=True), self._dims)
+        layers = layer_costs(self._state, label, SampleTokens(*entered, rows=1, use_cache=True), self._dims)
         return flops, sum(layer.flops or 0 for layer in layers), sum(layer.kv_bytes or 0 for layer in layers)
 
 

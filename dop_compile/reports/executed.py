@@ -18,7 +18,7 @@ from dop_compile.rankings import criterion
 from dop_compile.tokens import Atom, TokenSet, Universe
 from dop_compile.tracing.side_inputs import default_inputs
 
-__all__ = ["LayerCost", "Prompt", "group_tokens", "layer_costs", "resumed_flops"]
+__all__ = ["LayerCost", "SampleTokens", "group_tokens", "layer_costs", "resumed_flops"]
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class LayerCost:
 
 
 @dataclass(frozen=True)
-class Prompt:
+class SampleTokens:
     """One sample: tokens before reduction, last rows of logits asked for (0 for all), and whether it is cached."""
 
     system: int
@@ -55,7 +55,7 @@ class Prompt:
 class _Counter:
     """Widths of token sets for one sample."""
 
-    def __init__(self, policy: Policy, prompt: Prompt):
+    def __init__(self, policy: Policy, prompt: SampleTokens):
         entering = group_counts(policy, prompt.system, prompt.visual, prompt.text)
         # As in a call: the program is the same, however many tokens leave at a stage
         ranked = policy.ranking.groups if policy.ranking is not None and prompt.visual else ()
@@ -223,7 +223,9 @@ def _notes(universe: Universe, mha: Block, keys: TokenSet, mlp: TokenSet) -> lis
     return notes
 
 
-def layer_costs(state: CompiledState, tier: str, prompt: Prompt, dims: DecoderDims | None) -> tuple[LayerCost, ...]:
+def layer_costs(
+    state: CompiledState, tier: str, prompt: SampleTokens, dims: DecoderDims | None
+) -> tuple[LayerCost, ...]:
     """What a tier runs for a prompt, per layer; without `dims` only tokens are counted.
 
     Raises:
@@ -234,7 +236,7 @@ def layer_costs(state: CompiledState, tier: str, prompt: Prompt, dims: DecoderDi
     return tuple(run.layer(number) for number in range(policy.num_layers))
 
 
-def group_tokens(state: CompiledState, tier: str, prompt: Prompt) -> tuple[tuple[dict[str, int], ...], ...]:
+def group_tokens(state: CompiledState, tier: str, prompt: SampleTokens) -> tuple[tuple[dict[str, int], ...], ...]:
     """Per layer and module (queries, keys and values, MLP), the tokens that a tier runs, by group.
 
     Raises:
@@ -245,12 +247,16 @@ def group_tokens(state: CompiledState, tier: str, prompt: Prompt) -> tuple[tuple
     return tuple(tuple(map(run.counter.by_group, run.parts(number))) for number in range(policy.num_layers))
 
 
-def resumed_flops(state: CompiledState, policy: Policy, prompt: Prompt, dims: DecoderDims, first_layer: int = 0) -> int:
+def resumed_flops(
+    state: CompiledState, policy: Policy, prompt: SampleTokens, dims: DecoderDims, first_layer: int = 0
+) -> int:
     """FLOPs that a run of `policy` computes for one sample from `first_layer` on."""
     return _run(state, policy, prompt, dims, first_layer).flops()
 
 
-def _run(state: CompiledState, policy: Policy, prompt: Prompt, dims: DecoderDims | None, first_layer: int = 0) -> _Run:
+def _run(
+    state: CompiledState, policy: Policy, prompt: SampleTokens, dims: DecoderDims | None, first_layer: int = 0
+) -> _Run:
     counter = _Counter(policy, prompt)
     state.follow_changes()
     inputs = default_inputs(state.decoder, cached=prompt.use_cache, first_layer=first_layer)

@@ -23,7 +23,7 @@ from dop_compile.hf.dimensions import DecoderDims
 from dop_compile.policy.costs import LayerTokens, group_counts, kv_cache_bytes, prefill_flops
 from dop_compile.policy.policy import Policy
 from dop_compile.reports.counts import PromptCounts, assumed_counts
-from dop_compile.reports.executed import LayerCost, Prompt, layer_costs
+from dop_compile.reports.executed import LayerCost, SampleTokens, layer_costs
 from dop_compile.reports.table import EXECUTED_FLOPS, POLICY_FLOPS, columns, show_bytes, show_flops, show_percent
 
 __all__ = ["Explanation", "LayerCost", "TierCost", "executed_flops", "explain"]
@@ -117,8 +117,8 @@ def _default_tier(compiled: Any) -> str:
     return name
 
 
-def _prompt(counts: PromptCounts, rows: int, use_cache: bool) -> Prompt:
-    return Prompt(
+def _prompt(counts: PromptCounts, rows: int, use_cache: bool) -> SampleTokens:
+    return SampleTokens(
         integer("system", counts.system, low=0),
         integer("visual", counts.visual, low=0),
         integer("text", counts.text, low=0),
@@ -201,7 +201,7 @@ def explain(
 
 
 def _summary(
-    state: CompiledState, tier: str, layers: Sequence[LayerCost], prompt: Prompt, dims: DecoderDims | None
+    state: CompiledState, tier: str, layers: Sequence[LayerCost], prompt: SampleTokens, dims: DecoderDims | None
 ) -> TierCost:
     policy = state.tiers[tier]
     if dims is None:

@@ -11,7 +11,7 @@ import numpy as np
 from dop_compile.policy.costs import group_counts
 from dop_compile.policy.operations import MODULES
 from dop_compile.policy.policy import Policy
-from dop_compile.reports.executed import Prompt, group_tokens
+from dop_compile.reports.executed import SampleTokens, group_tokens
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -63,7 +63,7 @@ class OperationMap:
         return cls(groups, tuple(before[group] for group in groups), np.array(counts, dtype=np.int64))
 
     @classmethod
-    def of_tier(cls, state: CompiledState, tier: str, prompt: Prompt) -> OperationMap:
+    def of_tier(cls, state: CompiledState, tier: str, prompt: SampleTokens) -> OperationMap:
         """Of one tier of a compiled model, with what it runs.
 
         Raises:

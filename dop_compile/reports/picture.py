@@ -6,7 +6,7 @@ from typing import Any
 
 from dop_compile.hf.dimensions import DecoderDims
 from dop_compile.policy.costs import LayerTokens, layer_flops
-from dop_compile.reports.executed import Prompt, layer_costs
+from dop_compile.reports.executed import SampleTokens, layer_costs
 from dop_compile.reports.explain import explain
 from dop_compile.reports.operation_map import OperationMap
 from dop_compile.reports.operation_picture import TierPicture, tiers_figure
@@ -33,7 +33,7 @@ def explain_figure(
         ModuleNotFoundError: matplotlib is not installed.
     """
     found = explain(compiled, system=system, visual=visual, text=text, rows=rows, use_cache=use_cache)
-    state, prompt = compiled.dop, Prompt(found.system, found.visual, found.text, rows, use_cache)
+    state, prompt = compiled.dop, SampleTokens(found.system, found.visual, found.text, rows, use_cache)
     dims = None if found.missing else DecoderDims.from_config(state.base.config)
     total = LayerTokens(prompt.total, prompt.total, prompt.total)
     original = () if dims is None else tuple(layer_flops(dims, total, layer) for layer in range(dims.num_layers))

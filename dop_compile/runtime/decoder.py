@@ -168,7 +168,7 @@ def run_decoder(compiled: Any, decoder: nn.Module, call: Call, **kwargs: Any) ->
     packed_samples = packed_rows(decoder, call, arguments)
     if packed_samples is not None:
         call, arguments = packed_samples.apart(call, arguments)
-    slots = Slots(call, arguments)
+    slots = Slots.of(call, arguments)
     _check_gaps(decoder, slots)
     layout = slots.layout()
     positions, cache, packed = slots.positions(), slots.cache, slots.packed()

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dop_compile.identity import Same
 from dop_compile.runtime.block_masks import BlockMask, gathered_block_mask
 from dop_compile.runtime.cache import Entries
 from dop_compile.runtime.flash import FlashTokens
@@ -61,7 +62,7 @@ class MaskSelector:
     def entries(self, layer: int, keys: TokenSet) -> Entries:
         """What the layer holds after the call; equal histories give the same object."""
         past = self._past.get(layer, Entries())
-        key = (id(past) if layer in self._past else None, keys)
+        key = (Same(past) if layer in self._past else None, keys)
         if key not in self._appended:
             count = self._layout.count(keys)
             slots, valid = (None, None) if keys.is_all else self._layout.device_slots(keys)
@@ -77,10 +78,10 @@ class MaskSelector:
         entries = self.entries(layer, keys)
         if queries.is_all and entries.slots is None and not (self._flash and self._has_gaps):
             return mask, None
-        key = (id(mask), queries, id(entries))
+        key = (Same(mask), queries, Same(entries))
         if key not in self._memo:
-            self._memo[key] = (mask, self._select(mask, queries, keys, entries))
-        result: tuple[Any, Tensor | None] = self._memo[key][1]
+            self._memo[key] = self._select(mask, queries, keys, entries)
+        result: tuple[Any, Tensor | None] = self._memo[key]
         return result
 
     def _select(self, mask: Any, queries: TokenSet, keys: TokenSet, entries: Entries) -> tuple[Any, Tensor | None]:

@@ -148,33 +148,53 @@ def _prompt(call: Call, arguments: Arguments) -> Prompt | None:
 
 
 class Slots:
-    """The decoder's inputs after reduction."""
+    """The decoder's inputs after reduction.
 
-    def __init__(self, call: Call, arguments: Arguments):
+    Args:
+        call, arguments: of the decoder's forward.
+        reduction: what the reducer has left of the prompt; None where all new tokens are of one group.
+        groups: token groups that the call contains.
+        newline: (batch, tokens) bool, on the CPU: newline embeddings inside images; None where there is no prompt.
+
+    Raises:
+        ValueError: no token is left.
+    """
+
+    def __init__(
+        self,
+        call: Call,
+        arguments: Arguments,
+        reduction: Reduction | None,
+        groups: tuple[str, ...],
+        newline: Tensor | None,
+    ):
         self.call, self.arguments, self.cache = call, arguments, arguments.cache
         self.device = arguments.embeds.device
         self.batch, self.tokens = arguments.embeds.shape[:2]
-        prompt = _prompt(call, arguments)
-        self.reduction: Reduction | None = None
-        self._newline = None if prompt is None else prompt.newline
-        if prompt is not None:
-            reducer = make_reducer(call.policy, call.given, self.batch) if bool(prompt.visual.any()) else None
-            with span(SELECTION) if reducer is not None else nullcontext():
-                self.reduction = reduce_prompt(prompt, call.policy, reducer)
-            codes = self.reduction.codes
-            ranked = call.policy.ranking.groups if call.policy.ranking is not None else ()
-            found = {g for i, g in enumerate(call_groups(call.policy)) if bool((codes == i).any())}
-            found |= set(ranked) if "visual" in found else set()
-            groups = tuple(g for g in call_groups(call.policy) if g in found)
-        else:
-            groups = ("output",) if call.prompt_tokens == 0 else ("text",)
+        self.reduction = reduction
         self.keep = KeepTable.from_policy(call.policy, groups)
-        self._groups = groups
-        columns = self.reduction.columns if self.reduction is not None else None
+        self._groups, self._newline = groups, newline
+        columns = reduction.columns if reduction is not None else None
         self.columns = None if columns is None else columns.to(self.device)
         self.count = self.tokens if columns is None else columns.shape[1]
         if self.count == 0:
             raise ValueError("every token of the prompt was removed: a prompt needs text besides its images")
+
+    @classmethod
+    def of(cls, call: Call, arguments: Arguments) -> Slots:
+        """Group the tokens of a call and reduce the visual ones."""
+        prompt = _prompt(call, arguments)
+        if prompt is None:
+            return cls(call, arguments, None, ("output",) if call.prompt_tokens == 0 else ("text",), None)
+        batch = arguments.embeds.shape[0]
+        reducer = make_reducer(call.policy, call.given, batch) if bool(prompt.visual.any()) else None
+        with span(SELECTION) if reducer is not None else nullcontext():
+            reduction = reduce_prompt(prompt, call.policy, reducer)
+        ranked = call.policy.ranking.groups if call.policy.ranking is not None else ()
+        found = {g for i, g in enumerate(call_groups(call.policy)) if bool((reduction.codes == i).any())}
+        found |= set(ranked) if "visual" in found else set()
+        groups = tuple(g for g in call_groups(call.policy) if g in found)
+        return cls(call, arguments, reduction, groups, prompt.newline)
 
     def layout(self) -> TokenLayout:
         """Where tokens of each set stand; the codes refer to the program's own groups."""

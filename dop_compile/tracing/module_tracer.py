@@ -18,6 +18,7 @@ from transformers import PreTrainedConfig
 from dop_compile.hf.copies import BOUND_CALLS, rebind
 from dop_compile.hf.rebuilt import names_in, with_globals
 from dop_compile.hf.spellings import spelled
+from dop_compile.identity import Same
 from dop_compile.tracing.proxies import flatten
 
 __all__ = ["ModuleTracer"]
@@ -32,10 +33,10 @@ class ModuleTracer(fx.Tracer):
         self.graph = fx.Graph()
         self.tensor_attrs = {}
         self._opened = frozenset(opened)
-        self._paths: dict[int, str] = {}
+        self._paths: dict[Same, str] = {}
         self._classes: dict[type, type] = {}
-        self._parameters: dict[int, Any] = {}
-        self._namespaces: dict[int, tuple[dict[str, Any], set[str]]] = {}
+        self._parameters: dict[Same, Any] = {}
+        self._namespaces: dict[Same, tuple[dict[str, Any], set[str]]] = {}
         self._calls = 0
         self.failed_in: str | None = None
         self.copy = self._copy(root, "")
@@ -54,7 +55,7 @@ class ModuleTracer(fx.Tracer):
         }
         if not isinstance(module, nn.ModuleList | nn.ModuleDict):
             duplicate.__class__ = self._class(type(module))
-        self._paths[id(module)] = self._paths[id(duplicate)] = path
+        self._paths[Same(module)] = self._paths[Same(duplicate)] = path
         return duplicate
 
     def _class(self, kind: type) -> type:
@@ -79,7 +80,7 @@ class ModuleTracer(fx.Tracer):
     def _call(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         if not any(isinstance(a, fx.Proxy) for a in flatten((args, kwargs))):
             return type(module).__mro__[1].__call__(module, *args, **kwargs)
-        path = self._paths[id(module)]
+        path = self._paths[Same(module)]
         key = f"{path}@{self._calls}"
         self._calls += 1
         self.module_stack[key] = (path, type(module).__mro__[1])
@@ -100,10 +101,10 @@ class ModuleTracer(fx.Tracer):
         """A parameter that opened code reads becomes a node, so that the graph follows changes of it."""
         if not isinstance(value, nn.Parameter):
             return value
-        if id(value) not in self._parameters:
+        if Same(value) not in self._parameters:
             name = next(name for name, parameter in self.root.named_parameters() if parameter is value)
-            self._parameters[id(value)] = self.create_proxy("get_attr", name, (), {})
-        return self._parameters[id(value)]
+            self._parameters[Same(value)] = self.create_proxy("get_attr", name, (), {})
+        return self._parameters[Same(value)]
 
     # --- functions that call what has to become a node ------------------------------------------------------------
 
@@ -113,7 +114,7 @@ class ModuleTracer(fx.Tracer):
 
     def _namespace(self, namespace: dict[str, Any]) -> tuple[dict[str, Any], set[str]]:
         """A module's globals with replacements and with copies of the functions that use them, and their names."""
-        if id(namespace) not in self._namespaces:
+        if Same(namespace) not in self._namespaces:
             own = {name: new for name, v in list(namespace.items()) if (new := self.replacement(name, v)) is not None}
             shared, names = {**namespace, **own}, set(own)
             plain = {n: v for n, v in shared.items() if inspect.isfunction(v) and v.__globals__ is namespace}
@@ -121,8 +122,8 @@ class ModuleTracer(fx.Tracer):
                 names |= users
             for name in names - set(own):
                 shared[name] = with_globals(plain[name], shared)
-            self._namespaces[id(namespace)] = shared, names
-        return self._namespaces[id(namespace)]
+            self._namespaces[Same(namespace)] = shared, names
+        return self._namespaces[Same(namespace)]
 
     def _rebuilt(self, function: Callable[..., Any]) -> Callable[..., Any] | None:
         """The function in its own namespace; None if it uses nothing that is replaced."""
@@ -136,7 +137,7 @@ class ModuleTracer(fx.Tracer):
 
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, nn.Module):
-            return self.create_node("get_attr", self._paths[id(a)], (), {})
+            return self.create_node("get_attr", self._paths[Same(a)], (), {})
         if isinstance(a, PreTrainedConfig):
             return a
         try:

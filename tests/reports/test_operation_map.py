@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from dop_compile import Policy, dop_compile, explain
 from dop_compile.policy.ranking import Ranking, Stage
-from dop_compile.reports.executed import Prompt
+from dop_compile.reports.executed import SampleTokens
 from dop_compile.reports.operation_map import ABSENT, FROZEN, OperationMap
 from dop_compile.reports.operation_picture import COLOURS, TRACK, TierPicture, draw_map, tiers_figure
 from dop_compile.reports.picture import explain_figure
@@ -34,7 +34,7 @@ def llama() -> Any:
 def of_tier(policy: Policy, rows: int = 1, **counts: int) -> tuple[OperationMap, Any]:
     compiled = dop_compile(llama(), policy, backend="eager", token_groups=lambda ids: ids * 0)
     counts = COUNTS | counts
-    found = OperationMap.of_tier(compiled.dop, "default", Prompt(**counts, rows=rows, use_cache=True))
+    found = OperationMap.of_tier(compiled.dop, "default", SampleTokens(**counts, rows=rows, use_cache=True))
     return found, explain(compiled, **counts, rows=rows)
 
 

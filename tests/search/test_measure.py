@@ -24,7 +24,7 @@ from dop_compile.hf.dimensions import DecoderDims
 from dop_compile.hf.fingerprint import model_fingerprint
 from dop_compile.policy.costs import prefill_flops
 from dop_compile.replay import Replay
-from dop_compile.reports.executed import Prompt, resumed_flops
+from dop_compile.reports.executed import SampleTokens, resumed_flops
 from dop_compile.search import Divergences, measure, measure_divergences, measure_policies
 from dop_compile.search.axes import DEPTH_AXES, DOP_AXES, default_points
 from dop_compile.search.meter import sample_digest
@@ -356,7 +356,7 @@ def test_the_papers_measurement_costs_a_third_of_whole_runs(visual: int, share: 
     """In FLOPs, of one original and 3 I pruned prefills."""
     compiled = seven_billion()
     dims = DecoderDims.from_config(compiled.config)
-    full, prompt = Policy.full(32), Prompt(35, visual, 100, rows=1, use_cache=False)
+    full, prompt = Policy.full(32), SampleTokens(35, visual, 100, rows=1, use_cache=False)
     whole = prefill_flops(dims, full, 35, visual, 100)
     spent, runs = whole, 1
     for axis in DOP_AXES:

@@ -17,6 +17,7 @@ from dop_compile import ops
 from dop_compile.errors import UnsupportedModelError
 from dop_compile.hf.kernels import MASK_BUILDERS
 from dop_compile.hf.private import sdpa_attention_forward
+from dop_compile.identity import Same
 from dop_compile.onnx.export.sections import SectionLayout
 from dop_compile.onnx.export.slot_masks import build_mask, visible
 from dop_compile.passes.graph import DecoderGraph
@@ -56,9 +57,9 @@ class DecoderCall:
     def mask(self, mask: Any, layer: int, queries: TokenSet, keys: TokenSet) -> tuple[Tensor, Tensor]:
         everything = self.layout.universe.all
         past = self.past[layer][0] if layer in self.past else None
-        key = (id(mask), queries, keys, id(past))
+        key = (Same(mask), queries, keys, Same(past))
         if key not in self._masks:
-            entries_key = (keys, id(past))
+            entries_key = (keys, Same(past))
             if entries_key not in self._entries:
                 new = self.layout.take(self.slots, keys, everything)
                 new = new if keys.atoms else torch.full_like(new, -1)
