@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
+from dop_compile import __version__
 from dop_compile.commands.options import bench, evaluate, model, onnx, search
 from dop_compile.commands.options.common import policy_options
 from dop_compile.commands.unused import check_unused, given_options
@@ -64,6 +65,7 @@ NOTHING = "nothing was kept"
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("dop-compile", description=DESCRIPTION, epilog=EXAMPLES, formatter_class=raw)
+    parser.add_argument("--version", action="version", version=f"dop_compile {__version__}")
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--debug", action="store_true", help="show a traceback where something fails")
     policy = policy_options()

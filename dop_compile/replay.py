@@ -257,12 +257,12 @@ def _noting(decoder: Any, depths: frozenset[int], streams: dict[int, Tensor]) ->
 
     The layers are copies too, so that nothing is hooked that another call runs.
     """
-    path, _ = find_layers(decoder)
+    path, layers = find_layers(decoder)
     copies = copy_path(decoder, path)
     copies[0].forward = own(functools.partial(type(decoder).forward, copies[0]))
 
     def note(depth: int) -> None:
-        layer = copies[-1]._modules[str(depth)]
+        layer = layers[depth]
         copy = copies[-1]._modules[str(depth)] = shallow_copy(layer, own_children=False)
         plain = vars(copy).get("forward") or functools.partial(type(layer).forward, copy)
         _, stream, *_ = parameters(type(layer).forward)

@@ -343,3 +343,18 @@ def test_sizes_of_whole_sequences_where_tokens_have_left_at_the_start() -> None:
     with torch.no_grad():
         expected = model(**inputs, logits_to_keep=1).logits
     assert_close(Replay(model, inputs, depths=[layers - 1]).logits(policy), expected)
+
+
+def test_nothing_is_hooked_that_another_thread_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a replay notes is noted on copies: a hook on the shared layers would stop other threads' calls."""
+
+    def refuse(module: nn.Module, *_: Any, **__: Any) -> None:
+        raise AssertionError(f"a hook on {type(module).__name__}")
+
+    batch = make_batch("llava", ONE_IMAGE)
+    made = compiled("llava")
+    monkeypatch.setattr(nn.Module, "register_forward_hook", refuse)
+    monkeypatch.setattr(nn.Module, "register_forward_pre_hook", refuse)
+    replay = Replay(made, batch.inputs, depths=range(batch.family.num_layers))
+    with torch.no_grad():
+        assert torch.equal(replay.original, batch.model(**batch.inputs, logits_to_keep=1).logits)

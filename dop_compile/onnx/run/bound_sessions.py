@@ -14,7 +14,7 @@ from dop_compile.onnx.contract.parts import Graph
 from dop_compile.onnx.run.plain import PlainPipeline
 from dop_compile.onnx.run.sessions import GPU, GraphSession, UnrunnableError
 
-__all__ = ["Binding", "BoundSession", "Stages"]
+__all__ = ["Binding", "BoundSession", "BoundStages"]
 
 _ELEMENTS = {torch.float32: 1, torch.int64: 7, torch.float16: 10, torch.bfloat16: 16}
 """ONNX's numbers of element types."""
@@ -128,7 +128,7 @@ def _address(tensor: Tensor) -> tuple[str, int, int, tuple[int, ...], int]:
     return device.type, device.index or 0, _ELEMENTS[tensor.dtype], tuple(tensor.shape), tensor.data_ptr()
 
 
-class Stages(PlainPipeline):
+class BoundStages(PlainPipeline):
     """The graphs of a directory as bound sessions; the way from a processor's output to prefill is the plain one."""
 
     def __init__(self, folder: Path, manifest: Manifest, model: Any, provider: str, shared: bool):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dop_compile.onnx.contract.parts import Tier, VisionGraph
-from dop_compile.onnx.run.bound_sessions import Stages
+from dop_compile.onnx.run.bound_sessions import BoundStages
 from dop_compile.onnx.run.decode import Decoder
 from dop_compile.onnx.run.prepare import Prepared, prepare
 
@@ -49,13 +49,13 @@ def _median_ms(call: Callable[[], object]) -> float:
     return statistics.median(times)
 
 
-def measure_vision(stages: Stages, vision: VisionGraph) -> float:
+def measure_vision(stages: BoundStages, vision: VisionGraph) -> float:
     """Milliseconds of one image or video."""
     pixels = torch.zeros(vision.example)
     return _median_ms(lambda: stages.session(vision.graph).run({vision.pixels: pixels}))
 
 
-def measure_tier(stages: Stages, name: str) -> TierLatency:
+def measure_tier(stages: BoundStages, name: str) -> TierLatency:
     """Reduction, prefill and decoding of made-up prompts with as many visual tokens as the example of the export."""
     manifest, tier = stages.manifest, stages.manifest.tiers[name]
     session = stages.session(tier.prefill)
@@ -80,7 +80,7 @@ def measure_tier(stages: Stages, name: str) -> TierLatency:
     return TierLatency(tuple(sorted(points.items())), decode_ms)
 
 
-def _prompt(stages: Stages, name: str, batch: int, length: int) -> Callable[[], Prepared]:
+def _prompt(stages: BoundStages, name: str, batch: int, length: int) -> Callable[[], Prepared]:
     """What prepares a prompt whose section `text` has this length."""
     manifest, tier, around = stages.manifest, stages.manifest.tiers[name], stages.reducer(name)
     visual = tier.counts[1]

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dop_compile.onnx.contract.manifest import Manifest
-from dop_compile.onnx.run.bound_sessions import Stages
+from dop_compile.onnx.run.bound_sessions import BoundStages
 from dop_compile.onnx.run.decode import Decoder
 from dop_compile.onnx.run.inputs import Reader, as_batch, as_images, generation_settings, skeleton
 from dop_compile.onnx.run.latency import TierLatency, largest_fitting, measure_tier, measure_vision, tier_tokens
@@ -65,7 +65,7 @@ class OnnxPipeline:
         vision_ms: per vision graph, milliseconds of one image or video.
     """
 
-    def __init__(self, stages: Stages, reader: Reader, settings: Any, tiers: Sequence[str], provider: str):
+    def __init__(self, stages: BoundStages, reader: Reader, settings: Any, tiers: Sequence[str], provider: str):
         self.manifest = stages.manifest
         self.tiers = tuple(tiers)
         self.provider = provider
@@ -110,7 +110,7 @@ class OnnxPipeline:
             raise ValueError(f"tiers: expected some of {', '.join(manifest.tiers)}, got {chosen}")
         settings = generation_settings(folder)
         provider = choose_provider(folder / manifest.graphs[manifest.embed].data.file, providers)
-        stages = Stages(folder, manifest, skeleton(folder, manifest), provider, memory == "shared")
+        stages = BoundStages(folder, manifest, skeleton(folder, manifest), provider, memory == "shared")
         pipeline = cls(stages, Reader(folder, manifest), settings, chosen, provider)
         used = {manifest.embed, *(vision.graph for vision in manifest.vision)}
         for name in chosen:
