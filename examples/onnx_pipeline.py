@@ -6,7 +6,7 @@ python examples/onnx_pipeline.py exported picture.png "Read row 3."
 
 import sys
 
-from dop_compile.onnx.run.pipeline import OnnxPipeline
+from dop_compile.onnx import OnnxPipeline
 
 directory, picture, prompt = sys.argv[1:]
 pipeline = OnnxPipeline.load(directory)

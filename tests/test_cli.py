@@ -11,7 +11,7 @@ import pytest
 from dop_compile import Policy
 from dop_compile.cli import main
 from dop_compile.commands import inputs as cli_inputs
-from dop_compile.commands import run as commands
+from dop_compile.commands import explain as commands
 from tests.command_line import refused, run
 from tests.families import FAMILIES
 from tests.local_llava import local_llava, local_processor, picture

@@ -10,10 +10,21 @@ import importlib
 from importlib.util import find_spec
 from typing import Any
 
-__all__ = ["Manifest", "Shapes", "export_onnx", "require_packages", "triton_repository", "verify"]
+__all__ = [
+    "Manifest",
+    "OnnxPipeline",
+    "Sampling",
+    "Shapes",
+    "export_onnx",
+    "require_packages",
+    "triton_repository",
+    "verify",
+]
 
 _HOMES = {
     "Manifest": "dop_compile.onnx.contract.manifest",
+    "OnnxPipeline": "dop_compile.onnx.run.pipeline",
+    "Sampling": "dop_compile.onnx.run.sampling",
     "Shapes": "dop_compile.onnx.export.shapes",
     "export_onnx": "dop_compile.onnx.export.export",
     "triton_repository": "dop_compile.onnx.deploy.triton",

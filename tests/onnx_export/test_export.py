@@ -197,10 +197,10 @@ def test_reducer_is_the_runtimes_where_a_graph_cannot_tell() -> None:
 
 
 def test_tiers_share_the_weights() -> None:
-    """Four tiers take at most 1.02 x the disk of one, and the file is not much larger than the model."""
+    """Three tiers take at most 1.02 x the disk of one, and the file is not much larger than the model."""
     folder = static_export()
     manifest = Manifest.load(folder)
-    assert len(manifest.tiers) == 4
+    assert len(manifest.tiers) == 3
     size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
     more = [g for name, tier in manifest.tiers.items() if name != "full" for g in (tier.prefill, tier.reducer.graph)]
     own = sum((folder / manifest.graphs[graph].data.file).stat().st_size for graph in more)

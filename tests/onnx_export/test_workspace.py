@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from dop_compile.onnx.contract.workspace import new_directory
-from dop_compile.onnx.export import workspace
+from dop_compile.onnx.contract import workspace
 
 
 def write(target: Path, fail: Callable[[], object] = lambda: None, *, force: bool = False, needed: int = 0) -> None:

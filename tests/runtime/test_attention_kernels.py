@@ -238,7 +238,7 @@ def test_what_flash_attention_is_refused_for(monkeypatch: pytest.MonkeyPatch) ->
         layer.self_attn.is_causal = False
     with pytest.raises(UnsupportedUsageError, match="not causal"):
         compiled(input_ids=ids)
-    monkeypatch.setattr("dop_compile.runtime.flash.flash_attn_supports_top_left_mask", lambda: True)
+    monkeypatch.setattr("dop_compile.hf.kernels.flash_attn_supports_top_left_mask", lambda: True)
     with pytest.raises(UnsupportedModelError, match=r"at the top left here.*'sdpa'"):
         compile_eagerly(model, Policy.full(4))
 
