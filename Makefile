@@ -84,6 +84,7 @@ lint: $(VENV)/.installed-dev
 
 types: $(VENV)/.installed-dev
 	$(BIN)/mypy --package dop_compile
+	$(BIN)/mypy tests/typing
 
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/prefill.py $(BENCH_ARGS)

@@ -109,7 +109,7 @@ def _action(name: str, debug: bool) -> Callable[[argparse.Namespace], int | None
     finally:
         logging.disable(logging.NOTSET)
     if not debug:
-        hf_logging.set_verbosity_error()
+        hf_logging.set_verbosity(logging.ERROR)
     return action
 
 

@@ -10,8 +10,8 @@ import pytest
 
 from dop_compile import Policy
 from dop_compile.cli import main
-from dop_compile.commands import inputs as cli_inputs
 from dop_compile.commands import explain as commands
+from dop_compile.commands import inputs as cli_inputs
 from tests.command_line import refused, run
 from tests.families import FAMILIES
 from tests.local_llava import local_llava, local_processor, picture

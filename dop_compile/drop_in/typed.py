@@ -19,9 +19,13 @@ __all__ = ["CompiledModel"]
 if TYPE_CHECKING:
     from transformers import GenerationMixin
 
-    class CompiledModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+    class CompiledModel(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
         """A model whose decoder skips what its policy prunes; of the class of the original, whose weights it shares."""
 
+        dop: Any
+        """What all its views share (`dop_compile.compiler.CompiledState`)."""
+        dop_tier: str
+        """Its own tier: what a call runs that names none."""
         tiers: Mapping[str, Policy]
         """All policies by name; the first is the default of what `dop_compile` returns."""
 

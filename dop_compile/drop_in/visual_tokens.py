@@ -32,19 +32,19 @@ def token_groups(groups: Any, input_ids: Tensor | None, tokens: Tensor, past: in
         groups = groups(input_ids)
     if groups is None:
         return None
-    groups = torch.as_tensor(groups, device=tokens.device)
+    given = torch.as_tensor(groups, device=tokens.device)
     batch, length = tokens.shape[:2]
-    if groups.dim() != 2:
-        raise ValueError(f"token_groups must be (batch, tokens), got {tuple(groups.shape)}")
-    if groups.shape[1] in (past + length, stream.prompt_columns):
-        groups = groups[:, past : past + length]
-    if groups.shape[0] != batch and batch % groups.shape[0] == 0:
-        groups = groups.repeat_interleave(batch // groups.shape[0], dim=0)
-    if groups.shape != (batch, length):
-        raise ValueError(f"token_groups is {tuple(groups.shape)}; the prompt is {(batch, length)}")
-    if not bool(((groups >= 0) & (groups <= 2)).all()):
+    if given.dim() != 2:
+        raise ValueError(f"token_groups must be (batch, tokens), got {tuple(given.shape)}")
+    if given.shape[1] in (past + length, stream.prompt_columns):
+        given = given[:, past : past + length]
+    if given.shape[0] != batch and batch % given.shape[0] == 0:
+        given = given.repeat_interleave(batch // given.shape[0], dim=0)
+    if given.shape != (batch, length):
+        raise ValueError(f"token_groups is {tuple(given.shape)}; the prompt is {(batch, length)}")
+    if not bool(((given >= 0) & (given <= 2)).all()):
         raise ValueError("token_groups: values are 0 (text), 1 (visual) and 2 (system)")
-    return groups
+    return given
 
 
 def placeholders_by_id(root: Any, named: dict[str, Any]) -> list[Tensor]:

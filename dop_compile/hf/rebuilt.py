@@ -22,7 +22,7 @@ def remade(
 ) -> types.FunctionType:
     """A function's code with other globals, defaults and cells."""
     made = types.FunctionType(function.__code__, namespace, function.__name__, defaults or None, closure or None)
-    made.__kwdefaults__ = keyword_defaults or None  # type: ignore[assignment]
+    made.__kwdefaults__ = keyword_defaults or None
     return made
 
 

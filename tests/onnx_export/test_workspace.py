@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from dop_compile.onnx.contract.workspace import new_directory
 from dop_compile.onnx.contract import workspace
+from dop_compile.onnx.contract.workspace import new_directory
 
 
 def write(target: Path, fail: Callable[[], object] = lambda: None, *, force: bool = False, needed: int = 0) -> None:
