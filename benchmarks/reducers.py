@@ -2,6 +2,7 @@
 
     python benchmarks/reducers.py                                  # LLaVA-1.5's tokens, on CPU
     python benchmarks/reducers.py --geometry llava-next-7b --device cuda --dtype bfloat16
+    python benchmarks/reducer_sizes.py                             # time and memory against the number of tokens
 
 A reducer's time is in three parts: its choice among features that are there; the row of attention and the keys, taken
 from one layer of a CLIP tower; and the projector once more for merged tokens (part of the choice). The prefill is that
