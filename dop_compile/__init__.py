@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from dop_compile.version import VERSION
+
 if TYPE_CHECKING:
     from dop_compile.compiler import dop_compile
     from dop_compile.drop_in.typed import CompiledModel
@@ -39,7 +41,7 @@ __all__ = [
     "save_policies",
 ]
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 _HOMES = {
     "CompiledModel": "drop_in.typed",

@@ -1,4 +1,4 @@
-"""The README's table of model families: `python -m tests.make_table` writes it.
+"""The table of model families in docs/models.md: `python -m tests.make_table` writes it.
 
 It lists what the conformance suite is parametrised over, so a family stands there only while it is tested: as exact, or
 as refused for the reason that the error gives.
@@ -11,7 +11,7 @@ from pathlib import Path
 from tests.conformance.table import EXACT, REFUSED
 from tests.families import Family
 
-README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 START, END = "<!-- FAMILIES -->", "<!-- /FAMILIES -->"
 
 _TRAITS = {
@@ -49,16 +49,16 @@ def supported_models_table() -> str:
     return "\n".join(lines)
 
 
-def table_in_readme() -> str:
-    """The text between the README's markers."""
-    text = README.read_text(encoding="utf-8")
+def table_in_docs() -> str:
+    """The text between the page's markers."""
+    text = PAGE.read_text(encoding="utf-8")
     return text.split(START)[1].split(END)[0].strip()
 
 
 def main() -> None:
-    before, _, rest = README.read_text(encoding="utf-8").partition(START)
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(START)
     after = rest.partition(END)[2] if END in rest else rest
-    README.write_text(f"{before}{START}\n\n{supported_models_table()}\n\n{END}{after}", encoding="utf-8")
+    PAGE.write_text(f"{before}{START}\n\n{supported_models_table()}\n\n{END}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
-"""What the README shows is what happens: its Python runs, its commands parse, its tables are today's."""
+"""What README and pages show is what happens: their Python runs, their commands parse, their tables are today's."""
 
 from __future__ import annotations
 
 import functools
+import json
 import re
 import runpy
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +23,76 @@ from dop_compile.demo import run as demo
 from dop_compile.onnx.run.pipeline import OnnxPipeline
 from dop_compile.reducers import registry
 from dop_compile.reports.table import show_bytes, show_percent
+from tests import make_passes
 from tests.local_llava import local_llava, local_processor, picture
 from tests.reducers.tiny_clip import clip, tokenizer
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+IN_ORDER = (
+    "quickstart",
+    "use",
+    "search",
+    "evaluation",
+    "concepts",
+    "reducers",
+    "rankings",
+    "models",
+    "performance",
+    "onnx",
+)
+"""Pages whose Python goes on from each other."""
+PAGES = {path: path.read_text() for path in [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md"]}
+SITE = "\n".join(PAGES[ROOT / "docs" / f"{name}.md"] for name in IN_ORDER)
+EVERYTHING = "\n".join(PAGES.values())
 LAYERS = 32  # as LLaVA-1.5-7B has
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+def blocks(language: str, text: str = SITE) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+
+
+def test_the_readme_is_short_and_its_example_prints_what_it_says(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert len(README.splitlines()) <= 250
+    monkeypatch.chdir(ROOT)
+    (source,) = blocks("python", README)
+    exec(compile(source, "README.md", "exec"), {})
+    out = capsys.readouterr().out
+    assert out.rstrip() in "\n".join(blocks("text", README))
+    assert out.startswith("100% 7 5 6\n")
+
+
+def test_the_tutorial_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    notebook = json.loads((ROOT / "docs" / "tutorial.ipynb").read_text())
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    names: dict[str, Any] = {}
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            assert not cell["outputs"]
+            exec(compile("".join(cell["source"]), cell["id"], "exec"), names)
+    answers = {tier: names["answer"](tier) for tier in names["compiled"].tiers}
+    assert answers == {"100%": names["example"].answer, "37%": names["example"].answer}
+    assert names["found"].provenance.budget <= 0.37
+
+
+def test_links_lead_somewhere() -> None:
+    for path, text in PAGES.items():
+        for target in re.findall(r"\]\(([^)\s]+)\)", text):
+            if not target.startswith(("http", "#")):
+                assert (path.parent / target.partition("#")[0]).exists(), (path, target)
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    navigation = (ROOT / "mkdocs.yml").read_text()
+    for path in (ROOT / "docs").rglob("*.md"):
+        assert f"{path.relative_to(ROOT / 'docs')}" in navigation
+
+
+def test_the_pages_of_the_passes_are_todays() -> None:
+    assert {path.stem: path.read_text() for path in make_passes.FOLDER.glob("*.md")} == make_passes.pages()
 
 
 def test_the_python_blocks_run(
@@ -59,23 +121,26 @@ def test_the_python_blocks_run(
     sources = blocks("python")
     assert len(sources) >= 6
     for source in sources:
-        exec(compile(source, "README.md", "exec"), names)
+        exec(compile(source, "docs", "exec"), names)
     assert "tier 'default'" in capsys.readouterr().out
-    # The reducer of one's own, which the README registers last, works
+    # The reducer of one's own, which the pages register last, works
     compiled = eagerly(names["model"], names["policy"])
     assert compiled.generate(**names["inputs"], max_new_tokens=1).shape[1] == names["inputs"]["input_ids"].shape[1] + 1
 
 
 def test_the_commands_are_those_of_the_command_line() -> None:
-    lines = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("dop-compile")]
+    lines = [
+        line for block in blocks("sh", EVERYTHING) for line in block.splitlines() if line.startswith("dop-compile")
+    ]
     assert len(lines) >= 3
     for line in lines:
-        assert _parser().parse_args(shlex.split(line)[1:]).command in line
+        words = shlex.split(line.partition(" > ")[0], comments=True)
+        assert _parser().parse_args(words[1:]).command in line
 
 
 def test_the_make_targets_exist() -> None:
     makefile = (ROOT / "Makefile").read_text()
-    named = set(re.findall(r"`?make (?:PYTHON=\S+ )?([a-z]+)", "\n".join(re.findall(r"`[^`]*`", README))))
+    named = set(re.findall(r"`?make (?:PYTHON=\S+ )?([a-z]+)", "\n".join(re.findall(r"`[^`]*`", EVERYTHING))))
     assert named >= {"demo", "test", "lint", "types", "bench"}
     for target in named:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target

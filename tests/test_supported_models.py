@@ -1,4 +1,4 @@
-"""What is known of every family: the README says it, and parts that the fast set lacks are tried in one of each."""
+"""What is known of every family: docs/models.md says it, and parts that the fast set lacks are tried in one of each."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from tests.conformance.checks import check_policy, check_prepared
 from tests.conformance.elsewhere import ELSEWHERE
 from tests.conformance.table import EXACT, REFUSED
-from tests.make_table import supported_models_table, table_in_readme
+from tests.make_table import supported_models_table, table_in_docs
 
 PARTS = {
     "paligemma2": "masks by layer type that the outer model builds one by one",
@@ -34,7 +34,7 @@ def test_prompts_of_decoders_that_take_more_than_embeddings(name: str) -> None:
 
 
 def test_readme_lists_the_families_that_are_tested() -> None:
-    assert table_in_readme() == supported_models_table(), "run `python -m tests.make_table`"
+    assert table_in_docs() == supported_models_table(), "run `python -m tests.make_table`"
 
 
 def test_every_class_that_turns_images_and_text_into_text_is_known() -> None:

@@ -11,6 +11,7 @@ Sources: DOP eq. 3-4 and 14 (depths), GSOP section 3 (query and key-value apart,
 from __future__ import annotations
 
 import dataclasses
+import html
 import itertools
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -243,16 +244,22 @@ class Policy:
         kept = [text for group in self.prunable_groups if (text := self._describe(group))] or ["nothing pruned"]
         return f"Policy({self.num_layers} layers, {'; '.join(kept)}; {', '.join(tail)})"
 
+    def _repr_html_(self) -> str:
+        """A table for notebooks: the layers that each group keeps, per module."""
+        rows = []
+        for group in self.prunable_groups:
+            cells = (_runs(self.pruned_layers(group, module), self.num_layers) for module in MODULES)
+            rows.append(f"<tr><th>{group}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
+        head = "".join(f"<th>{name}</th>" for name in ("", *MODULES))
+        return f"<p>{html.escape(repr(self))}</p><table><tr>{head}</tr>{''.join(rows)}</table>"
+
     def _describe(self, group: str) -> str:
         """The kept layers of the modules that the group prunes, as ranges; "" when it prunes none."""
         pruned = {module: layers for module in MODULES if (layers := self.pruned_layers(group, module))}
         if "mha_query" in pruned and pruned["mha_query"] == pruned.get("mha_key_value"):
             pruned = {"mha": pruned["mha_query"]} | {m: pruned[m] for m in pruned if m == "mlp"}
         kept = []
-        for module, layers in pruned.items():
-            bounds = itertools.pairwise((-1, *layers, self.num_layers))
-            runs = [f"{a + 1}-{b - 1}" if b - a > 2 else f"{a + 1}" for a, b in bounds if b - a > 1]
-            kept.append(f"{module} {','.join(runs) or 'none'}")
+        kept += [f"{module} {_runs(layers, self.num_layers)}" for module, layers in pruned.items()]
         return f"{group} keeps {', '.join(kept)}" if kept else ""
 
     def _check(self, group: str, module: str) -> None:
@@ -291,3 +298,10 @@ class Policy:
             for part in SPLIT_VISUAL_GROUPS if split and group == "visual" else (group,):
                 for name in MODULE_SHORTHAND.get(module, (module,)):
                     yield Operation(part, layer, name)
+
+
+def _runs(pruned: Sequence[int], num_layers: int) -> str:
+    """The layers that are not pruned, as ranges."""
+    bounds = itertools.pairwise((-1, *pruned, num_layers))
+    runs = [f"{a + 1}-{b - 1}" if b - a > 2 else f"{a + 1}" for a, b in bounds if b - a > 1]
+    return ",".join(runs) or "none"

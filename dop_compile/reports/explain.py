@@ -12,6 +12,7 @@ executes.
 from __future__ import annotations
 
 import dataclasses
+import html
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -99,6 +100,10 @@ class Explanation:
 
     def __str__(self) -> str:
         return _render(self)
+
+    def _repr_html_(self) -> str:
+        """The table as notebooks show it."""
+        return f"<pre>{html.escape(str(self))}</pre>"
 
 
 def _ratio(part: int | None, whole: int | None) -> float | None:

@@ -21,7 +21,7 @@ __all__ = ["REFUSED", "Refusal"]
 
 @dataclass(frozen=True)
 class Refusal:
-    """A family, what the error says (a pattern), and the reason in the words of the README."""
+    """A family, what the error says (a pattern), and the reason in the words of docs/models.md."""
 
     family: Family
     message: str

@@ -1,4 +1,4 @@
-"""Every family that the suite runs, in the order of the README's table, and those that are refused."""
+"""Every family that the suite runs, in the order of the table of docs/models.md, and those that are refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The conformance suite: every family of the README's table passes every check, and every refusal has its reason."""
+"""The conformance suite: every family of docs/models.md passes every check, every refusal has its reason."""
 
 from __future__ import annotations
 

@@ -513,3 +513,9 @@ def test_a_wrong_file_is_named(tmp_path: Path, content: bytes) -> None:
         Policy.load(path)
     with pytest.raises(FileNotFoundError, match=r"none\.json"):
         Policy.load(tmp_path / "none.json")
+
+
+def test_notebooks_show_the_layers_that_are_kept() -> None:
+    shown = Policy.depthwise(4, mha_query_depth=1, mlp_depth=0)._repr_html_()
+    assert "<tr><th>visual</th><td>0</td><td>0-3</td><td>none</td></tr>" in shown
+    assert "<tr><th>text</th><td>0-3</td><td>0-3</td><td>0-3</td></tr>" in shown
