@@ -7,7 +7,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constr
 LOWER := .venv-lower
 NEWEST := .venv-newest
 
-.PHONY: help demo test fuzz test-lower test-newest conformance lint types docs bench clean
+.PHONY: help demo test fuzz test-lower test-newest conformance lint types pyright docs bench clean
 .DELETE_ON_ERROR:
 
 help:
@@ -19,6 +19,7 @@ help:
 	@echo "make conformance  the slow tests: every known model family, and large exports; prints the table"
 	@echo "make lint   ruff, and which room may import which"
 	@echo "make types  mypy --strict"
+	@echo "make pyright  what editors see"
 	@echo "make docs   build the pages as a site, in $(BUILD)/site"
 	@echo "make bench  measure prefill of the original and of pruned models"
 	@echo "make clean  remove $(VENV), $(LOWER), $(NEWEST) and everything built"
@@ -87,6 +88,10 @@ lint: $(VENV)/.installed-dev
 types: $(VENV)/.installed-dev
 	$(BIN)/mypy --package dop_compile
 	$(BIN)/mypy tests/typing
+
+# Apart, since it fetches pyright itself from npm on first use
+pyright: $(VENV)/.installed-dev
+	$(BIN)/pyright
 
 docs: $(VENV)/.installed-dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
             Raises:
                 ValueError: there is no such tier.
             """
+            raise NotImplementedError
 
         def forward(
             self,

@@ -8,7 +8,16 @@ from __future__ import annotations
 
 import importlib
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dop_compile.onnx.check.verification import verify
+    from dop_compile.onnx.contract.manifest import Manifest
+    from dop_compile.onnx.deploy.triton import triton_repository
+    from dop_compile.onnx.export.export import export_onnx
+    from dop_compile.onnx.export.shapes import Shapes
+    from dop_compile.onnx.run.pipeline import OnnxPipeline
+    from dop_compile.onnx.run.sampling import Sampling
 
 __all__ = [
     "Manifest",

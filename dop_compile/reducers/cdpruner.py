@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -38,8 +37,8 @@ class CDPrunerReducer:
     """
 
     relevance: Relevance = field(default_factory=InstructionRelevance)
-    name: ClassVar[str] = "cdpruner"
-    per_tile: ClassVar[bool] = True
+    name = "cdpruner"
+    per_tile = True
 
     def __post_init__(self) -> None:
         check_relevance("cdpruner", self.relevance)

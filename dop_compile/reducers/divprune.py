@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 from dop_compile.reducers.base import Selection, VisualContext
 from dop_compile.reducers.greedy import far_tokens
@@ -23,8 +22,8 @@ __all__ = ["DivPruneReducer"]
 class DivPruneReducer:
     """Ranks tokens in the order in which they are chosen, so that a smaller count keeps a subset of a larger."""
 
-    name: ClassVar[str] = "divprune"
-    requires: ClassVar[frozenset[str]] = frozenset()
+    name = "divprune"
+    requires = frozenset[str]()
 
     def __call__(self, context: VisualContext, count: int) -> Selection:
         return self.select_many([context], [count])[0]

@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -29,9 +28,9 @@ class GivenReducer:
     """
 
     indices: tuple[tuple[int, ...], ...]
-    name: ClassVar[str] = "given"
-    requires: ClassVar[frozenset[str]] = frozenset()
-    whole_sample: ClassVar[bool] = True
+    name = "given"
+    requires = frozenset[str]()
+    whole_sample = True
 
     def __init__(self, indices: Sequence[Sequence[int] | Tensor] | Tensor) -> None:
         if isinstance(indices, str) or not isinstance(indices, Sequence | Tensor):

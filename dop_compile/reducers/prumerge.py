@@ -48,9 +48,9 @@ class PruMergeReducer:
 
     adaptive: bool = False
     neighbours: int = 32
-    name: ClassVar[str] = "prumerge"
-    requires: ClassVar[frozenset[str]] = MERGED_FIELDS | {"cls_attention", "keys"}
-    per_tile: ClassVar[bool] = True
+    name = "prumerge"
+    requires = MERGED_FIELDS | {"cls_attention", "keys"}
+    per_tile = True
     spaced: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
@@ -103,7 +103,7 @@ class PruMergeReducer:
 class PruMergePlusReducer(PruMergeReducer):
     """PruMerge with three evenly spaced tokens for each that is taken by attention."""
 
-    name: ClassVar[str] = "prumerge_plus"
+    name = "prumerge_plus"
     spaced: ClassVar[int] = SPACED_PER_ATTENDED
 
 

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import ClassVar
 
 import torch
 
@@ -23,8 +22,8 @@ class RandomReducer:
     """
 
     seed: int = 0
-    name: ClassVar[str] = "random"
-    requires: ClassVar[frozenset[str]] = frozenset()
+    name = "random"
+    requires = frozenset[str]()
 
     def __post_init__(self) -> None:
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):

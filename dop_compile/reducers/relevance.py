@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -62,7 +62,7 @@ def _check_text(contexts: Sequence[VisualContext]) -> None:
 class InstructionRelevance:
     """Cosine to the mean embedding of the tokens behind the first visual token (of all text if there are none)."""
 
-    requires: ClassVar[frozenset[str]] = frozenset()
+    requires = frozenset[str]()
 
     def __call__(self, contexts: Sequence[VisualContext]) -> list[Tensor]:
         _check_text(contexts)
@@ -88,7 +88,7 @@ class ClipRelevance:
     model: Any
     tokenizer: Any
     decode: Callable[[Tensor], str]
-    requires: ClassVar[frozenset[str]] = frozenset({"features", "text_ids"})
+    requires = frozenset({"features", "text_ids"})
 
     def __post_init__(self) -> None:
         parts = ("vision_model", "visual_projection", "text_model", "text_projection")

@@ -19,7 +19,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
@@ -32,9 +32,9 @@ __all__ = ["ResizeReducer", "resize_processor"]
 class ResizeReducer:
     """Keeps all tokens of pictures that are small enough, and refuses others: what it stands for was done before."""
 
-    name: ClassVar[str] = "resize"
-    requires: ClassVar[frozenset[str]] = frozenset()
-    whole_sample: ClassVar[bool] = True
+    name = "resize"
+    requires = frozenset[str]()
+    whole_sample = True
 
     def __call__(self, context: VisualContext, count: int) -> Selection:
         """Keep all tokens.

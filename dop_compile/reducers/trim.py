@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
 
 import torch
 
@@ -35,7 +34,7 @@ class TrimReducer:
     """
 
     relevance: Relevance = field(default_factory=InstructionRelevance)
-    name: ClassVar[str] = "trim"
+    name = "trim"
 
     def __post_init__(self) -> None:
         check_relevance("trim", self.relevance)

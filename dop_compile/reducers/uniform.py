@@ -5,7 +5,6 @@ Of N tokens, T are kept: floor((i + 0.5) * N / T) for i = 0 .. T - 1, the middle
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import ClassVar
 
 import torch
 
@@ -18,8 +17,8 @@ __all__ = ["UniformReducer"]
 class UniformReducer:
     """Keeps every (N / T)-th token, ranked so that each prefix of the ranking is spread evenly too."""
 
-    name: ClassVar[str] = "uniform"
-    requires: ClassVar[frozenset[str]] = frozenset()
+    name = "uniform"
+    requires = frozenset[str]()
 
     def __call__(self, context: VisualContext, count: int) -> Selection:
         kept = _ranked_stride(context.tokens, count)

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -39,9 +38,9 @@ class VisionZipReducer:
     """
 
     contextual: float = 10 / 64
-    name: ClassVar[str] = "visionzip"
-    requires: ClassVar[frozenset[str]] = MERGED_FIELDS | {"cls_attention", "keys"}
-    per_tile: ClassVar[bool] = True
+    name = "visionzip"
+    requires = MERGED_FIELDS | {"cls_attention", "keys"}
+    per_tile = True
 
     def __post_init__(self) -> None:
         fraction("visionzip", "contextual", self.contextual)

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 import torch
@@ -45,9 +44,9 @@ class VisPrunerReducer:
     """
 
     ratio: float = 0.5
-    name: ClassVar[str] = "vispruner"
-    requires: ClassVar[frozenset[str]] = frozenset({"features", "cls_attention"})
-    per_tile: ClassVar[bool] = True
+    name = "vispruner"
+    requires = frozenset({"features", "cls_attention"})
+    per_tile = True
 
     def __post_init__(self) -> None:
         fraction("vispruner", "ratio", self.ratio)
