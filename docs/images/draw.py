@@ -65,7 +65,12 @@ def tradeoff() -> None:
         ]
         if points:
             axes.plot(*zip(*sorted(points), strict=True), marker="o", label=label)
-    axes.set(xlabel="policy FLOPs of the original's, %", ylabel="right answers of the original's, %", xlim=(20, 100))
+    axes.set(
+        xlabel="policy FLOPs of the original's, %",
+        ylabel="right answers of the original's, %",
+        xlim=(20, 100),
+        ylim=(50, 105),
+    )
     axes.legend(frameon=False)
     figure.savefig(HERE / "tradeoff.png", dpi=110)
 
