@@ -7,21 +7,19 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dop_compile.checks import choice, finite, integer, pairs
-from dop_compile.documents import parse, write_atomic
+from dop_compile.documents import Format, keep, kept, parse, read_text, write_atomic
 from dop_compile.hf.dimensions import DecoderDims
 from dop_compile.policy.policy import JsonScalar, Policy
 from dop_compile.search.axes import AXES, VISUAL_TOKENS, tokens_kept
 
 __all__ = ["Divergences"]
 
-FORMAT = "dop_compile.divergences"
-VERSION = 2
+FORMAT = Format("dop_compile.divergences", (1, 2), "a file of divergences", "measure the divergences again")
 """Version 1 did not say what was transferred: divergences of as many prompts as samples were taken as measured."""
 
 
@@ -111,13 +109,13 @@ class Divergences:
     # --- JSON -----------------------------------------------------------------------------------------------------
 
     def to_json(self) -> str:
-        document = {"format": FORMAT, "version": VERSION}
+        document = FORMAT.header()
         for field in dataclasses.fields(self):
             document[field.name] = getattr(self, field.name)
         document["dims"] = dataclasses.asdict(self.dims)
         document["base"] = json.loads(self.base.to_json())
         document["metric_options"], document["versions"] = dict(self.metric_options), dict(self.versions)
-        return json.dumps(document, indent=1, allow_nan=False)
+        return json.dumps(document | kept(self), indent=1, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str, where: str = "divergences JSON") -> Divergences:
@@ -127,17 +125,15 @@ class Divergences:
             ValueError: starting with `where`, and naming the field, for anything else.
         """
         try:
-            document = parse(text)
-            if not isinstance(document, dict) or document.get("format") != FORMAT:
-                raise ValueError("format: this is not a file of divergences")
-            if document.get("version") not in (1, VERSION):
-                raise ValueError(f"version: this release reads versions 1 and {VERSION}; measure the divergences again")
-            if document["version"] == 1:
+            opened = FORMAT.open(parse(text))
+            document = opened.take(_READERS)
+            if opened.version == 1:
                 _add_transferred(document)
-            if wrong := set(_READERS).symmetric_difference(set(document) - {"format", "version"}):
+            if wrong := set(_READERS).symmetric_difference(document):
                 raise ValueError(f"{', '.join(sorted(wrong))}: unknown or missing")
             found = cls(**{name: _read(name, document[name]) for name in _READERS})
             found.check()
+            keep(found, opened)
             return found
         except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{where}: {error}") from error
@@ -174,11 +170,7 @@ class Divergences:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Divergences:
         """Read what `save` wrote; ValueError naming the file and the field for anything else."""
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{os.fspath(path)}: expected UTF-8 JSON text, {error}") from error
-        return cls.from_json(text, os.fspath(path))
+        return cls.from_json(read_text(path), os.fspath(path))
 
 
 # --- fields of the JSON document ----------------------------------------------------------------------------------

@@ -25,15 +25,14 @@ from tqdm import tqdm
 
 from dop_compile.checks import finite, integer
 from dop_compile.compiler import dop_compile
-from dop_compile.documents import write_atomic
+from dop_compile.documents import Format, keep, kept, parse, write_atomic
 from dop_compile.hf.fingerprint import model_fingerprint
 from dop_compile.policy.policy import Policy
 from dop_compile.replay import Replay
 
 __all__ = ["LatencyModel", "measure_latency"]
 
-FORMAT = "dop_compile.latency"
-VERSION = 2
+FORMAT = Format("dop_compile.latency", (1, 2), "a file of measured latencies", "measure again")
 """Version 1 did not say of which model the latencies are."""
 MODULES = ("query", "key_value", "mlp")
 Array = np.ndarray[Any, np.dtype[np.float64]]
@@ -83,19 +82,18 @@ class LatencyModel:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write JSON to `path` atomically."""
-        write_atomic(path, json.dumps({"format": FORMAT, "version": VERSION, **dataclasses.asdict(self)}, indent=1))
+        write_atomic(path, json.dumps(FORMAT.header() | dataclasses.asdict(self) | kept(self), indent=1))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> LatencyModel:
         """Read what `save` wrote; ValueError naming the file for anything else."""
         try:
-            document = json.loads(Path(path).read_text(encoding="utf-8"))
-            if not isinstance(document, dict) or document.pop("format", None) != FORMAT:
-                raise ValueError("format: this is not a file of measured latencies")
-            if document.pop("version", None) not in (1, VERSION):
-                raise ValueError(f"version: this release reads versions 1 and {VERSION}; measure again")
+            opened = FORMAT.open(parse(Path(path).read_text(encoding="utf-8")))
+            document = opened.take(field.name for field in dataclasses.fields(cls))
             modules = {name: tuple(times) for name, times in document.pop("modules").items()}
-            return cls(**{**document, "tokens": tuple(document["tokens"])}, modules=modules)
+            found = cls(**{**document, "tokens": tuple(document["tokens"])}, modules=modules)
+            keep(found, opened)
+            return found
         except (TypeError, ValueError, KeyError, AttributeError) as error:
             raise ValueError(f"{os.fspath(path)}: {error}") from error
 

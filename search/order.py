@@ -14,11 +14,10 @@ import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from dop_compile.checks import choice, finite, integer, pairs, store
-from dop_compile.documents import parse, write_atomic
+from dop_compile.documents import Format, keep, kept, parse, read_text, write_atomic
 from dop_compile.hf.dimensions import DecoderDims
 from dop_compile.policy.costs import LayerTokens, group_counts, layer_flops
 from dop_compile.policy.operations import Operation
@@ -30,8 +29,7 @@ from dop_compile.search.optimize import InfeasibleBudgetError
 
 __all__ = ["OperationOrder", "check_counts"]
 
-FORMAT = "dop_compile.operation_order"
-VERSION = 1
+FORMAT = Format("dop_compile.operation_order", (1,), "the file of an operation order", "search again")
 
 
 def check_counts(base: Policy, counts: Sequence[tuple[int, int, int]]) -> None:
@@ -207,7 +205,7 @@ class OperationOrder:
 
     def to_json(self) -> str:
         """Versioned JSON text, the inverse of `from_json`."""
-        document: dict[str, Any] = {"format": FORMAT, "version": VERSION}
+        document = FORMAT.header()
         for field in dataclasses.fields(self):
             document[field.name] = getattr(self, field.name)
         document["dims"] = dataclasses.asdict(self.dims)
@@ -217,7 +215,7 @@ class OperationOrder:
         for name in ("danger", "free"):
             document[name] = sorted(document[name])
         document["steps"] = [[*step.operation, step.divergence] for step in self.steps]
-        return json.dumps(document, indent=1, allow_nan=False)
+        return json.dumps(document | kept(self), indent=1, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str, where: str = "operation order JSON") -> OperationOrder:
@@ -227,16 +225,14 @@ class OperationOrder:
             ValueError: starting with `where`, and naming the field, for anything else.
         """
         try:
-            document = parse(text)
-            if not isinstance(document, dict) or document.get("format") != FORMAT:
-                raise ValueError("format: this is not the file of an operation order")
-            version = document.get("version")
-            if version != VERSION or type(version) is not int:
-                raise ValueError(f"version: this release reads version {VERSION}, got {version!r}; search again")
+            opened = FORMAT.open(parse(text))
             names = {field.name for field in dataclasses.fields(cls)}
-            if wrong := names.symmetric_difference(set(document) - {"format", "version"}):
+            document = opened.take(names)
+            if wrong := names.symmetric_difference(document):
                 raise ValueError(f"{', '.join(sorted(wrong))}: unknown or missing")
-            return cls(**_fields({name: document[name] for name in names}))
+            found = cls(**_fields({name: document[name] for name in names}))
+            keep(found, opened)
+            return found
         except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{where}: {error}") from error
 
@@ -247,11 +243,7 @@ class OperationOrder:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> OperationOrder:
         """Read what `save` wrote; ValueError naming the file and the field for anything else."""
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{os.fspath(path)}: expected UTF-8 JSON text, {error}") from error
-        return cls.from_json(text, os.fspath(path))
+        return cls.from_json(read_text(path), os.fspath(path))
 
 
 def _counts(row: object) -> tuple[int, int, int]:

@@ -88,7 +88,7 @@ def test_policies_are_pushed_as_they_are_saved(tmp_path: Path, monkeypatch: pyte
     ("change", "message"),
     [
         ({"format": "other"}, "not a file of tiers"),
-        ({"version": 99}, "reads version 1, not 99"),
+        ({"version": 99}, "reads version 1, got 99"),
         ({"more": 1}, "more: unknown or missing"),
         ({"tiers": {}}, "expected policies by name"),
         ({"tiers": {"a": {}}}, r"tiers\['a'\]"),

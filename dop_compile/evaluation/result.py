@@ -13,15 +13,15 @@ from typing import Any
 import numpy as np
 
 from dop_compile.checks import choice, integer
-from dop_compile.documents import parse, write_atomic
+from dop_compile.documents import Format, keep, kept, parse, write_atomic
 from dop_compile.evaluation.intervals import Difference, paired_difference
 from dop_compile.evaluation.methods import ORIGINAL, RESIZE
 from dop_compile.policy.policy import Policy
 
 __all__ = ["Evaluation", "Measured", "Row", "Run"]
 
-FORMAT = "dop_compile.evaluation"
-VERSION = 3
+FORMAT = Format("dop_compile.evaluation", (1, 2, 3), "a file of an evaluation", "evaluate again")
+_FIELDS = ("header", "environment", "summary", "tasks", "counts", "digests", "methods")
 """Version 1 did not say of which samples a result is; until version 2 all methods had been run at once."""
 
 
@@ -218,8 +218,7 @@ class Evaluation:
     def to_json(self) -> str:
         """Versioned JSON, the inverse of `from_json`; the summaries are in it for other readers."""
         document = {
-            "format": FORMAT,
-            "version": VERSION,
+            **FORMAT.header(),
             "header": dict(self.header),
             "environment": dict(self.environment),
             "summary": [dataclasses.asdict(row) for row in self.rows()],
@@ -228,7 +227,7 @@ class Evaluation:
             "digests": self.digests,
             "methods": [_method_document(method) for method in self.methods],
         }
-        return json.dumps(document, indent=1, allow_nan=False)
+        return json.dumps(document | kept(self), indent=1, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str, where: str = "evaluation JSON") -> Evaluation:
@@ -238,12 +237,8 @@ class Evaluation:
             ValueError: starting with `where`, for anything else.
         """
         try:
-            document = parse(text)
-            if not isinstance(document, dict) or document.get("format") != FORMAT:
-                raise ValueError("format: this is not a file of an evaluation")
-            version = document.get("version")
-            if version not in (1, 2, VERSION):
-                raise ValueError(f"version: this release reads versions 1 to {VERSION}; evaluate again")
+            opened = FORMAT.open(parse(text))
+            document, version = opened.take(_FIELDS), opened.version
             methods = tuple(_read_method(method, version) for method in document["methods"])
             # In version 2 they were also of the inputs that methods had of their own
             mixed = version == 2 and any(map(_has_own_inputs, methods))
@@ -256,6 +251,7 @@ class Evaluation:
                 None if version == 1 or mixed else _read_digests(document["digests"]),
             )
             found.check()
+            keep(found, opened)
             return found
         except KeyError as error:
             raise ValueError(f"{where}: {error.args[0]}: the field is missing") from error

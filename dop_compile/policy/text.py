@@ -14,21 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from dop_compile.checks import choice, integer, pairs
-from dop_compile.documents import parse
+from dop_compile.documents import Format, keep, kept, parse
 from dop_compile.policy.operations import MODULES, Operation
 from dop_compile.policy.provenance import Provenance
 from dop_compile.policy.ranking import Ranking
 
-__all__ = ["FORMAT", "VERSION", "decode", "encode", "read"]
+__all__ = ["FORMAT", "decode", "encode", "read"]
 
-FORMAT = "dop_compile.policy"
-VERSION = 3
-READABLE = (1, 2, 3)
+FORMAT = Format("dop_compile.policy", (1, 2, 3), "a policy file", "save the policy again")
 """Version 1 had no rankings; before version 3 `divergence` was a predicted one or a measured one. A policy of which no
 measured divergence is known is written as version 2, so that earlier releases read it."""
 _FIELDS = (
-    "format",
-    "version",
     "num_layers",
     "visual_tokens",
     "reducer",
@@ -47,10 +43,9 @@ _LAYER_LIST = re.compile(r"\[\n[\d,\s]+\]")
 def encode(policy: Any) -> str:
     """The JSON text of `policy`, one line per field and per list of layers."""
     source = policy.provenance
-    version = 2 if source is None or source.measured_divergence is None else VERSION
+    version = 2 if source is None or source.measured_divergence is None else FORMAT.versions[-1]
     document = {
-        "format": FORMAT,
-        "version": version,
+        **FORMAT.header(version),
         "num_layers": policy.num_layers,
         "visual_tokens": policy.visual_tokens,
         "reducer": policy.reducer,
@@ -64,7 +59,7 @@ def encode(policy: Any) -> str:
         },
         "provenance": source
         and {name: getattr(source, name) for name in _provenance_fields(version)} | {"versions": dict(source.versions)},
-    }
+    } | kept(policy)
     text = json.dumps(document, indent=2, allow_nan=False)
     return _LAYER_LIST.sub(lambda match: re.sub(r"\s+", " ", match[0]).replace("[ ", "[").replace(" ]", "]"), text)
 
@@ -78,20 +73,16 @@ def decode(text: str, where: str, policy_class: Any) -> Any:
     if not isinstance(text, str):
         raise TypeError(f"{where}: expected JSON text, got {type(text).__name__}")
     try:
-        document = _object("document", parse(text), None)
-        if document.get("format") != FORMAT:
-            raise ValueError(f"format: expected {FORMAT!r}, got {document.get('format')!r}; this is not a policy file")
-        version = document.get("version")
-        if version not in READABLE or type(version) is not int:
-            known = f"{', '.join(map(str, READABLE[:-1]))} and {READABLE[-1]}"
-            raise ValueError(f"version: this release reads versions {known}, got {version!r}; save the policy again")
-        _object("document", document, tuple(name for name in _FIELDS if name != "ranking" or version > 1))
+        opened = FORMAT.open(_object("document", parse(text), None))
+        version, names = opened.version, tuple(name for name in _FIELDS if name != "ranking" or opened.version > 1)
+        document = FORMAT.header(version) | opened.take(names)
+        _object("document", document, ("format", "version", *names))
         source = document["provenance"]
         if source is not None:
             versions = _object("provenance", source, _provenance_fields(version))["versions"]
             source = Provenance(**source | {"versions": pairs("versions", _object("versions", versions, None))})
         options = _object("reducer_options", document["reducer_options"], None)
-        fields = {name: document[name] for name in _FIELDS[2:-3] if name != "reducer_options"}
+        fields = {name: document[name] for name in _FIELDS[:-3] if name != "reducer_options"}
         policy = policy_class(**fields, reducer_options=pairs("reducer_options", options), provenance=source)
         groups = _object("pruned", document["pruned"], policy.prunable_groups)
         pruned = [
@@ -101,7 +92,9 @@ def decode(text: str, where: str, policy_class: Any) -> Any:
             for layer in _layers(f"pruned.{group}.{module}", layers, policy.num_layers)
         ]
         ranking = document.get("ranking")
-        return policy.replace(pruned=pruned, ranking=ranking and Ranking.from_document(ranking))
+        found = policy.replace(pruned=pruned, ranking=ranking and Ranking.from_document(ranking))
+        keep(found, opened)
+        return found
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{where}: {error}") from error
 

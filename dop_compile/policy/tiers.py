@@ -18,14 +18,13 @@ from typing import Any
 
 import transformers
 
-from dop_compile.documents import parse, write_atomic
+from dop_compile.documents import Format, parse, write_atomic
 from dop_compile.policy.policy import Policy
 
 __all__ = ["TIERS_FILE", "load_policies", "push_policies", "save_policies"]
 
 TIERS_FILE = "dop_compile.json"
-FORMAT = "dop_compile.tiers"
-VERSION = 1
+FORMAT = Format("dop_compile.tiers", (1,), "a file of tiers", "save the tiers again")
 
 hf: Any = transformers
 
@@ -83,16 +82,12 @@ def _encode(tiers: Mapping[str, Policy] | Policy) -> str:
         if not isinstance(policy, Policy):
             raise TypeError(f"tiers[{name!r}]: expected a Policy, got {type(policy).__name__}")
     written = {str(name): json.loads(policy.to_json()) for name, policy in named.items()}
-    return json.dumps({"format": FORMAT, "version": VERSION, "tiers": written}, indent=1) + "\n"
+    return json.dumps({**FORMAT.header(), "tiers": written}, indent=1) + "\n"
 
 
 def _decode(text: str) -> dict[str, Policy]:
-    document = parse(text)
-    if not isinstance(document, dict) or document.get("format") != FORMAT:
-        raise ValueError("format: this is not a file of tiers")
-    if document.get("version") != VERSION:
-        raise ValueError(f"version: this release reads version {VERSION}, not {document.get('version')!r}")
-    if wrong := set(document).symmetric_difference({"format", "version", "tiers"}):
+    document = FORMAT.open(parse(text)).take(["tiers"])
+    if wrong := set(document).symmetric_difference({"tiers"}):
         raise ValueError(f"{', '.join(sorted(wrong))}: unknown or missing")
     tiers = document["tiers"]
     if not isinstance(tiers, dict) or not tiers:

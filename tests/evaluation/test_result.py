@@ -129,7 +129,7 @@ def test_other_files(result: Evaluation, tmp_path: Path) -> None:
     method = document["methods"][0]
     for change, message in (
         ({"format": "x"}, "not a file of an evaluation"),
-        ({"version": 9}, "reads versions 1 to 3"),
+        ({"version": 9}, "reads versions 1, 2 and 3"),
         ({"digests": ["a"]}, "digests: expected one entry for each of 4 samples, got 1"),
         ({"digests": []}, "digests: expected one entry for each of 4 samples, got 0"),
         ({"digests": [1, 2, 3, 4]}, "digests: expected a list of texts"),

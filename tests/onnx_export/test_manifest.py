@@ -57,6 +57,14 @@ def test_corrupted(folder: Path, edit: Callable[[dict[str, Any]], object], messa
     assert str(folder / MANIFEST) in str(caught.value)
 
 
+def test_fields_of_a_newer_minor_version_are_named_and_kept(folder: Path) -> None:
+    change(folder, lambda document: document.update(version="1.2", later={"a": 1}))
+    with pytest.warns(UserWarning, match=r"version 1\.2: later: not known"):
+        found = Manifest.load(folder)
+    assert json.loads(found.to_json()) == json.loads((folder / MANIFEST).read_text())
+    assert found.version == 1
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "\x00", '{"format": NaN}'])
 def test_not_json(folder: Path, text: str) -> None:
     (folder / MANIFEST).write_text(text)

@@ -166,7 +166,7 @@ def test_files_of_the_first_version_tell_a_transfer_by_its_number_of_prompts() -
     ("text", "message"),
     [
         ("", "not JSON"),
-        ("[]", "format: this is not a file of divergences"),
+        ("[]", "this is not a file of divergences"),
         ("{}", "format: "),
         (Policy.full(4).to_json(), "format: "),
         (changed("version", 3), "version: this release reads versions 1 and 2"),

@@ -555,7 +555,7 @@ def test_another_model_or_other_samples_are_refused_by_name(measured: Path) -> N
 def test_a_file_that_holds_something_else_is_not_overwritten(tmp_path: Path) -> None:
     path = tmp_path / "d.json"
     path.write_text(json.dumps({"mine": 1}))
-    with pytest.raises(ValueError, match=r"d\.json: format: this is not a file of divergences"):
+    with pytest.raises(ValueError, match=r"d\.json: format: .* this is not a file of divergences"):
         worker.measure(COUNT, path)
     assert contents(path) == {"d.json": b'{"mine": 1}'}
 

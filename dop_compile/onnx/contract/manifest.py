@@ -62,12 +62,13 @@ of one name agree within a graph. Sections may be padded to reach a minimum.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dop_compile.documents import parse, write_atomic
+from dop_compile.documents import Format, keep, kept, parse, read_text, write_atomic
 from dop_compile.onnx.contract import records
 from dop_compile.onnx.contract.parts import (
     DataFile,
@@ -104,8 +105,7 @@ __all__ = [
     "VisionGraph",
 ]
 
-FORMAT = "dop_compile.onnx"
-VERSION = 1
+FORMAT = Format("dop_compile.onnx", (1,), "the manifest of an export", "export again")
 MANIFEST, WEIGHTS = "manifest.json", "weights.bin"
 DECODE = "decode"
 POSITIONS = ("sequential", "model")
@@ -135,21 +135,17 @@ class Manifest:
     verification: Verification | None = field(default=None)
 
     def to_json(self) -> str:
-        return json.dumps(records.encode(self), indent=1, allow_nan=False)
+        return json.dumps(records.encode(self) | kept(self), indent=1, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str, where: str = "manifest") -> Manifest:
         """Strict reading of `to_json` text; ValueError naming the field for anything else."""
         try:
-            document = parse(text)
-            if not isinstance(document, dict) or document.get("format") != FORMAT:
-                raise ValueError(f"format: expected {FORMAT!r}; this is not the manifest of an export")
-            if document.get("version") != VERSION or type(document["version"]) is not int:
-                raise ValueError(
-                    f"version: this release reads version {VERSION}, got {document.get('version')!r}; export again"
-                )
-            manifest = records.decode(cls, text)
+            opened = FORMAT.open(parse(text))
+            fields = opened.take(own.name for own in dataclasses.fields(cls))
+            manifest = records.of_document(cls, FORMAT.header(opened.version) | fields)
             manifest._check()
+            keep(manifest, opened)
             return manifest
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{where}: {error}") from error
@@ -166,11 +162,7 @@ class Manifest:
         path = folder / MANIFEST
         if not path.is_file():
             raise FileNotFoundError(f"{folder}: no {MANIFEST} in it; expected a directory made by dop-compile export")
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}: expected UTF-8 JSON text, {error}") from error
-        manifest = cls.from_json(text, str(path))
+        manifest = cls.from_json(read_text(path), str(path))
         manifest.check_files(folder, hashes=hashes)
         return manifest
 

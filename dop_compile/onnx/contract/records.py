@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from dop_compile.documents import parse
 from dop_compile.policy.policy import Policy
 
-__all__ = ["decode", "encode"]
+__all__ = ["decode", "encode", "of_document"]
 
 T = TypeVar("T")
 _PLAIN: dict[type, str] = {str: "a string", bool: "true or false", int: "an integer", float: "a number"}
@@ -42,8 +42,13 @@ def decode(kind: type[T], text: str) -> T:
     Raises:
         ValueError: not such a document; the message names the field.
     """
+    return of_document(kind, parse(text))
+
+
+def of_document(kind: type[T], document: object) -> T:
+    """`decode` of JSON that has been read."""
     try:
-        return typing.cast(T, _read(kind, parse(text), ""))
+        return typing.cast(T, _read(kind, document, ""))
     except (TypeError, RecursionError) as error:
         raise ValueError(str(error)) from error
 

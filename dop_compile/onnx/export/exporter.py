@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dop_compile.errors import UnsupportedModelError
-from dop_compile.onnx.contract.manifest import DECODE, FORMAT, VERSION, WEIGHTS, Manifest
+from dop_compile.onnx.contract.manifest import DECODE, FORMAT, WEIGHTS, Manifest
 from dop_compile.onnx.contract.parts import Graph, PastClass, SectionInfo, Tier, VisionGraph
 from dop_compile.onnx.export.capture import Capture, modality_id
 from dop_compile.onnx.export.convert import Range, Signature, write_graph
@@ -221,8 +221,7 @@ class Exporter:
         }
         ids = {m: i for m in ("image", "video") if (i := modality_id(self.model, m)) is not None}
         return Manifest(
-            format=FORMAT,
-            version=VERSION,
+            **FORMAT.header(),
             opset=self.opset,
             static=self.shapes.static,
             model=model_info(self.model, self.hidden, kv_heads, head_dims),
