@@ -26,7 +26,7 @@ from dop_compile.errors import UnsupportedModelError, UnsupportedUsageError
 from dop_compile.hf.copies import copy_path, own, rebind, rebound
 from dop_compile.hf.model_path import placeholder_ids
 from dop_compile.hf.names import NEWLINE_EMBEDDINGS
-from dop_compile.hf.spellings import CACHE, cache_of, canonical, spelled
+from dop_compile.hf.spellings import CACHE, cache_of, canonical, signature, spelled
 from dop_compile.runtime.cache import PrunedCache
 from dop_compile.runtime.decoder import run_decoder
 from dop_compile.runtime.outer_masks import builds_masks, deferring_forward
@@ -120,7 +120,7 @@ class Frame:
 
     def _run_once(self, module: Any, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         kwargs = {n: value for n, value in spelled(function, kwargs).items() if n not in GENERATE_ARGUMENTS}
-        arguments = inspect.signature(function).bind_partial(module, *args, **kwargs).arguments
+        arguments = signature(function).bind_partial(module, *args, **kwargs).arguments
         named = canonical(function, {**arguments, **arguments.get("kwargs", {})})
         cache = named.get(CACHE)
         self.restore(cache)
@@ -158,11 +158,10 @@ class Frame:
 
     def _decoder_forward(self, call: Call) -> Callable[..., Any]:
         function = type(self.decoder).forward
-        signature = inspect.signature(function)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             if args:  # some outer models pass their decoder's arguments by position
-                positional = signature.bind_partial(self.decoder, *args).arguments
+                positional = signature(function).bind_partial(self.decoder, *args).arguments
                 kwargs = {**dict(list(positional.items())[1:]), **kwargs}
             call.done = True
             arguments = canonical(function, kwargs)

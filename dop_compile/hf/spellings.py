@@ -15,7 +15,19 @@ from weakref import WeakKeyDictionary
 
 from dop_compile.errors import UnsupportedModelError
 
-__all__ = ["CACHE", "EMBEDS", "IDS", "MASK", "POSITIONS", "cache_of", "canonical", "parameters", "require", "spelled"]
+__all__ = [
+    "CACHE",
+    "EMBEDS",
+    "IDS",
+    "MASK",
+    "POSITIONS",
+    "cache_of",
+    "canonical",
+    "parameters",
+    "require",
+    "signature",
+    "spelled",
+]
 
 IDS, EMBEDS, MASK, POSITIONS, CACHE = "input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values"
 
@@ -33,6 +45,7 @@ SPELLINGS: dict[str, tuple[str, ...]] = {
 class _Names:
     """A function's parameters, its own spelling of the arguments that it names, and what each spelling means to it."""
 
+    signature: inspect.Signature
     parameters: Mapping[str, inspect.Parameter]
     own: Mapping[str, str]
     meant: Mapping[str, str]
@@ -46,7 +59,8 @@ _KNOWN: WeakKeyDictionary[Callable[..., Any], _Names] = WeakKeyDictionary()
 def _names(function: Callable[..., Any]) -> _Names:
     function = getattr(function, "__func__", function)  # a bound method is gone at once, and holds its model
     if (known := _KNOWN.get(function)) is None:
-        parameters = inspect.signature(function).parameters
+        signature = inspect.signature(function)
+        parameters = signature.parameters
         own = {name: s for name, spellings in SPELLINGS.items() for s in reversed(spellings) if s in parameters}
         meant = {  # a further parameter of the function's own means something else
             s: name
@@ -55,13 +69,18 @@ def _names(function: Callable[..., Any]) -> _Names:
             if s not in parameters or s == own.get(name)
         }
         takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-        known = _KNOWN[function] = _Names(parameters, own, meant, takes_any)
+        known = _KNOWN[function] = _Names(signature, parameters, own, meant, takes_any)
     return known
 
 
 def parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
     """A function's parameters by name; a method's with `self`."""
     return _names(function).parameters
+
+
+def signature(function: Callable[..., Any]) -> inspect.Signature:
+    """A function's signature; a method's with `self`."""
+    return _names(function).signature
 
 
 def canonical(function: Callable[..., Any], arguments: Mapping[str, Any]) -> dict[str, Any]:

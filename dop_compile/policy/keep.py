@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 from dop_compile.policy.policy import Policy
@@ -38,20 +39,26 @@ class KeepTable:
     @classmethod
     def from_policy(cls, policy: Policy, groups: tuple[str, ...]) -> KeepTable:
         """The rows of a policy for the groups that a call contains; dense where nothing of them is pruned."""
-
-        def kept(layer: int, module: str) -> frozenset[str]:
-            return frozenset(group for group in groups if policy.keeps(group, layer, module))
-
-        layers = tuple(
-            LayerKeep(kept(layer, "mha_query"), kept(layer, "mha_key_value"), kept(layer, "mlp"))
-            for layer in range(policy.num_layers)
-        )
-        full = frozenset(groups)
-        if all(row == LayerKeep(full, full, full) for row in layers):
-            return cls.dense(policy.num_layers)
-        ranked = policy.ranking is not None and {"visual", *policy.ranking.groups} & full
-        return cls(groups, layers, policy.ranking if ranked else None)
+        return _from_policy(policy, groups)
 
     @property
     def is_dense(self) -> bool:
         return self.groups == (ANY_GROUP,)
+
+
+@functools.lru_cache(maxsize=256)
+def _from_policy(policy: Policy, groups: tuple[str, ...]) -> KeepTable:
+    """Kept, since every call and every generated token asks for it."""
+
+    def kept(layer: int, module: str) -> frozenset[str]:
+        return frozenset(group for group in groups if policy.keeps(group, layer, module))
+
+    layers = tuple(
+        LayerKeep(kept(layer, "mha_query"), kept(layer, "mha_key_value"), kept(layer, "mlp"))
+        for layer in range(policy.num_layers)
+    )
+    full = frozenset(groups)
+    if all(row == LayerKeep(full, full, full) for row in layers):
+        return KeepTable.dense(policy.num_layers)
+    ranked = policy.ranking is not None and {"visual", *policy.ranking.groups} & full
+    return KeepTable(groups, layers, policy.ranking if ranked else None)

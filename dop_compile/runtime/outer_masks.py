@@ -20,7 +20,7 @@ from dop_compile.errors import UnsupportedUsageError
 from dop_compile.hf.names import BLOCKS
 from dop_compile.hf.private import can_return_tuple
 from dop_compile.hf.rebuilt import names_in, with_globals
-from dop_compile.hf.spellings import CACHE, EMBEDS, MASK, POSITIONS, canonical, spelled
+from dop_compile.hf.spellings import CACHE, EMBEDS, MASK, POSITIONS, canonical, signature, spelled
 from dop_compile.runtime.mask_values import MaskValues
 
 __all__ = ["DeferredMask", "DeferredMasks", "builds_masks", "deferred", "deferring_forward", "positions_of_masks"]
@@ -151,10 +151,8 @@ def _with_builders(
     function: Any = inspect.unwrap(type(module).forward)
 
     def replaced(builder: Callable[..., Any]) -> Callable[..., Any]:
-        signature = inspect.signature(builder)
-
         def call(*args: Any, **kwargs: Any) -> Any:
-            arguments = dict(signature.bind(*args, **spelled(builder, kwargs)).arguments)
+            arguments = dict(signature(builder).bind(*args, **spelled(builder, kwargs)).arguments)
             return replace(builder, canonical(builder, arguments.pop("kwargs", {}) | arguments))
 
         return call
@@ -185,7 +183,7 @@ def positions_of_masks(decoder: nn.Module, **arguments: Any) -> Tensor | None:
         return None
 
     def stop(builder: Callable[..., Any], given: dict[str, Any]) -> None:
-        if "position_ids" in inspect.signature(builder).parameters:
+        if "position_ids" in signature(builder).parameters:
             raise _Asked(given.get("position_ids"))
 
     try:
