@@ -80,7 +80,7 @@ def test_logs_say_what_is_traced_rewritten_and_compiled(capfd: pytest.CaptureFix
 
     def run() -> str:
         torch._dynamo.reset()
-        compiled = dop_compile.dop_compile(batch.model, policy, backend="aot_eager")
+        compiled = dop_compile.dop_compile(batch.model, policy, backend=lambda graph, inputs: graph.forward)
         with torch.no_grad():
             compiled(**batch.inputs, **batch.call_arguments())
         return capfd.readouterr().err

@@ -78,7 +78,13 @@ def test_what_is_built_is_one_package_elsewhere(built: tuple[Path, Path], tmp_pa
         "print(dop_compile.__file__, axes.__file__, report.__file__, u.find_spec('passes'), u.find_spec('search'), "
         "dop_compile.__version__)"
     )
-    command = [sys.executable, "-S", "-c", f"import sys; sys.path[:0] = [{str(tmp_path)!r}, *{_site()!r}]; {code}"]
+    command = [
+        sys.executable,
+        "-E",
+        "-S",
+        "-c",
+        f"import sys; sys.path[:0] = [{str(tmp_path)!r}, *{_site()!r}]; {code}",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr
     *files, passes, search, version = done.stdout.split()

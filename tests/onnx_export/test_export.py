@@ -115,6 +115,7 @@ def check_all(name: str, opset: int) -> None:
         assert [o.name for o in model.graph.output] == [o.name for o in graph.outputs]
 
 
+@pytest.mark.conformance
 def test_opset_23_uses_its_operators_and_18_does_not() -> None:
     new = {"Attention", "RMSNormalization", "RotaryEmbedding"}
     graph = Manifest.load(exported("llava")).tiers["pruned"].prefill
