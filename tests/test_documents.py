@@ -74,6 +74,16 @@ def test_fields_of_a_newer_minor_version_are_named_and_kept(name: str, load: Any
     assert json.loads((tmp_path / "again.json").read_text()) == newer(name, version, later=[1, {"a": None}], more="x")
 
 
+def test_a_newer_policy_without_a_measured_divergence_can_be_read_again(load: Any, tmp_path: Path) -> None:
+    """Of this release it would be written in an older version, which has no such field."""
+    document = newer("policy-3", "3.1", later=1)
+    document["provenance"]["measured_divergence"] = None
+    with pytest.warns(UserWarning, match="later"):
+        found = load("policy-3", document)
+    found.save(tmp_path / "again.json")
+    assert json.loads((tmp_path / "again.json").read_text()) == document
+
+
 def test_a_policy_that_was_changed_is_one_of_this_release(load: Any) -> None:
     with pytest.warns(UserWarning, match="later"):
         found = load("policy-3", newer("policy-3", "3.1", later=1))

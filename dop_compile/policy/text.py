@@ -43,7 +43,10 @@ _LAYER_LIST = re.compile(r"\[\n[\d,\s]+\]")
 def encode(policy: Any) -> str:
     """The JSON text of `policy`, one line per field and per list of layers."""
     source = policy.provenance
-    version = 2 if source is None or source.measured_divergence is None else FORMAT.versions[-1]
+    newer = kept(policy)
+    version = FORMAT.versions[-1]
+    if not newer and (source is None or source.measured_divergence is None):
+        version = 2
     document = {
         **FORMAT.header(version),
         "num_layers": policy.num_layers,
@@ -59,7 +62,7 @@ def encode(policy: Any) -> str:
         },
         "provenance": source
         and {name: getattr(source, name) for name in _provenance_fields(version)} | {"versions": dict(source.versions)},
-    } | kept(policy)
+    } | newer
     text = json.dumps(document, indent=2, allow_nan=False)
     return _LAYER_LIST.sub(lambda match: re.sub(r"\s+", " ", match[0]).replace("[ ", "[").replace(" ]", "]"), text)
 
