@@ -2,8 +2,8 @@
 
 Every document has a `format` and a `version`: a whole number, the major version, or "major.minor". A release reads the
 major versions that it knows. A minor version may add fields at the top level of a document: a release that does not
-know them names them in a warning, and keeps them, so that the document is written again as it was. A newer major
-version is refused.
+know them names them in a warning, and keeps them, so that the document is written again as it was (but of a file of
+tiers, which is read as a plain mapping). A newer major version is refused.
 """
 
 from __future__ import annotations
@@ -77,16 +77,20 @@ class Document:
     newer: str | None = None
     unknown: dict[str, Any] = field(default_factory=dict)
 
-    def take(self, names: Iterable[str]) -> dict[str, Any]:
-        """The fields; of a newer minor version those of these names alone, and a warning about the others."""
+    def take(self, names: Iterable[str], *, keeps: bool = True) -> dict[str, Any]:
+        """The fields; of a newer minor version those of these names alone, and a warning about the others.
+
+        Args:
+            keeps: whether the others will be written again (`keep`), for the warning.
+        """
         if self.newer is None:
             return self.fields
         names = set(names)
         self.unknown = {name: value for name, value in self.fields.items() if name not in names}
         if self.unknown:
             warnings.warn(
-                f"version {self.newer}: {', '.join(self.unknown)}: not known to this release, which keeps them as they "
-                "are and does nothing with them",
+                f"version {self.newer}: {', '.join(self.unknown)}: not known to this release, which "
+                + ("keeps them as they are and does nothing with them" if keeps else "leaves them out"),
                 stacklevel=4,
             )
         return {name: value for name, value in self.fields.items() if name in names}
@@ -113,12 +117,12 @@ def kept(instance: object) -> dict[str, Any]:
     return found
 
 
-def read_text(path: str | os.PathLike[str]) -> str:
-    """The text of a file; ValueError naming it for one that is not UTF-8."""
+def read_text(path: str | os.PathLike[str], what: str = "") -> str:
+    """The text of a file; ValueError naming it, after `what` it is, for one that is not UTF-8."""
     try:
         return Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{os.fspath(path)}: expected UTF-8 JSON text, {error}") from error
+        raise ValueError(f"{what}{os.fspath(path)}: expected UTF-8 JSON text, {error}") from error
 
 
 def write_atomic(path: str | os.PathLike[str], text: str) -> None:

@@ -64,6 +64,12 @@ def test_tiers_of_today(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "again" / TIERS_FILE).read_text()) == document_of("tiers-1")
 
 
+def test_fields_of_newer_tiers_are_named_and_left_out(tmp_path: Path) -> None:
+    (tmp_path / TIERS_FILE).write_text(json.dumps(newer("tiers-1", "1.1", later=1)))
+    with pytest.warns(UserWarning, match=r"version 1\.1: later: not known to this release, which leaves them out"):
+        assert list(load_policies(tmp_path)) == ["100%", "28%"]
+
+
 @pytest.mark.parametrize("name", [name for name in KINDS if name != "policy-2"])
 def test_fields_of_a_newer_minor_version_are_named_and_kept(name: str, load: Any, tmp_path: Path) -> None:
     version = f"{document_of(name)['version']}.4"

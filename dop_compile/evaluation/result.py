@@ -7,13 +7,12 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dop_compile.checks import choice, integer
-from dop_compile.documents import Format, keep, kept, parse, write_atomic
+from dop_compile.documents import Format, keep, kept, parse, read_text, write_atomic
 from dop_compile.evaluation.intervals import Difference, paired_difference
 from dop_compile.evaluation.methods import ORIGINAL, RESIZE
 from dop_compile.policy.policy import Policy
@@ -279,7 +278,7 @@ class Evaluation:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Evaluation:
         """Read what `save` wrote; ValueError naming the file for anything else."""
-        return cls.from_json(Path(path).read_text(encoding="utf-8"), os.fspath(path))
+        return cls.from_json(read_text(path), os.fspath(path))
 
 
 def _method_document(method: Measured) -> dict[str, Any]:

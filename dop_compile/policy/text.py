@@ -10,11 +10,10 @@ import itertools
 import json
 import os
 import re
-from pathlib import Path
 from typing import Any
 
 from dop_compile.checks import choice, integer, pairs
-from dop_compile.documents import Format, keep, kept, parse
+from dop_compile.documents import Format, keep, kept, parse, read_text
 from dop_compile.policy.operations import MODULES, Operation
 from dop_compile.policy.provenance import Provenance
 from dop_compile.policy.ranking import Ranking
@@ -104,12 +103,7 @@ def decode(text: str, where: str, policy_class: Any) -> Any:
 
 def read(path: str | os.PathLike[str], policy_class: Any) -> Any:
     """The policy in the file at `path`; ValueError naming the file, or the OSError of opening it."""
-    content = Path(path).read_bytes()
-    try:
-        text = content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"policy file {os.fspath(path)}: expected UTF-8 JSON text, {error}") from error
-    return decode(text, f"policy file {os.fspath(path)}", policy_class)
+    return decode(read_text(path, "policy file "), f"policy file {os.fspath(path)}", policy_class)
 
 
 def _object(field: str, value: object, names: tuple[str, ...] | None) -> dict[str, Any]:

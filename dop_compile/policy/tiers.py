@@ -86,7 +86,7 @@ def _encode(tiers: Mapping[str, Policy] | Policy) -> str:
 
 
 def _decode(text: str) -> dict[str, Policy]:
-    document = FORMAT.open(parse(text)).take(["tiers"])
+    document = FORMAT.open(parse(text)).take(["tiers"], keeps=False)
     if wrong := set(document).symmetric_difference({"tiers"}):
         raise ValueError(f"{', '.join(sorted(wrong))}: unknown or missing")
     tiers = document["tiers"]

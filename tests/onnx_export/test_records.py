@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import pytest
 
 from dop_compile import Policy
+from dop_compile.documents import parse
 from dop_compile.onnx.contract.records import decode, encode
 
 
@@ -34,7 +35,7 @@ def changed(**fields: object) -> str:
 
 
 def test_round_trip() -> None:
-    assert decode(Outer, json.dumps(encode(VALUE))) == VALUE
+    assert decode(Outer, parse(json.dumps(encode(VALUE)))) == VALUE
 
 
 @pytest.mark.parametrize(
@@ -57,4 +58,4 @@ def test_round_trip() -> None:
 )
 def test_anything_else_is_refused_by_field(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        decode(Outer, text)
+        decode(Outer, parse(text))

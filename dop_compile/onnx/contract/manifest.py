@@ -143,7 +143,7 @@ class Manifest:
         try:
             opened = FORMAT.open(parse(text))
             fields = opened.take(own.name for own in dataclasses.fields(cls))
-            manifest = records.of_document(cls, FORMAT.header(opened.version) | fields)
+            manifest = records.decode(cls, FORMAT.header(opened.version) | fields)
             manifest._check()
             keep(manifest, opened)
             return manifest

@@ -1,4 +1,4 @@
-"""Frozen dataclasses as strict JSON: unknown, missing and repeated fields and wrong types are errors that name them.
+"""Frozen dataclasses as strict JSON: unknown and missing fields and wrong types are errors that name them.
 
 Field types that can be read: str, bool, int, float, dataclasses, `X | None`, unions of plain types, `tuple[X, ...]`,
 `dict[str, X]` and `Policy` (as its own document).
@@ -14,10 +14,9 @@ import types
 import typing
 from typing import Any, TypeVar
 
-from dop_compile.documents import parse
 from dop_compile.policy.policy import Policy
 
-__all__ = ["decode", "encode", "of_document"]
+__all__ = ["decode", "encode"]
 
 T = TypeVar("T")
 _PLAIN: dict[type, str] = {str: "a string", bool: "true or false", int: "an integer", float: "a number"}
@@ -36,17 +35,12 @@ def encode(value: Any) -> Any:
     return value
 
 
-def decode(kind: type[T], text: str) -> T:
-    """The dataclass that `text` is a document of.
+def decode(kind: type[T], document: object) -> T:
+    """The dataclass that parsed JSON is a document of.
 
     Raises:
         ValueError: not such a document; the message names the field.
     """
-    return of_document(kind, parse(text))
-
-
-def of_document(kind: type[T], document: object) -> T:
-    """`decode` of JSON that has been read."""
     try:
         return typing.cast(T, _read(kind, document, ""))
     except (TypeError, RecursionError) as error:
