@@ -99,15 +99,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _action(name: str, debug: bool) -> Callable[[argparse.Namespace], int | None]:
     """What a command does; libraries that it needs say nothing while they are imported, unless someone debugs."""
+    before = logging.root.manager.disable
     if not debug:
-        logging.disable(logging.WARNING)
+        logging.disable(max(before, logging.WARNING))
     try:
         from transformers.utils import logging as hf_logging  # late: it takes seconds
 
         module, _, function = ACTIONS[name].partition(":")
         action: Callable[[argparse.Namespace], int | None] = getattr(importlib.import_module(module), function)
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(before)
     if not debug:
         hf_logging.set_verbosity(logging.ERROR)
     return action

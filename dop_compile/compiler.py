@@ -17,7 +17,6 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dop_compile import logs
 from dop_compile.drop_in.door import check_model, check_policy
 from dop_compile.drop_in.following import OriginalFollower, Views
 from dop_compile.drop_in.model import drop_in
@@ -25,7 +24,7 @@ from dop_compile.drop_in.typed import CompiledModel
 from dop_compile.errors import PassError, UnsupportedModelError, UnsupportedUsageError
 from dop_compile.hf.copies import copy_path, is_own
 from dop_compile.hf.model_path import block_path, decoder_path, unblocked
-from dop_compile.identity import Same
+from dop_compile.logs import TRACE
 from dop_compile.passes import PIPELINE, DecoderGraph, check_graph, run_passes
 from dop_compile.passes.annotate import ANNOTATE
 from dop_compile.passes.cleanup import eliminate_dead_nodes
@@ -72,7 +71,7 @@ def trace(decoder: nn.Module, inputs: DecoderInputs | None = None) -> TracedDeco
     started = time.perf_counter()
     traced = trace_decoder(decoder, inputs)
     localise_sizes(traced.graph)
-    logs.TRACE.info(
+    TRACE.info(
         "%s: %d nodes in %.0f ms",
         type(decoder).__name__,
         len(traced.graph.nodes),
@@ -212,7 +211,7 @@ class CompiledState:
         weight = next(decoder.parameters())
         patches = tuple(value for value in vars(decoder).values() if inspect.isroutine(value) and not is_own(value))
         hooks = tuple(
-            (Same(module), module.training, "forward" in vars(module), *map(tuple, _hooks(module)))
+            (module, module.training, "forward" in vars(module), *map(tuple, _hooks(module)))
             for module in decoder.modules()
         )
         return hooks, patches, decoder.training, decoder.config._attn_implementation, weight.dtype, weight.device

@@ -10,7 +10,6 @@ depth, and no tokens, goes on from the residual stream that the original decoder
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,7 +23,7 @@ from dop_compile.drop_in.frame import CALL_ARGUMENTS, Frame, Session, presented_
 from dop_compile.drop_in.observer import Observer
 from dop_compile.drop_in.wrapped_forward import check_unwrapped
 from dop_compile.errors import UnsupportedUsageError
-from dop_compile.hf.copies import copy_path, own, shallow_copy
+from dop_compile.hf.copies import copy_path, own_forward, shallow_copy
 from dop_compile.hf.dimensions import DecoderDims
 from dop_compile.hf.merging import merge_images
 from dop_compile.hf.model_path import placeholder_ids
@@ -259,12 +258,11 @@ def _noting(decoder: Any, depths: frozenset[int], streams: dict[int, Tensor]) ->
     """
     path, layers = find_layers(decoder)
     copies = copy_path(decoder, path)
-    copies[0].forward = own(functools.partial(type(decoder).forward, copies[0]))
 
     def note(depth: int) -> None:
         layer = layers[depth]
         copy = copies[-1]._modules[str(depth)] = shallow_copy(layer, own_children=False)
-        plain = vars(copy).get("forward") or functools.partial(type(layer).forward, copy)
+        plain = own_forward(copy)
         _, stream, *_ = parameters(type(layer).forward)
 
         def forward(*args: Any, **kwargs: Any) -> Any:

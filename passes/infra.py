@@ -7,6 +7,7 @@ every pass in debug mode, and names the failing pass and those that ran before i
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -41,13 +42,12 @@ class Pass:
 
 def describe_passes(graph: DecoderGraph) -> str:
     """What every pass did, for people: a header, the changed lines (with `diff=True`), and what was kept and why."""
-    lines: list[str] = []
-    for report in graph.reports:
-        lines.append(str(report))
-        if report.name in graph.diffs:
-            lines.append(graph.diffs[report.name])
-        lines += [f"kept {reason}" for reason in report.kept]
-    return "\n".join(lines)
+    return "\n".join(_described(graph, report) for report in graph.reports)
+
+
+def _described(graph: DecoderGraph, report: PassReport) -> str:
+    changes = [graph.diffs[report.name]] if report.name in graph.diffs else []
+    return "\n".join([str(report), *changes, *(f"kept {reason}" for reason in report.kept)])
 
 
 def _check_disabled(passes: Sequence[Pass], disable: Sequence[str]) -> None:
@@ -105,8 +105,9 @@ def run_passes(
             ) from error.__cause__
         report.seconds = time.perf_counter() - started
         report.nodes_after = len(graph.graph.nodes)
-        PASSES.info("%s", "\n".join([str(report), *(f"kept {reason}" for reason in report.kept)]))
         if diff:
             before, text = text, dump(graph.graph)
             graph.diffs[item.name] = diff_dumps(before, text)
+        if PASSES.isEnabledFor(logging.INFO):
+            PASSES.info("%s", _described(graph, report))
     return graph

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,7 @@ from dop_compile.drop_in.frame import Frame, Session, presented_as
 from dop_compile.drop_in.observer import Observer
 from dop_compile.evaluation.clock import Clock
 from dop_compile.evaluation.memory import PeakMemory
-from dop_compile.hf.copies import copy_path, rebind
+from dop_compile.hf.copies import copy_path, own_forward, rebind
 from dop_compile.hf.model_path import decoder_path, path_modules
 from dop_compile.hf.spellings import cache_of
 from dop_compile.policy.policy import Policy
@@ -108,10 +107,11 @@ def _watched(model: Any, watch: _Watch) -> Any:
     path = decoder_path(model)
     copies = copy_path(model, path)
     originals = [module for _, module in path_modules(model, path)]
+    stands_for = {id(original): copy for original, copy in zip(originals, copies, strict=True)}
     for copy in copies:
-        rebind(copy, {id(original): own for original, own in zip(originals, copies, strict=True)})
+        rebind(copy, stands_for)
     root, decoder = copies[0], copies[-1]
-    run_model, run_decoder = _forward(root), _forward(decoder)
+    run_model, run_decoder = own_forward(root), own_forward(decoder)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         output = run_model(*args, **kwargs)
@@ -125,11 +125,6 @@ def _watched(model: Any, watch: _Watch) -> Any:
     root.forward = presented_as(type(model).forward, forward)
     decoder.forward = presented_as(type(decoder).forward, decoder_forward)
     return root
-
-
-def _forward(module: Any) -> Callable[..., Any]:
-    found: Callable[..., Any] = vars(module).get("forward") or functools.partial(type(module).forward, module)
-    return found
 
 
 # --- token counts -----------------------------------------------------------------------------------------------------

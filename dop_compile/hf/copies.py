@@ -19,9 +19,9 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from dop_compile.hf.rebuilt import remade
+from dop_compile.hf.rebuilt import names_of, remade
 
-__all__ = ["BOUND_CALLS", "copy_path", "is_own", "own", "rebind", "rebound", "shallow_copy"]
+__all__ = ["BOUND_CALLS", "copy_path", "is_own", "own", "own_forward", "rebind", "rebound", "shallow_copy"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -49,6 +49,12 @@ def copy_path(root: nn.Module, path: str) -> list[Any]:
         chain[-1]._modules[name] = child
         chain.append(child)
     return chain
+
+
+def own_forward(module: nn.Module) -> Callable[..., Any]:
+    """The forward of a module's class, bound to it, or the one that was put on the instance."""
+    forward: Callable[..., Any] = vars(module).get("forward") or functools.partial(type(module).forward, module)
+    return forward
 
 
 _FOLLOWED = (types.FunctionType, types.MethodType, functools.partial)
@@ -114,7 +120,7 @@ def _function(value: types.FunctionType, follow: Callable[[Any], Any]) -> Any:
     cells = tuple(map(functools.partial(_cell, follow=follow), value.__closure__ or ()))
     defaults = tuple(map(follow, value.__defaults__ or ()))
     keywords = {name: follow(item) for name, item in (value.__kwdefaults__ or {}).items()}
-    used = {name: value.__globals__[name] for name in _global_names(value.__code__) & value.__globals__.keys()}
+    used = {name: value.__globals__[name] for name in names_of(value.__code__) & value.__globals__.keys()}
     namespace = {name: new for name, old in used.items() if _near(old, value) and (new := follow(old)) is not old}
     before = (*(value.__closure__ or ()), *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())
     same = all(new is old for new, old in zip((*cells, *defaults, *keywords.values()), before, strict=True))
@@ -139,11 +145,6 @@ def _cell(cell: types.CellType, follow: Callable[[Any], Any]) -> types.CellType:
 def _near(value: Any, function: types.FunctionType) -> bool:
     """Whether a function's global may lead to what its author had at hand: no functions of other modules do."""
     return not isinstance(value, types.FunctionType) or value.__globals__ is function.__globals__
-
-
-def _global_names(code: types.CodeType) -> set[str]:
-    inner = (_global_names(part) for part in code.co_consts if isinstance(part, types.CodeType))
-    return set(code.co_names).union(*inner)
 
 
 class _Globals(dict[str, Any]):

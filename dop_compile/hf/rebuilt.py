@@ -10,7 +10,7 @@ import inspect
 import types
 from typing import Any
 
-__all__ = ["names_in", "remade", "with_globals"]
+__all__ = ["names_in", "names_of", "remade", "with_globals"]
 
 
 def remade(
@@ -33,8 +33,13 @@ def with_globals(function: types.FunctionType, namespace: dict[str, Any]) -> typ
 
 def names_in(function: Any) -> set[str]:
     """Global names and attributes that a function uses, and the functions written inside it."""
+    return names_of(inspect.unwrap(function).__code__)
+
+
+def names_of(code: types.CodeType) -> set[str]:
+    """`names_in` of a function's code."""
     names: set[str] = set()
-    codes = [inspect.unwrap(function).__code__]
+    codes = [code]
     while codes:
         code = codes.pop()
         names.update(code.co_names)

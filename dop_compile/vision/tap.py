@@ -7,7 +7,6 @@ always does, with its own attention implementation.
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dop_compile.hf.copies import own, rebind, shallow_copy
+from dop_compile.hf.copies import own, own_forward, rebind, shallow_copy
 from dop_compile.hf.names import ATTENTIONS, CLASS_TOKENS, PROJECTORS
 from dop_compile.hf.private import maybe_install_capturing_hooks
 
@@ -164,14 +163,8 @@ def _install_recorders(module: nn.Module) -> None:
         maybe_install_capturing_hooks(module)
 
 
-def _own_forward(module: nn.Module) -> Callable[..., Any]:
-    """The forward that the original has: its class's, or one that was put on the instance."""
-    forward: Callable[..., Any] = vars(module).get("forward") or functools.partial(type(module).forward, module)
-    return forward
-
-
 def _noting_projector(module: nn.Module, observed: Observed) -> Callable[..., Any]:
-    plain = _own_forward(module)
+    plain = own_forward(module)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         observed.note_mode("projector")
@@ -184,7 +177,7 @@ def _noting_projector(module: nn.Module, observed: Observed) -> Callable[..., An
 
 
 def _noting_attention(tower: Tower, module: nn.Module, observed: Observed) -> Callable[..., Any]:
-    plain = _own_forward(module)
+    plain = own_forward(module)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         observed.note_mode("tower")

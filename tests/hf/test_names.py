@@ -49,7 +49,7 @@ def sources() -> str:
     return "\n".join(file.read_text() for file in files if file.name.startswith(("modeling_", "configuration_")))
 
 
-@pytest.mark.parametrize("name", OF_MODELS)
+@pytest.mark.parametrize("name", sorted(set(OF_MODELS)))
 def test_models_have_it(name: str) -> None:
     assert name in sources()
 

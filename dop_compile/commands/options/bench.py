@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
-from dop_compile.commands.options.common import positive
+from dop_compile.commands.options.common import DTYPES, positive
 
 __all__ = ["ACTIONS", "add_bench_command"]
 
@@ -34,8 +34,7 @@ def add_bench_command(command: Callable[..., argparse.ArgumentParser], policy: a
     one.add_argument("--backend", action="append", default=[], metavar="NAME", help=backend)
     one.add_argument("--rounds", type=positive, default=7, metavar="N", help="measured rounds (7)")
     one.add_argument("--new-tokens", type=positive, default=32, metavar="N", help="length of every answer (32)")
-    dtypes = ("auto", "float32", "bfloat16", "float16")
-    one.add_argument("--dtype", choices=dtypes, default="auto", help="of the weights; auto: as saved")
+    one.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights; auto: as saved")
     one.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
     one.add_argument("--out", metavar="DIR", help="where bench.json and bench.md go; unless given, only printed")
     one.add_argument("--force", action="store_true", help="replace files that are there")
