@@ -10,6 +10,7 @@ process of its own. Memory is what the choice needs at most beside its input.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import multiprocessing
 import resource
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 from common import environment
+from reducers import contexts
 from tqdm import tqdm
 
 from dop_compile.reducers import VisualContext, create, known
@@ -28,20 +30,10 @@ WIDTH, KEPT = 1024, 8
 
 
 def picture(tokens: int) -> VisualContext:
-    generator = torch.Generator().manual_seed(0)
-    features = torch.randn(tokens, WIDTH, generator=generator)
-    weight = torch.randn(WIDTH, WIDTH, generator=generator) * WIDTH**-0.5
-    return VisualContext(
-        projected=features @ weight,
-        text=torch.randn(40, WIDTH, generator=generator),
-        segments=torch.zeros(tokens, dtype=torch.long),
-        sample_index=0,
-        features=features,
-        cls_attention=torch.rand(tokens, generator=generator),
-        keys=torch.randn(tokens, 64, generator=generator),
-        project=lambda rows: rows @ weight,
-        tiles=torch.zeros(tokens, dtype=torch.long),
-    )
+    """All tokens in one part."""
+    torch.manual_seed(0)
+    (context,) = contexts(WIDTH, tokens, 1, torch.device("cpu"), torch.float32)
+    return dataclasses.replace(context, tiles=torch.zeros(tokens, dtype=torch.long))
 
 
 def peak() -> float:
