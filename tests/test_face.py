@@ -63,6 +63,14 @@ def test_the_version_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     assert dop_compile.__version__ in capsys.readouterr().out
 
 
+def test_compiled_models_are_told_from_their_originals() -> None:
+    batch = make_batch("llama")
+    compiled = dop_compile.dop_compile(batch.model, {"a": Policy.full(batch.family.num_layers)}, backend="eager")
+    assert isinstance(compiled, dop_compile.CompiledModel)
+    assert isinstance(compiled.tier("a"), dop_compile.CompiledModel)
+    assert not isinstance(batch.model, dop_compile.CompiledModel)
+
+
 @pytest.fixture
 def _as_before() -> Iterator[None]:
     kept = [(logger, logger.level, logger.propagate) for logger in (logs.TRACE, logs.PASSES, logs.COMPILE)]

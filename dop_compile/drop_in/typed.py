@@ -1,7 +1,6 @@
 """What `dop_compile` returns, for type checkers and completion.
 
-A compiled model is of the class of the model that was compiled, which can do more than is said here; no class is made
-for it when a program runs.
+A compiled model is of the class of the model that was compiled, which can do more than is said here.
 """
 
 from __future__ import annotations
@@ -59,4 +58,12 @@ if TYPE_CHECKING:
         def generate(self, *args: Any, tier: str | None = None, **kwargs: Any) -> Any:
             """The original's `generate` in a tier; arguments as of `forward` and of the original's."""
 else:
-    CompiledModel = PreTrainedModel
+
+    class _Compiled(type):
+        """Tells compiled models, which are of the originals' classes, from those."""
+
+        def __instancecheck__(cls, instance: object) -> bool:
+            return isinstance(instance, PreTrainedModel) and "dop_tier" in vars(instance)
+
+    class CompiledModel(metaclass=_Compiled):
+        """What `dop_compile` returns: for annotations and `isinstance`."""
