@@ -24,9 +24,9 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, DynamicCache, LlamaC
 
 from dop_compile import Policy, dop_compile, explain, prefill_flops
 from dop_compile.hf.spellings import CACHE, spelled
+from dop_compile.runtime.call import Call
 from dop_compile.runtime.decoder import run_decoder
 from dop_compile.runtime.prompt import Prompt, make_reducer, reduce_prompt
-from dop_compile.runtime.slots import Call
 from dop_compile.timing.rounds import ratio
 
 

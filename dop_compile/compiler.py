@@ -8,7 +8,6 @@ policy   --normalise--> keep table (group, layer, module)
 from __future__ import annotations
 
 import copy
-import inspect
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,9 +19,10 @@ from transformers import PreTrainedModel
 from dop_compile.drop_in.door import check_model, check_policy
 from dop_compile.drop_in.following import OriginalFollower, Views
 from dop_compile.drop_in.model import drop_in
+from dop_compile.drop_in.structure import Structure
 from dop_compile.drop_in.typed import CompiledModel
-from dop_compile.errors import PassError, UnsupportedModelError, UnsupportedUsageError
-from dop_compile.hf.copies import copy_path, is_own
+from dop_compile.errors import PassError, UnsupportedModelError
+from dop_compile.hf.copies import copy_path
 from dop_compile.hf.model_path import block_path, decoder_path, unblocked
 from dop_compile.logs import TRACE
 from dop_compile.passes import PIPELINE, DecoderGraph, check_graph, run_passes
@@ -116,7 +116,8 @@ class CompiledState:
         self._programs: dict[Any, Program] = {}
         self._traces: dict[DecoderInputs, TracedDecoder] = {}
         self._lock = threading.RLock()
-        self._structure = self._current_structure()
+        self._structure = Structure(self.base.get_submodule(self.decoder_path))
+        self._structure.holds()
 
     @property
     def decoder(self) -> Any:
@@ -193,32 +194,12 @@ class CompiledState:
         Raises:
             UnsupportedUsageError: the model is trained with gradient checkpointing.
         """
-        structure = self._current_structure()
-        if structure != self._structure:
+        if not self._structure.holds():
             with self._lock:
                 self._programs.clear()
                 self._traces.clear()
                 self.library.clear()
-                self._structure = structure
-
-    def _current_structure(self) -> Any:
-        decoder: Any = self.base.get_submodule(self.decoder_path)
-        if decoder.training and any(getattr(module, "gradient_checkpointing", False) for module in decoder.modules()):
-            raise UnsupportedUsageError(
-                "gradient checkpointing is not supported by a compiled model; call gradient_checkpointing_disable(), "
-                "or eval() for inference"
-            )
-        weight = next(decoder.parameters())
-        patches = tuple(value for value in vars(decoder).values() if inspect.isroutine(value) and not is_own(value))
-        hooks = tuple(
-            (module, module.training, "forward" in vars(module), *map(tuple, _hooks(module)))
-            for module in decoder.modules()
-        )
-        return hooks, patches, decoder.training, decoder.config._attn_implementation, weight.dtype, weight.device
-
-
-def _hooks(module: nn.Module) -> tuple[Mapping[int, Any], ...]:
-    return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+                self._structure = Structure(self.base.get_submodule(self.decoder_path))
 
 
 def dop_compile(

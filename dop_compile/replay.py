@@ -31,9 +31,10 @@ from dop_compile.hf.spellings import CACHE, canonical, parameters, spelled
 from dop_compile.policy.costs import prefill_flops
 from dop_compile.policy.policy import Policy
 from dop_compile.reports.executed import SampleTokens, resumed_flops
+from dop_compile.runtime.call import Call
 from dop_compile.runtime.decoder import run_decoder
 from dop_compile.runtime.outer_masks import deferred
-from dop_compile.runtime.slots import Call, token_counts
+from dop_compile.runtime.token_kinds import token_counts
 from dop_compile.tracing.side_inputs import embed_ids
 from dop_compile.tracing.trace import find_layers
 from dop_compile.vision.prompt import vision_fields

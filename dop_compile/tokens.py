@@ -69,6 +69,13 @@ class TokenSet:
     atoms: frozenset[Atom]
     universe: Universe
 
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.atoms, self.universe))
+
+    def __hash__(self) -> int:  # sets are keys that each layer of each call looks up
+        return self._hash
+
     def __or__(self, other: TokenSet) -> TokenSet:
         return TokenSet(self.atoms | other.atoms, self.universe)
 
@@ -84,7 +91,7 @@ class TokenSet:
     def __bool__(self) -> bool:
         return bool(self.atoms)
 
-    @property
+    @cached_property
     def is_all(self) -> bool:
         return len(self.atoms) == len(self.universe.atoms)
 

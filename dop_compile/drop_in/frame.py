@@ -28,9 +28,9 @@ from dop_compile.hf.model_path import placeholder_ids
 from dop_compile.hf.names import NEWLINE_EMBEDDINGS
 from dop_compile.hf.spellings import CACHE, cache_of, canonical, signature, spelled
 from dop_compile.runtime.cache import PrunedCache
+from dop_compile.runtime.call import Call
 from dop_compile.runtime.decoder import run_decoder
 from dop_compile.runtime.outer_masks import builds_masks, deferring_forward
-from dop_compile.runtime.slots import Call
 from dop_compile.vision.features import TokenFeatures
 from dop_compile.vision.prompt import watch_vision
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from dop_compile.policy.policy import Policy
-from dop_compile.runtime.slots import Call
+from dop_compile.runtime.call import Call
 from dop_compile.vision.prompt import vision_fields
 
 __all__ = ["Observer"]

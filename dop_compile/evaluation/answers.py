@@ -18,7 +18,8 @@ from dop_compile.hf.model_path import decoder_path, path_modules
 from dop_compile.hf.spellings import cache_of
 from dop_compile.policy.policy import Policy
 from dop_compile.runtime.cache import PrunedCache
-from dop_compile.runtime.slots import Call, token_counts
+from dop_compile.runtime.call import Call
+from dop_compile.runtime.token_kinds import token_counts
 
 __all__ = ["Answer", "Asker", "prompt_counts"]
 

@@ -136,6 +136,8 @@ class Reducer(Protocol):
     - `at_most = True`: may keep fewer tokens than asked for.
     - `select_many(contexts, counts) -> Sequence[Selection]`: called in place of the reducer itself with all contexts
       of a batch that have the same number of tokens, so that their numbers can be computed together.
+    - `reads_values = False`: it goes by numbers of tokens alone. `projected` (tokens, 0) and `text` (n_text, 0) then
+      hold nothing and are on the CPU, so that a prefill on a GPU does not wait for its answer.
     - `prepare(contexts) -> Sequence[VisualContext]`: called before contexts are divided into tiles, for what needs the
       whole image; returns them with `relevance` set.
     """

@@ -30,6 +30,7 @@ class GivenReducer:
     indices: tuple[tuple[int, ...], ...]
     name = "given"
     requires = frozenset[str]()
+    reads_values = False
     whole_sample = True
 
     def __init__(self, indices: Sequence[Sequence[int] | Tensor] | Tensor) -> None:

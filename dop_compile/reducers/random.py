@@ -24,6 +24,7 @@ class RandomReducer:
     seed: int = 0
     name = "random"
     requires = frozenset[str]()
+    reads_values = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):

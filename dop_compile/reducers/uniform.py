@@ -19,6 +19,7 @@ class UniformReducer:
 
     name = "uniform"
     requires = frozenset[str]()
+    reads_values = False
 
     def __call__(self, context: VisualContext, count: int) -> Selection:
         kept = _ranked_stride(context.tokens, count)

@@ -17,13 +17,14 @@ from dop_compile.hf.names import PACKED_FEATURES, REFUSED_OUTPUTS, UNUSED_ARGUME
 from dop_compile.hf.rebuilt import names_in
 from dop_compile.hf.spellings import CACHE, parameters, spelled
 from dop_compile.runtime.cache import PrunedCache, ReducedView
+from dop_compile.runtime.call import Arguments, Call
 from dop_compile.runtime.call_rankings import CallRankings
 from dop_compile.runtime.layout import TokenLayout
 from dop_compile.runtime.masks import MaskSelector
 from dop_compile.runtime.outer_masks import deferred
 from dop_compile.runtime.packed import packed_rows
 from dop_compile.runtime.program import Program
-from dop_compile.runtime.slots import Arguments, Call, Slots
+from dop_compile.runtime.slots import Slots
 from dop_compile.tokens import TokenSet
 from dop_compile.tracing.side_inputs import embed_ids
 from dop_compile.tracing.trace import DecoderInputs
@@ -221,6 +222,7 @@ def run_decoder(compiled: Any, decoder: nn.Module, call: Call, **kwargs: Any) ->
     values |= {f"packed_{index}": feature for index, feature in enumerate(packed[1])}
     if slots.keep.ranking is not None:
         values["rankings"] = CallRankings(slots.keep.ranking, layout, selector, embeds, past, slots.newlines())
+    layout.send(program.indices, program.grids)
     hidden = program(values, lambda spec: layout.index(spec.kind, spec.tokens, spec.others))
     slots.commit(program, selector)
     hidden = _caller_rows(compiled, arguments, slots, layout, program.output_tokens, hidden)

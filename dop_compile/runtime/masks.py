@@ -25,6 +25,9 @@ from dop_compile.tokens import TokenSet
 __all__ = ["MaskSelector", "additive"]
 
 
+_NOTHING = object()
+
+
 def additive(visible: Tensor, like: Tensor) -> Tensor:
     """A boolean mask as eager attention takes it: 0 where it is True, the lowest number of `like`'s dtype elsewhere."""
     zero = torch.zeros((), dtype=like.dtype, device=like.device)
@@ -58,36 +61,50 @@ class MaskSelector:
         self._past_slots = past_slots
         self._memo: dict[Any, Any] = {}
         self._appended: dict[Any, Entries] = {}
+        # Most layers ask for what the one before asked for
+        self._last_entries: tuple[Any, Any, Any] = (_NOTHING, None, None)
+        self._last: tuple[Any, Any, Any, Any] = (_NOTHING, None, None, None)
 
     def entries(self, layer: int, keys: TokenSet) -> Entries:
         """What the layer holds after the call; equal histories give the same object."""
-        past = self._past.get(layer, Entries())
-        key = (Same(past) if layer in self._past else None, keys)
+        past = self._past.get(layer)
+        same_past, same_keys, entries = self._last_entries
+        if past is same_past and keys is same_keys:
+            known: Entries = entries
+            return known
+        key = (Same(past), keys)
         if key not in self._appended:
             count = self._layout.count(keys)
             slots, valid = (None, None) if keys.is_all else self._layout.device_slots(keys)
-            self._appended[key] = past.append(self._past_slots, count, slots, valid)
+            self._appended[key] = (past or Entries()).append(self._past_slots, count, slots, valid)
+        self._last_entries = past, keys, self._appended[key]
         return self._appended[key]
 
     def select(self, mask: Any, layer: int, queries: TokenSet, keys: TokenSet) -> tuple[Any, Tensor | None]:
-        """The layer's mask (batch, 1, queries, entries) and which queries see a key (batch, queries).
+        """The layer's mask (batch, 1, queries, entries), and which queries see a key (batch, queries).
 
-        Both are None where the kernel needs no mask. Returns the model's own mask, untouched, where every slot is a
-        query and every slot is stored.
+        The mask is None where the kernel needs none, the second where every query sees a key. The mask is the model's
+        own, untouched, where every slot is a query and every slot is stored.
         """
         entries = self.entries(layer, keys)
+        result: tuple[Any, Tensor | None]
+        same_mask, same_queries, same_entries, result = self._last
+        if mask is same_mask and queries is same_queries and entries is same_entries:
+            return result
         if queries.is_all and entries.slots is None and not (self._flash and self._has_gaps):
+            self._last = mask, queries, entries, (mask, None)
             return mask, None
         key = (Same(mask), queries, Same(entries))
         if key not in self._memo:
             self._memo[key] = self._select(mask, queries, keys, entries)
-        result: tuple[Any, Tensor | None] = self._memo[key]
+        result = self._memo[key]
+        self._last = mask, queries, entries, result
         return result
 
     def _select(self, mask: Any, queries: TokenSet, keys: TokenSet, entries: Entries) -> tuple[Any, Tensor | None]:
         rows, rows_valid = self._layout.device_slots(queries)
         if self._flash:
-            last = self._layout.slots(queries)[0][:, -1]
+            last = self._layout.slots(queries)[0].numpy()[:, -1]
             at_end = bool((last == self._layout.length - 1).all())
             return FlashTokens(rows + self._past_slots, rows_valid, entries, mask, at_end), None
         if isinstance(mask, BlockMask):
@@ -101,6 +118,9 @@ class MaskSelector:
             selected = columns[:, None, None, :] <= (rows + self._past_slots)[:, None, :, None]
         else:
             selected = _take(_take(mask, None if queries.is_all else rows, 2), entries.slots, 3)
+        some_keyless = self._layout.has_padding or not queries <= keys
+        if entries.valid is None and rows_valid is None and not some_keyless:
+            return selected, None
         visible = selected if selected.dtype == torch.bool else selected > torch.finfo(selected.dtype).min / 2
         if entries.valid is not None:
             visible = visible & entries.valid[:, None, None, :]
@@ -108,7 +128,7 @@ class MaskSelector:
                 selected = visible
             else:
                 selected = selected.masked_fill(~visible, torch.finfo(selected.dtype).min)
-        return selected, visible.any(dim=-1).any(dim=1)
+        return selected, visible.any(dim=-1).any(dim=1) if some_keyless or rows_valid is not None else None
 
     def _columns(self, entries: Entries, rows: Tensor) -> Tensor:
         if entries.slots is not None:

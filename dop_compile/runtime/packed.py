@@ -22,9 +22,10 @@ from dop_compile.errors import UnsupportedUsageError
 from dop_compile.policy.keep import KeepTable
 from dop_compile.policy.policy import Policy
 from dop_compile.reducers import GivenReducer
+from dop_compile.runtime.call import Arguments, Call
 from dop_compile.runtime.outer_masks import positions_of_masks
 from dop_compile.runtime.prompt import call_groups
-from dop_compile.runtime.slots import Arguments, Call, visual_positions
+from dop_compile.runtime.token_kinds import visual_positions
 
 __all__ = ["PackedRows", "packed_rows"]
 

@@ -44,12 +44,18 @@ class PieceLibrary:
 
     def __init__(self, backend: Any, options: dict[str, Any] | None = None):
         self.backend = backend
+        self._is_eager: bool = backend == "eager"
         self._options = options or {}
         self._functions: dict[str, Callable[..., Any]] = {}
         self._lock = threading.RLock()
 
     def __len__(self) -> int:
         return len(self._functions)
+
+    @property
+    def guards_strides(self) -> bool:
+        """Whether compiled functions are compiled again for other strides of the same sizes."""
+        return not self._is_eager
 
     def clear(self) -> None:
         """Forget all functions: modules have changed in ways that compiled code does not look for."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from dop_compile import ops
 from dop_compile.hf.kernels import MASK_BUILDERS
 from dop_compile.passes.blocks import IndexSpec
 from dop_compile.passes.graph import DecoderGraph
+from dop_compile.runtime.lines import Method, Step, Value, Weight, straight_line
 from dop_compile.runtime.pieces import PieceLibrary, call_module, piece_kind
 from dop_compile.tokens import TokenSet
 from dop_compile.tracing.trace import is_length, is_packed
@@ -36,35 +36,6 @@ _RUNTIME_TARGETS = {
 }
 
 
-@dataclass
-class _Step:
-    """One call: registers to read, registers to write, registers that nobody reads after it."""
-
-    function: Callable[..., Any]
-    args: Any
-    kwargs: Any
-    outputs: tuple[int, ...]
-    release: tuple[int, ...] = ()
-    is_piece: bool = False
-    feeds_piece: bool = False
-
-
-@dataclass(frozen=True)
-class _Register:
-    number: int
-
-
-@dataclass(frozen=True)
-class _Weight:
-    """A parameter that a graph reads: looked up in each call, so that a replaced one is followed."""
-
-    owner: nn.Module
-    name: str
-
-    def value(self) -> Any:
-        return getattr(self.owner, self.name)
-
-
 class Program:
     """A runnable decoder for one keep table, one kind of request and one set of inputs."""
 
@@ -77,40 +48,41 @@ class Program:
         self.layer_keys: dict[int, TokenSet] = {
             block.layer: block.keys for block in self.blocks if block.update is not None
         }
+        attentions = [block for block in self.blocks if block.attention is not None]
+        partial = {block.tokens for block in attentions if not block.tokens.is_all or not block.keys.is_all}
+        self.grids: tuple[TokenSet, ...] = ()
+        """Sets whose slots masks are made of; none where rankings move tokens between sets on the way."""
+        if graph.keep.ranking is None:
+            self.grids = tuple(partial | {block.keys for block in attentions if not block.keys.is_all})
         self.needs_mask = any(
             user.target not in MASK_BUILDERS
             for node in graph.graph.find_nodes(op="placeholder", target="attention_mask")
             for user in node.users
         )
         self._library = library
-        self._registers: dict[fx.Node, int] = {}
-        self.inputs: dict[str, int] = {}
-        self.indices: dict[IndexSpec, int] = {}
-        self._steps: list[_Step] = []
+        self._values: dict[fx.Node, Value] = {}
+        self._inputs: dict[Value, str | IndexSpec] = {}
+        self._steps: list[Step] = []
         self.pieces: list[str] = []
-        self._lower(graph)
+        self._run = self._lower(graph)
+        self.source: str = self._run.source
+        del self._values, self._inputs, self._steps
 
     # --- lowering -------------------------------------------------------------------------------------------------
 
-    def _register(self, node: fx.Node) -> int:
-        return self._registers.setdefault(node, len(self._registers))
+    def _value(self, node: fx.Node) -> Value:
+        return self._values.setdefault(node, Value(len(self._values)))
 
-    def _lower(self, graph: DecoderGraph) -> None:
+    def _lower(self, graph: DecoderGraph) -> Any:
         self._root = graph.traced.root
         piece: list[fx.Node] = []
         waiting: list[fx.Node] = []
         waiting_set: set[fx.Node] = set()
         modules: dict[fx.Node, nn.Module] = {}
-        output = graph.output
         for node in graph.graph.nodes:
             if node.op == "placeholder":
-                if not node.users:
-                    continue
-                number = self._register(node)
-                if "index" in node.meta:
-                    self.indices[node.meta["index"]] = number
-                else:
-                    self.inputs[node.name] = number
+                if node.users:
+                    self._inputs[self._value(node)] = node.meta.get("index", node.name)
             elif node.op == "get_attr" and isinstance(value := _attribute(self._root, str(node.target)), nn.Module):
                 modules[node] = value
             elif node.op == "output":
@@ -125,11 +97,10 @@ class Program:
                     waiting_set.clear()
                 piece.append(node)
         self._flush(piece, waiting, modules)
-        (result,) = output.args
+        (result,) = graph.output.args
         assert isinstance(result, fx.Node)
-        self._output = self._register(result)
-        self._plan_release()
-        del self._registers
+        self.indices = tuple(key for key in self._inputs.values() if isinstance(key, IndexSpec))
+        return straight_line(self._inputs, self._steps, self._value(result), type(self._root).__name__)
 
     def _is_runtime(self, node: fx.Node) -> bool:
         # Packed tokens have data-dependent shapes: left to run as they are
@@ -149,12 +120,13 @@ class Program:
         for node in waiting:
 
             def refer(n: fx.Node) -> Any:
-                return modules[n] if n in modules else _Register(self._register(n))
+                return modules[n] if n in modules else self._value(n)
 
             args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), refer)
-            step = _Step(_callable(node, self._root), args, kwargs, (self._register(node),))
-            step.feeds_piece = any(not self._is_runtime(user) for user in node.users)
-            self._steps.append(step)
+            result = (self._value(node),)
+            self._steps.append(Step(_callable(node, self._root), args, kwargs, result))
+            if self._library.guards_strides and any(not self._is_runtime(user) for user in node.users):
+                self._steps.append(Step(_canonical_strides, result, {}, result))
         piece.clear()
         waiting.clear()
 
@@ -169,7 +141,7 @@ class Program:
             for source in node.all_input_nodes:
                 if source not in inside and source not in new:
                     new[source] = graph.placeholder(f"x{len(slots)}")
-                    slots.append(_Register(self._register(source)))
+                    slots.append(self._value(source))
             if node.op in ("call_module", "get_attr"):
                 value = _attribute(self._root, str(node.target))
                 holder = graph.placeholder(f"x{len(slots)}")
@@ -187,22 +159,12 @@ class Program:
         kind = piece_kind(graph, held)
         self.pieces.append(kind)
         function = self._library.function(kind, graph)
-        outputs = tuple(self._register(node) for node in results)
-        self._steps.append(_Step(function, tuple(slots), {}, outputs, is_piece=True))
+        outputs = tuple(self._value(node) for node in results)
+        self._steps.append(Step(function, tuple(slots), {}, outputs, unpacked=True))
 
-    def _weight(self, path: str) -> _Weight:
+    def _weight(self, path: str) -> Weight:
         owner, _, name = path.rpartition(".")
-        return _Weight(self._root.get_submodule(owner), name)
-
-    def _plan_release(self) -> None:
-        """Free every intermediate after its last use, as Python locals of the original forward would be."""
-        last: dict[int, int] = {}
-        for number, step in enumerate(self._steps):
-            for register in (*_read_registers((step.args, step.kwargs)), *step.outputs):
-                last[register] = number
-        for register, number in last.items():
-            if register != self._output:
-                self._steps[number].release += (register,)
+        return Weight(self._root.get_submodule(owner), name)
 
     # --- running --------------------------------------------------------------------------------------------------
 
@@ -216,41 +178,7 @@ class Program:
         Returns:
             last hidden states of the requested rows (batch, requested, hidden).
         """
-        registers: dict[int, Any] = {number: inputs[name] for name, number in self.inputs.items()}
-        for spec, number in self.indices.items():
-            registers[number] = index(spec)
-
-        def read(a: Any) -> Any:
-            if isinstance(a, _Weight):
-                return a.value()
-            return registers[a.number] if isinstance(a, _Register) else a
-
-        for step in self._steps:
-            if step.is_piece:
-                values = step.function(*[read(a) for a in step.args])
-                for number, value in zip(step.outputs, values, strict=True):
-                    registers[number] = value
-                del values
-            else:
-                args, kwargs = fx.node.map_aggregate((step.args, step.kwargs), read)
-                result = step.function(*args, **kwargs)
-                registers[step.outputs[0]] = _canonical_strides(result) if step.feeds_piece else result
-                del args, kwargs, result
-            for number in step.release:
-                del registers[number]
-        return registers[self._output]
-
-
-def _read_registers(arguments: Any) -> list[int]:
-    found: list[int] = []
-
-    def note(a: Any) -> Any:
-        if isinstance(a, _Register):
-            found.append(a.number)
-        return a
-
-    fx.node.map_aggregate(arguments, note)
-    return found
+        return self._run(lambda key: inputs[key] if isinstance(key, str) else index(key))
 
 
 def _canonical_strides(value: Any) -> Any:
@@ -266,10 +194,9 @@ def _canonical_strides(value: Any) -> Any:
     return value if value.stride() == wanted else value.as_strided(value.shape, wanted)
 
 
-def _callable(node: fx.Node, root: nn.Module) -> Callable[..., Any]:
+def _callable(node: fx.Node, root: nn.Module) -> Callable[..., Any] | Method:
     if node.op == "call_method":
-        name = str(node.target)
-        return lambda value, *args, **kwargs: getattr(value, name)(*args, **kwargs)
+        return Method(str(node.target))
     if node.op == "call_module":
         module: Callable[..., Any] = root.get_submodule(str(node.target))
         return module

@@ -12,13 +12,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dop_compile.errors import UnsupportedUsageError
 from dop_compile.policy.policy import Policy
 from dop_compile.reducers import GivenReducer, Reducer, VisualContext, create, needs, select_batch
-from dop_compile.runtime.layout import NO_TOKEN
+from dop_compile.runtime.layout import NO_TOKEN, Bools, Ints
+from dop_compile.runtime.transfer import to_device
 from dop_compile.vision.prompt import VISION_FIELDS, PromptVision
 
 __all__ = ["Prompt", "Reduction", "call_groups", "make_reducer", "reduce_prompt"]
@@ -105,19 +107,18 @@ def make_reducer(policy: Policy, given: Sequence[Any] | None, batch: int) -> Red
     return create(policy.reducer, policy.options)
 
 
-def _segments(columns: Tensor, visual: Tensor, items: Tensor | None) -> Tensor:
+def _segments(columns: Ints, visual: Bools, items: Ints | None) -> Ints:
     """Number, from 0 in order of appearance, of the image or video that each column belongs to.
 
     Where the row's `items` (tokens,) are -1 or None, a contiguous run of placeholders is taken for one.
     """
-    items = torch.full_like(visual, -1, dtype=torch.long) if items is None else items
+    items = np.full(visual.shape, -1) if items is None else items
     unknown = visual & (items < 0)
-    starts = unknown & ~torch.cat([torch.zeros(1, dtype=torch.bool, device="cpu"), unknown[:-1]])
-    numbers = torch.where(unknown, items.max() + starts.cumsum(0), items)
-    names, own = torch.unique(numbers[columns], return_inverse=True)
-    places = torch.arange(len(own), device="cpu")
-    first = torch.full_like(names, len(own)).scatter_reduce(0, own, places, "amin")
-    return first.argsort().argsort()[own]
+    starts = unknown & ~np.concatenate([[False], unknown[:-1]])
+    numbers = np.where(unknown, items.max() + starts.cumsum(), items)
+    _, first, own = np.unique(numbers[columns], return_index=True, return_inverse=True)
+    ranks: Ints = first.argsort().argsort()[own]
+    return ranks
 
 
 def _contexts(prompt: Prompt, counted: Tensor, reducer: Reducer) -> list[VisualContext]:
@@ -131,33 +132,41 @@ def _contexts(prompt: Prompt, counted: Tensor, reducer: Reducer) -> list[VisualC
         vision.check(reducer, counted)
     if "text_ids" in wanted and prompt.input_ids is None:
         raise UnsupportedUsageError(f"reducer {reducer.name!r} reads the text: pass input_ids, not inputs_embeds alone")
-    text = prompt.valid & ~prompt.visual
+    text = (prompt.valid & ~prompt.visual).numpy()
     if prompt.output is not None:
-        text = text & ~prompt.output
-    items = vision.items if prompt.items is None and vision is not None else prompt.items
-    rows = counted.any(dim=1).nonzero().squeeze(1).tolist()
-    visual_rows, text_rows = (_rows(prompt.embeds, mask, rows) for mask in (counted, text))
+        text = text & ~prompt.output.numpy()
+    known = vision.items if prompt.items is None and vision is not None else prompt.items
+    items, visual, places = None if known is None else known.numpy(), prompt.visual.numpy(), counted.numpy()
+    rows = np.flatnonzero(places.any(axis=1)).tolist()
+    taken = _rows(prompt.embeds, [places[rows], text[rows]], rows, getattr(reducer, "reads_values", True))
     contexts = []
-    for row, projected, others in zip(rows, visual_rows, text_rows, strict=True):
-        columns = counted[row].nonzero().squeeze(1)
-        segments = _segments(columns, prompt.visual[row], None if items is None else items[row])
+    for row, projected, others in zip(rows, *taken, strict=True):
+        own = np.flatnonzero(places[row])
+        columns, segments = torch.from_numpy(own), _segments(own, visual[row], None if items is None else items[row])
         fields: dict[str, Any] = {}
         if vision is not None:
-            fields = vision.fields(row, columns, segments, wanted)
+            fields = vision.fields(row, columns, torch.from_numpy(segments), wanted)
         elif "tiles" in wanted:  # tokens that the caller calls visual are of no tiles
             fields = {"tiles": torch.zeros_like(columns)}
         if "text_ids" in wanted and prompt.input_ids is not None:
-            fields["text_ids"] = prompt.input_ids[row, text[row].to(prompt.input_ids.device)]
-        before = int(text[row, : int(columns[0])].sum())
-        contexts.append(VisualContext(projected, others, segments, row, instruction_start=before, **fields))
+            places_of_text = to_device([np.flatnonzero(text[row])], prompt.input_ids.device)[0]
+            fields["text_ids"] = prompt.input_ids[row, places_of_text]
+        before = int(text[row, : own[0]].sum())
+        segments_there = torch.from_numpy(segments)
+        contexts.append(VisualContext(projected, others, segments_there, row, instruction_start=before, **fields))
     return contexts
 
 
-def _rows(embeds: Tensor, mask: Tensor, rows: list[int]) -> list[Tensor]:
-    """The masked embeddings of each row, taken at once."""
-    places = mask[rows].nonzero()
-    taken = embeds[torch.tensor(rows, device="cpu")[places[:, 0]].to(embeds.device), places[:, 1].to(embeds.device)]
-    return list(torch.split(taken, mask[rows].sum(dim=1).tolist()))
+def _rows(embeds: Tensor, masks: Sequence[Bools], rows: list[int], read: bool) -> list[list[Tensor]]:
+    """The embeddings under each mask (rows, tokens), by row; of no width where they are not to be read."""
+    counts = [mask.sum(axis=1).tolist() for mask in masks]
+    if not read:
+        return [[torch.empty(count, 0, device="cpu") for count in own] for own in counts]
+    firsts = np.array(rows, dtype=np.int64)[:, None] * embeds.shape[1]
+    flat = [(firsts + np.arange(embeds.shape[1]))[mask] for mask in masks]
+    stream = embeds.flatten(0, 1)
+    taken = [stream[index] for index in to_device(flat, embeds.device)]
+    return [list(torch.split(values, own)) for values, own in zip(taken, counts, strict=True)]
 
 
 def _count(policy: Policy, reducer: Reducer, row: int, tokens: int) -> int:
@@ -173,56 +182,58 @@ def reduce_prompt(prompt: Prompt, policy: Policy, reducer: Reducer | None) -> Re
         ValueError: the reducer returned duplicates, indices out of range or a wrong number (see `select_tokens`).
     """
     number = {group: index for index, group in enumerate(call_groups(policy))}
-    codes = torch.full(prompt.valid.shape, number["text"], device="cpu")
-    codes[prompt.system] = number["system"]
+    valid, visual = prompt.valid.numpy(), prompt.visual.numpy()
+    codes = np.full(valid.shape, number["text"])
+    codes[prompt.system.numpy()] = number["system"]
     if prompt.output is not None:
-        codes[:, prompt.output] = number["output"]
-    codes[prompt.visual] = number.get("visual", number.get("visual_rest", -1))
-    codes[~prompt.valid] = NO_TOKEN
+        codes[:, prompt.output.numpy()] = number["output"]
+    codes[visual] = number.get("visual", number.get("visual_rest", -1))
+    codes[~valid] = NO_TOKEN
     if reducer is None:
-        return Reduction(None, codes)
-    keep = prompt.valid.clone()
-    position_columns = torch.arange(keep.shape[1], device="cpu").repeat(keep.shape[0], 1)
+        return Reduction(None, torch.from_numpy(codes))
+    keep = valid.copy()
+    position_columns = np.tile(np.arange(keep.shape[1]), (keep.shape[0], 1))
     features: list[tuple[int, Tensor, Tensor]] = []
     counted = prompt.visual & ~prompt.newline & prompt.valid
     contexts = _contexts(prompt, counted, reducer)
     counts = [_count(policy, reducer, context.sample_index, context.tokens) for context in contexts]
     for context, selection in zip(contexts, select_batch(reducer, contexts, counts), strict=True):
         row = context.sample_index
-        columns = counted[row].nonzero().squeeze(1)
-        ranked = columns[selection.indices]
+        columns = np.flatnonzero(counted[row].numpy())
+        ranked = columns[selection.indices.numpy()]
         keep[row, columns] = False
         keep[row, ranked] = True
         if policy.salient_fraction is not None:
             salient = math.floor(policy.salient_fraction * len(ranked) + 0.5)
             codes[row, ranked[:salient]] = number["visual_salient"]
         if selection.positions is not None:
-            position_columns[row, ranked] = columns[selection.positions]
+            position_columns[row, ranked] = columns[selection.positions.numpy()]
         if selection.features is not None:
-            features.append((row, ranked, selection.features))
-    if bool((keep == prompt.valid).all()):
-        return Reduction(None, codes, features=tuple(features), position_columns=position_columns)
-    return _gather(prompt, keep, codes, features, position_columns)
+            features.append((row, torch.from_numpy(ranked), selection.features))
+    if bool((keep == valid).all()):
+        places = torch.from_numpy(position_columns)
+        return Reduction(None, torch.from_numpy(codes), features=tuple(features), position_columns=places)
+    return _gather(valid, keep, codes, features, position_columns)
 
 
 def _gather(
-    prompt: Prompt, keep: Tensor, codes: Tensor, features: list[tuple[int, Tensor, Tensor]], positions: Tensor
+    valid: Bools, keep: Bools, codes: Ints, features: list[tuple[int, Tensor, Tensor]], positions: Ints
 ) -> Reduction:
     """Rows keep what they keep and are padded anew, on the left, to the longest of them."""
-    counts = keep.sum(dim=1)
+    counts = keep.sum(axis=1)
     slots = int(counts.max())
-    columns = torch.argsort(keep.to(torch.int8), dim=1, stable=True)[:, keep.shape[1] - slots :]
-    real = torch.arange(slots, device="cpu") >= slots - counts[:, None]
-    removed = (prompt.valid & ~keep).long()
-    before = removed.cumsum(dim=1).gather(1, columns)
-    slot_of = torch.zeros_like(codes)
-    slot_of.scatter_(1, columns, torch.arange(slots, device="cpu").expand_as(columns))
-    moved = tuple((row, slot_of[row, ranked], new) for row, ranked, new in features)
+    columns = np.argsort(keep, axis=1, kind="stable")[:, keep.shape[1] - slots :]
+    real = np.arange(slots) >= slots - counts[:, None]
+    rows = np.arange(len(keep))[:, None]
+    removed = valid & ~keep
+    slot_of = np.zeros(keep.shape, dtype=np.int64)
+    slot_of[rows, columns] = np.arange(slots)
+    moved = tuple((row, torch.from_numpy(slot_of[row, ranked.numpy()]), new) for row, ranked, new in features)
     return Reduction(
-        columns=torch.where(real, columns, -1),
-        codes=torch.where(real, codes.gather(1, columns), NO_TOKEN),
-        dropped_before=torch.where(real, before, 0),
-        dropped=removed.sum(dim=1, keepdim=True),
+        columns=torch.from_numpy(np.where(real, columns, -1)),
+        codes=torch.from_numpy(np.where(real, codes[rows, columns], NO_TOKEN)),
+        dropped_before=torch.from_numpy(np.where(real, removed.cumsum(axis=1)[rows, columns], 0)),
+        dropped=torch.from_numpy(removed.sum(axis=1, keepdims=True)),
         features=moved,
-        position_columns=torch.where(real, positions.gather(1, columns), columns),
+        position_columns=torch.from_numpy(np.where(real, positions[rows, columns], columns)),
     )

@@ -2,149 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
-from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dop_compile.errors import UnsupportedUsageError
 from dop_compile.policy.keep import KeepTable
-from dop_compile.policy.policy import Policy
-from dop_compile.runtime.cache import PrunedCache
+from dop_compile.runtime.call import Arguments, Call
 from dop_compile.runtime.layout import NO_TOKEN, TokenLayout
 from dop_compile.runtime.masks import MaskSelector
-from dop_compile.runtime.outer_masks import DeferredMask, DeferredMasks
 from dop_compile.runtime.program import Program
-from dop_compile.runtime.prompt import Prompt, Reduction, call_groups, make_reducer, reduce_prompt
+from dop_compile.runtime.prompt import Reduction, call_groups, make_reducer, reduce_prompt
+from dop_compile.runtime.token_kinds import read_prompt
+from dop_compile.runtime.transfer import to_device
 from dop_compile.spans import SELECTION, span
 from dop_compile.tokens import Universe
-from dop_compile.vision.features import TokenFeatures
-from dop_compile.vision.prompt import PromptVision
 
-__all__ = ["Arguments", "Call", "Slots", "token_counts", "visual_positions"]
+__all__ = ["Slots"]
 
-
-@dataclass
-class Call:
-    """What the outer model's forward call tells its decoder; one per call, so that threads do not share it.
-
-    Args:
-        tier, policy: what to run.
-        rows: number of last rows whose output is wanted; 0 for all.
-        prompt_tokens: how many of the new tokens are the prompt's; those after them were generated (group `output`).
-            None: all.
-        batch: number of rows.
-        visual: masks of placeholder positions, noted while the outer model merges features.
-        newline: the embedding of newlines inside image placeholders, for models that have one.
-        token_groups: the caller's groups for text-only models: 0 text, 1 visual, 2 system.
-        given: visual token indices per sample for the reducer "given".
-        vision: what was seen of the vision tower, one entry per call of a feature method.
-        input_ids: (batch, tokens) of the call, if the caller passed them.
-        model: the model's name, for messages.
-        first_layer: the layer to begin at.
-        stream: (batch, tokens, hidden) residual stream that enters it, if it is not the first one.
-        done: whether the outer model has called its decoder.
-    """
-
-    tier: str
-    policy: Policy
-    rows: int = 0
-    prompt_tokens: int | None = None
-    batch: int = 1
-    visual: list[Tensor] = field(default_factory=list)
-    newline: Tensor | None = None
-    token_groups: Tensor | None = None
-    given: Sequence[Any] | None = None
-    vision: list[TokenFeatures] = field(default_factory=list)
-    input_ids: Tensor | None = None
-    model: str = "this model"
-    first_layer: int = 0
-    stream: Tensor | None = None
-    done: bool = False
-
-
-@dataclass(frozen=True)
-class Arguments:
-    """A decoder call's arguments after checking.
-
-    Args:
-        masks: what the outer model built, if it builds masks.
-        packed: features of visual tokens, (their number, hidden) each.
-        packed_mask: (batch, tokens) or (batch, tokens, 1) bool, the tokens they belong to.
-        packed_name, packed_keys: the argument they came in, and their keys if that was a dictionary.
-        token_inputs: other tensors (batch, tokens, ...) by name.
-    """
-
-    embeds: Tensor
-    attention_mask: Tensor | None
-    masks: DeferredMask | DeferredMasks | None
-    positions: Tensor | None
-    cache: PrunedCache | None
-    packed: tuple[Tensor, ...]
-    packed_mask: Tensor | None
-    constants: tuple[tuple[str, Any], ...]
-    packed_name: str = "deepstack_visual_embeds"
-    packed_keys: tuple[Any, ...] | None = None
-    token_inputs: dict[str, Tensor] = field(default_factory=dict)
-
-
-def visual_positions(call: Call, embeds: Tensor, prompt: int) -> tuple[Tensor, Tensor]:
-    """(batch, tokens) bool masks, on the CPU, of the prompt's visual tokens and of newlines among them."""
-    if call.token_groups is not None:
-        visual = call.token_groups == 1
-    elif call.visual:
-        visual = torch.stack([m.any(dim=-1) if m.dim() == 3 else m for m in call.visual]).any(dim=0)
-    else:
-        visual = torch.zeros(embeds.shape[:2], dtype=torch.bool, device="cpu")
-    visual = visual & (torch.arange(embeds.shape[1], device=visual.device) < prompt)
-    newline = torch.zeros_like(visual)
-    if call.newline is not None and call.visual:
-        newline = visual & (embeds == call.newline.to(embeds)).all(dim=-1)
-    return visual.cpu(), newline.cpu()
-
-
-def token_counts(call: Call, embeds: Tensor, prompt: int, mask: Tensor | None) -> tuple[int, int, int]:
-    """System, visual and text tokens of a batch of one, padding left out.
-
-    Newlines inside an image, which no policy drops, are text, and so is what stands behind the prompt.
-    """
-    visual, newline = visual_positions(call, embeds, prompt)
-    groups = call.token_groups
-    system = (visual.cumsum(1) == 0 if groups is None else groups.cpu() == 2) & visual.any()
-    live = torch.ones_like(visual) if mask is None else mask.cpu().bool()
-    total, visual_count, system_count = (
-        int(part[0].sum()) for part in (live, visual & ~newline & live, system & ~visual & live)
-    )
-    return system_count, visual_count, total - system_count - visual_count
-
-
-def _prompt(call: Call, arguments: Arguments) -> Prompt | None:
-    """The prompt with its groups; None where all new tokens are of one group, text or output."""
-    embeds, mask, cache = arguments.embeds, arguments.attention_mask, arguments.cache
-    tokens = embeds.shape[1]
-    prompt = tokens if call.prompt_tokens is None else call.prompt_tokens
-    if prompt == 0:
-        return None
-    visual, newline = visual_positions(call, embeds, prompt)
-    valid = (
-        torch.ones(embeds.shape[:2], dtype=torch.bool, device="cpu") if mask is None else mask[:, -tokens:].bool().cpu()
-    )
-    visual, newline = visual & valid, newline & valid
-    if call.token_groups is not None:
-        system = (call.token_groups == 2).cpu() & visual.any(dim=1, keepdim=True) & valid
-    else:
-        first = cache is None or cache.columns_seen == 0
-        seen = visual.long().cumsum(dim=1)
-        system = (seen == 0) & visual.any(dim=1, keepdim=True) & valid & first
-    if prompt == tokens and not bool((visual | system).any()):
-        return None
-    output = torch.arange(tokens, device="cpu") >= prompt
-    with span(SELECTION) if call.vision else nullcontext():
-        vision = None if call.token_groups is not None else PromptVision(call.vision, call.visual, embeds, call.model)
-    return Prompt(embeds, valid, visual, newline, system, output, vision, call.input_ids)
+_MOVED = ("columns", "position_columns", "dropped_before", "dropped")
+"""What the device has to know of a reduction."""
 
 
 class Slots:
@@ -155,6 +34,7 @@ class Slots:
         reduction: what the reducer has left of the prompt; None where all new tokens are of one group.
         groups: token groups that the call contains.
         newline: (batch, tokens) bool, on the CPU: newline embeddings inside images; None where there is no prompt.
+        valid: (batch, tokens) bool, on the CPU: no padding; None where that is not known.
 
     Raises:
         ValueError: no token is left.
@@ -167,15 +47,21 @@ class Slots:
         reduction: Reduction | None,
         groups: tuple[str, ...],
         newline: Tensor | None,
+        valid: Tensor | None = None,
     ):
         self.call, self.arguments, self.cache = call, arguments, arguments.cache
         self.device = arguments.embeds.device
         self.batch, self.tokens = arguments.embeds.shape[:2]
         self.reduction = reduction
         self.keep = KeepTable.from_policy(call.policy, groups)
-        self._groups, self._newline = groups, newline
+        self._groups, self._newline, self._valid = groups, newline, valid
+        self._sent: dict[str, Tensor] = {}
+        if reduction is not None:
+            moved = {name: getattr(reduction, name) for name in _MOVED if getattr(reduction, name) is not None}
+            there = to_device([value.numpy() for value in moved.values()], self.device)
+            self._sent = dict(zip(moved, there, strict=True))
         columns = reduction.columns if reduction is not None else None
-        self.columns = None if columns is None else columns.to(self.device)
+        self.columns = self._sent.get("columns")
         self.count = self.tokens if columns is None else columns.shape[1]
         if self.count == 0:
             raise ValueError("every token of the prompt was removed: a prompt needs text besides its images")
@@ -183,18 +69,19 @@ class Slots:
     @classmethod
     def of(cls, call: Call, arguments: Arguments) -> Slots:
         """Group the tokens of a call and reduce the visual ones."""
-        prompt = _prompt(call, arguments)
+        prompt, valid = read_prompt(call, arguments)
         if prompt is None:
-            return cls(call, arguments, None, ("output",) if call.prompt_tokens == 0 else ("text",), None)
+            return cls(call, arguments, None, ("output",) if call.prompt_tokens == 0 else ("text",), None, valid)
         batch = arguments.embeds.shape[0]
         reducer = make_reducer(call.policy, call.given, batch) if bool(prompt.visual.any()) else None
         with span(SELECTION) if reducer is not None else nullcontext():
             reduction = reduce_prompt(prompt, call.policy, reducer)
         ranked = call.policy.ranking.groups if call.policy.ranking is not None else ()
-        found = {g for i, g in enumerate(call_groups(call.policy)) if bool((reduction.codes == i).any())}
+        numbers = set(np.unique(reduction.codes.numpy()).tolist())
+        found = {g for i, g in enumerate(call_groups(call.policy)) if i in numbers}
         found |= set(ranked) if "visual" in found else set()
         groups = tuple(g for g in call_groups(call.policy) if g in found)
-        return cls(call, arguments, reduction, groups, prompt.newline)
+        return cls(call, arguments, reduction, groups, prompt.newline, valid)
 
     def layout(self) -> TokenLayout:
         """Where tokens of each set stand; the codes refer to the program's own groups."""
@@ -205,7 +92,8 @@ class Slots:
             universe = Universe(groups)
             requested = torch.ones_like(codes, dtype=torch.bool)
         else:
-            wanted = frozenset(g for i, g in enumerate(groups) if bool(((codes == i) & requested).any()))
+            numbers = set(np.unique(codes.numpy()[requested.numpy()]).tolist())
+            wanted = frozenset(g for i, g in enumerate(groups) if i in numbers)
             if "visual" in wanted and self.keep.ranking is not None:
                 wanted |= set(self.keep.ranking.groups)
             universe = Universe(groups, wanted)
@@ -222,9 +110,10 @@ class Slots:
                 codes = torch.where(codes == NO_TOKEN, NO_TOKEN, 0)
             return codes, codes != NO_TOKEN
         codes = torch.zeros(shape, dtype=torch.long, device="cpu")
-        mask = self.arguments.attention_mask
+        mask, valid = self.arguments.attention_mask, self._valid
         if mask is not None and self.count > 1:
-            codes = torch.where(mask[:, -self.count :].bool().cpu(), codes, NO_TOKEN)
+            valid = mask[:, -self.count :].bool().cpu() if valid is None else valid
+            codes = torch.where(valid, codes, NO_TOKEN)
         return codes, codes != NO_TOKEN
 
     def _requested(self, valid: Tensor) -> Tensor | None:
@@ -255,13 +144,12 @@ class Slots:
         if positions is None:
             positions = torch.arange(seen, seen + self.tokens, device=self.device)[None]
         shift = self.cache.position_shift if self.cache is not None else None
-        reduction = self.reduction
-        take = None if reduction is None else reduction.position_columns
+        take = self._sent.get("position_columns")
         if (self.columns is None and take is None) and shift is None and self.keep.is_dense:
             return positions
         positions = positions.expand(*positions.shape[:-2], self.batch, self.tokens)
         if take is not None:
-            index = take.to(self.device).clamp(min=0)
+            index = take.clamp(min=0)
             positions = positions.gather(-1, index.expand(*positions.shape[:-2], -1, -1))
         if self.call.policy.positions == "compact":
             if positions.dim() != 2:
@@ -271,8 +159,8 @@ class Slots:
                 )
             if shift is not None:
                 positions = positions - shift
-            if reduction is not None and reduction.dropped_before is not None:
-                positions = positions - reduction.dropped_before.to(self.device)
+            if "dropped_before" in self._sent:
+                positions = positions - self._sent["dropped_before"]
         return positions.clamp(min=0) if self.columns is not None else positions.contiguous()
 
     def all_columns(self) -> Tensor | None:
@@ -322,10 +210,9 @@ class Slots:
         if cache is None:
             return
         cache.tier, cache.policy = self.call.tier, self.call.policy
-        if self.call.policy.positions == "compact" and self.reduction is not None:
-            dropped = self.reduction.dropped
+        if self.call.policy.positions == "compact":
+            dropped = self._sent.get("dropped")
             if dropped is not None:
-                dropped = dropped.to(self.device)
                 cache.position_shift = dropped if cache.position_shift is None else cache.position_shift + dropped
         entries = {layer: selector.entries(layer, keys) for layer, keys in program.layer_keys.items()}
         cache.commit(self.tokens, self.count, self.columns, {**cache.entries, **entries})

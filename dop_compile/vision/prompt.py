@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from dop_compile.errors import UnsupportedUsageError
 from dop_compile.hf.copies import own
 from dop_compile.hf.names import FEATURE_METHODS
+from dop_compile.hf.spellings import signature
 from dop_compile.policy.policy import Policy
 from dop_compile.reducers import Reducer, create, fitting, needs
 from dop_compile.spans import SELECTION, span
@@ -54,7 +55,7 @@ def watch_vision(
     for module, child in reversed(list(zip(chain[:-1], path.split("."), strict=True))):
         methods = [name for name in FEATURE_METHODS if hasattr(module, name)]
         if methods:
-            modules, busy = VisionModules.find(module, child), set[nn.Module]()
+            modules, busy = VisionModules(module, child), set[nn.Module]()
             for name in methods:
                 method = getattr(module, name)  # the class's, or one set on the instance
                 vars(module)[name] = _watched(modules, getattr(method, "unwatched", method), wanted, note, busy)
@@ -68,15 +69,13 @@ def _watched(
     note: Callable[[TokenFeatures], None],
     busy: set[nn.Module],
 ) -> Callable[..., Any]:
-    signature = inspect.signature(method)
     apart = has_items(*(kind.__name__ for kind in type(modules.owner).__mro__))
 
     @functools.wraps(method)
     def call(*args: Any, **kwargs: Any) -> Any:
         if modules.owner in busy:  # one feature method calls another
             return method(*args, **kwargs)
-        named = signature.bind_partial(*args, **kwargs).arguments
-        named |= named.get("kwargs", {})
+        named = _arguments(method, args, kwargs)
         attentions = _layers(modules, named) if wanted & {"cls_attention", "keys"} else {}
         busy.add(modules.owner)
         try:
@@ -94,6 +93,13 @@ def _watched(
 
     call.unwatched = method  # type: ignore[attr-defined]
     return own(call)
+
+
+def _arguments(method: Callable[..., Any], args: Any, kwargs: Any) -> dict[str, Any]:
+    """What a method is called with, by name."""
+    own = (method.__self__,) if inspect.ismethod(method) else ()
+    named = dict(list(signature(method).bind_partial(*own, *args, **kwargs).arguments.items())[len(own) :])
+    return {**named, **named.get("kwargs", {})}
 
 
 def _layers(modules: VisionModules, named: dict[str, Any]) -> dict[Tower, int]:
@@ -118,19 +124,21 @@ class PromptVision:
 
     Args:
         parts: one per call of a feature method.
-        masks: (batch, tokens) or (batch, tokens, hidden) bool: placeholders, as the model found them.
-        embeds: (batch, tokens, hidden) embeddings with visual features merged in.
+        places: per part the row of it that stands at each position (batch, tokens), on the CPU, -1 at others; None
+            where that is not known.
+        shape: (batch, tokens).
         model: the model's name, for messages.
     """
 
-    def __init__(self, parts: Sequence[TokenFeatures], masks: Sequence[Tensor], embeds: Tensor, model: str):
+    def __init__(
+        self, parts: Sequence[TokenFeatures], places: Sequence[Tensor | None], shape: tuple[int, int], model: str
+    ):
         self._model = model
-        self._row = torch.full(embeds.shape[:2], -1, device="cpu")
+        self._row = torch.full(shape, -1, device="cpu")
         self.items = torch.full_like(self._row, -1)
         self._missing: dict[str, str] = {}
         placed: list[TokenFeatures] = []
-        for part in parts:
-            rows = _place(part, masks, embeds)
+        for part, rows in zip(parts, places, strict=True):
             if rows is not None:
                 first = sum(len(other.rows) for other in placed)
                 self._row = torch.where(rows >= 0, rows + first, self._row)
@@ -209,26 +217,3 @@ class PromptVision:
                 return None
             grid.append((len(numbers), *shape))
         return grid
-
-
-def _place(part: TokenFeatures, masks: Sequence[Tensor], embeds: Tensor) -> Tensor | None:
-    """(batch, tokens) on the CPU: the row of a part that was scattered to each placeholder; -1 at other positions.
-
-    `generate` encodes images before it repeats the rows of a batch for beams and returned sequences.
-    """
-    for mask in masks:
-        place = (mask.any(dim=-1) if mask.dim() == 3 else mask).cpu()
-        times, more = divmod(int(place.sum()), len(part.rows))
-        if more or not times or len(place) % times:
-            continue
-        once = torch.full_like(place[::times], -1, dtype=torch.long)
-        if int(place[::times].sum()) != len(part.rows):
-            continue
-        once[place[::times]] = torch.arange(len(part.rows), device="cpu")
-        rows = once.repeat_interleave(times, dim=0)
-        device = embeds.device
-        if torch.equal(rows >= 0, place) and torch.equal(
-            embeds[place.to(device)], part.rows[rows[place].to(part.rows.device)].to(embeds)
-        ):
-            return rows
-    return None

@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -64,18 +65,28 @@ class Observed:
             self.unrecorded.add(part)
 
 
-@dataclass(frozen=True)
 class VisionModules:
-    """The module that holds vision tower, projector and decoder, and where the first two are in it."""
+    """The module that holds vision tower, projector and decoder, and where the first two are in it.
 
-    owner: nn.Module
-    projector: str | None
-    towers: tuple[Tower, ...]
+    They are looked for when they are asked for: most reducers ask for neither.
 
-    @classmethod
-    def find(cls, owner: nn.Module, decoder: str) -> VisionModules:
-        """`decoder` is the name of the child that is, or holds, the text decoder."""
-        return cls(owner, _find_projector(owner, decoder), tuple(_find_towers(owner, decoder)))
+    Args:
+        owner: the module.
+        decoder: the name of the child that is, or holds, the text decoder.
+    """
+
+    def __init__(self, owner: nn.Module, decoder: str):
+        self.owner = owner
+        self._decoder = decoder
+
+    @cached_property
+    def projector(self) -> str | None:
+        """Its path."""
+        return _find_projector(self.owner, self._decoder)
+
+    @cached_property
+    def towers(self) -> tuple[Tower, ...]:
+        return tuple(_find_towers(self.owner, self._decoder))
 
 
 def _find_projector(owner: nn.Module, decoder: str) -> str | None:

@@ -83,14 +83,9 @@ def run_graph(graph: DecoderGraph, codes: Tensor, last_rows: int | None = None, 
         "cache_view": ReducedView(0),
         "masks": MaskSelector(layout, {}, 0),
     }
-    index = {
-        "gather": lambda spec: layout.gather_index(spec.tokens, spec.others[0]),
-        "scatter": lambda spec: layout.scatter_index(spec.tokens, spec.others[0]),
-        "merge": lambda spec: layout.merge_index(spec.tokens, spec.others),
-    }
     program = Program(graph, PieceLibrary("eager"))
     with torch.no_grad():
-        hidden = program(values, lambda spec: index[spec.kind](spec))
+        hidden = program(values, lambda spec: layout.index(spec.kind, spec.tokens, spec.others))
     return hidden, values["past_key_values"]
 
 

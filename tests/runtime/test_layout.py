@@ -108,7 +108,7 @@ def test_gather(drawn: Drawn, data: st.DataObject) -> None:
     tokens = _subset(data, source)
     layout = drawn.layout
     stream = _values(drawn.slots_of(source), layout.count(source))
-    _check(token_slice(stream, layout.gather_index(tokens, source)), drawn.slots_of(tokens))
+    _check(token_slice(stream, layout.index("gather", tokens, (source,))), drawn.slots_of(tokens))
 
 
 @given(layouts(), st.data())
@@ -118,7 +118,7 @@ def test_scatter(drawn: Drawn, data: st.DataObject) -> None:
     layout = drawn.layout
     update = _values(drawn.slots_of(tokens), layout.count(tokens)) + 100
     stream = torch.zeros(len(drawn.codes), layout.count(target), 2)
-    result = token_add(stream, update, layout.scatter_index(tokens, target))
+    result = token_add(stream, update, layout.index("scatter", tokens, (target,)))
     member = [set(row) for row in drawn.slots_of(tokens)]
     _, grid = _grid(drawn.slots_of(target))
     for row, columns in enumerate(grid):
@@ -137,7 +137,7 @@ def test_merge(drawn: Drawn, data: st.DataObject) -> None:
         drawn.requested = [[drawn.universe.all_requested or flag for flag in row] for row in drawn.requested]
     layout = drawn.layout
     streams = [_values(drawn.slots_of(part), layout.count(part)) for part in (first, second)]
-    _check(token_merge(layout.merge_index(tokens, (first, second)), *streams), drawn.slots_of(tokens))
+    _check(token_merge(layout.index("merge", tokens, (first, second)), *streams), drawn.slots_of(tokens))
 
 
 @given(layouts(), st.data())
@@ -145,7 +145,7 @@ def test_slicing_along_other_dimensions(drawn: Drawn, data: st.DataObject) -> No
     """Rotary tables (rows, batch, tokens, dim) and heads (batch, heads, tokens, dim)."""
     tokens = _subset(data, drawn.universe.all)
     layout = drawn.layout
-    index = layout.gather_index(tokens, drawn.universe.all)
+    index = layout.index("gather", tokens, (drawn.universe.all,))
     stream = torch.randn(len(drawn.codes), len(drawn.codes[0]), 2)
     expected = token_slice(stream, index)
     assert torch.equal(token_slice(stream[None].expand(3, -1, -1, -1), index, 1, 2)[2], expected)
@@ -157,4 +157,5 @@ def test_indices_are_made_once() -> None:
     requested = torch.ones(1, 3, dtype=torch.bool)
     layout = TokenLayout(Universe(GROUPS), torch.tensor([[0, 1, 2]]), requested, torch.device("cpu"))
     visual = layout.universe.groups_set(["visual"])
-    assert layout.gather_index(visual, layout.universe.all) is layout.gather_index(visual, layout.universe.all)
+    first, again = (layout.index("gather", visual, (layout.universe.all,)) for _ in range(2))
+    assert first is again

@@ -170,10 +170,10 @@ def test_partly_known() -> None:
     """The images' sizes are known, the videos' are not: a run of what is not known stays one."""
     visual = torch.tensor([0, 1, 1, 1, 1, 1, 0, 1, 1, 0, 1], dtype=torch.bool)
     items = torch.tensor([-1, 7, 7, -1, -1, 3, -1, 3, -1, -1, -1])
-    columns = visual.nonzero().squeeze(1)
-    assert _segments(columns, visual, items).tolist() == [0, 0, 1, 1, 2, 2, 3, 4]
-    assert _segments(columns, visual, None).tolist() == [0, 0, 0, 0, 0, 1, 1, 2]
-    assert _segments(columns[2:], visual, items).tolist() == [0, 0, 1, 1, 2, 3]
+    known, columns = visual.numpy(), visual.nonzero().squeeze(1).numpy()
+    assert _segments(columns, known, items.numpy()).tolist() == [0, 0, 1, 1, 2, 2, 3, 4]
+    assert _segments(columns, known, None).tolist() == [0, 0, 0, 0, 0, 1, 1, 2]
+    assert _segments(columns[2:], known, items.numpy()).tolist() == [0, 0, 1, 1, 2, 3]
 
 
 # What feature methods return.
