@@ -18,7 +18,7 @@ from torch import nn
 
 from dop_compile.tokens import TokenSet
 
-__all__ = ["Method", "Step", "Value", "Weight", "straight_line"]
+__all__ = ["STATE", "Method", "Step", "Value", "Weight", "straight_line"]
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,25 @@ class Weight:
     owner: nn.Module
     name: str
 
+    def value(self) -> Any:
+        return getattr(self.owner, self.name)
+
 
 @dataclass(frozen=True)
 class Method:
     """A method of a step's first argument."""
 
     name: str
+
+
+@dataclass(frozen=True)
+class _Argument:
+    """What the function itself is called with."""
+
+    name: str
+
+
+STATE = _Argument("state")
 
 
 @dataclass(frozen=True)
@@ -65,7 +78,7 @@ class Step:
 
 
 def straight_line(inputs: Mapping[Value, Any], steps: Sequence[Step], result: Value, title: str) -> Any:
-    """A function of a function that gives the inputs, by their keys; it returns what `result` then is.
+    """A function of a function that gives the inputs, by their keys, and of a state; it returns what `result` then is.
 
     Its `source` is the text, which tracebacks show too.
     """
@@ -77,7 +90,7 @@ def straight_line(inputs: Mapping[Value, Any], steps: Sequence[Step], result: Va
         freed = [value.name for value, use in last.items() if use == number and value != result]
         if freed:
             lines.append(f"del {', '.join(freed)}")
-    source = "\n    ".join(["def decoder(given):", *lines, f"return {result.name}"]) + "\n"
+    source = "\n    ".join(["def decoder(given, state):", *lines, f"return {result.name}"]) + "\n"
     file = f"<{title} {id(lines):x}>"
     namespace = dict(lines.constants)
     exec(compile(source, file, "exec"), namespace)
@@ -132,7 +145,7 @@ class _Lines(list[str]):
         return f"{left}{',' * (step.unpacked and len(step.outputs) == 1)} = {right}" if left else right
 
     def text(self, value: Any) -> str:
-        if isinstance(value, Value):
+        if isinstance(value, Value | _Argument):
             return value.name
         if isinstance(value, Weight):
             return f"{self._constant(value.owner)}.{value.name}"

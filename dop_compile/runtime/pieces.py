@@ -14,6 +14,7 @@ from torch.fx.experimental import _config as fx_config
 
 from dop_compile.checks import choice
 from dop_compile.logs import COMPILE
+from dop_compile.runtime.direct import noting_inductor
 
 __all__ = ["PieceLibrary", "call_module", "check_backend", "piece_kind"]
 
@@ -55,7 +56,12 @@ class PieceLibrary:
     @property
     def guards_strides(self) -> bool:
         """Whether compiled functions are compiled again for other strides of the same sizes."""
-        return not self._is_eager
+        return not self._is_eager and not self.passes_guards
+
+    @property
+    def passes_guards(self) -> bool:
+        """Whether calls of compiled functions go past their guards (see `direct`)."""
+        return self.backend == "inductor" and not self._options.keys() & {"mode", "options"}
 
     def clear(self) -> None:
         """Forget all functions: modules have changed in ways that compiled code does not look for."""
@@ -106,8 +112,9 @@ class PieceLibrary:
 
     def _compile(self, graph: fx.Graph, **settings: Any) -> Callable[..., Any]:
         fresh = fx.GraphModule(nn.Module(), graph, class_name="Piece")
+        backend = noting_inductor if self.passes_guards else self.backend
         compiled: Callable[..., Any] = torch.compile(
-            fresh, backend=self.backend, **{"dynamic": True, **settings, **self._options}
+            fresh, backend=backend, **{"dynamic": True, **settings, **self._options}
         )
         return compiled
 

@@ -12,14 +12,14 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import fx, nn
 
 from dop_compile import ops
 from dop_compile.hf.kernels import MASK_BUILDERS
 from dop_compile.passes.blocks import IndexSpec
 from dop_compile.passes.graph import DecoderGraph
-from dop_compile.runtime.lines import Method, Step, Value, Weight, straight_line
+from dop_compile.runtime.direct import Site, canonical_strides, torch_state
+from dop_compile.runtime.lines import STATE, Method, Step, Value, Weight, straight_line
 from dop_compile.runtime.pieces import PieceLibrary, call_module, piece_kind
 from dop_compile.tokens import TokenSet
 from dop_compile.tracing.trace import is_length, is_packed
@@ -126,7 +126,7 @@ class Program:
             result = (self._value(node),)
             self._steps.append(Step(_callable(node, self._root), args, kwargs, result))
             if self._library.guards_strides and any(not self._is_runtime(user) for user in node.users):
-                self._steps.append(Step(_canonical_strides, result, {}, result))
+                self._steps.append(Step(canonical_strides, result, {}, result))
         piece.clear()
         waiting.clear()
 
@@ -160,7 +160,11 @@ class Program:
         self.pieces.append(kind)
         function = self._library.function(kind, graph)
         outputs = tuple(self._value(node) for node in results)
-        self._steps.append(Step(function, tuple(slots), {}, outputs, unpacked=True))
+        arguments = tuple(slots)
+        if self._library.passes_guards:
+            function = site = Site(function, slots)
+            arguments = (STATE, *site.values)
+        self._steps.append(Step(function, arguments, {}, outputs, unpacked=True))
 
     def _weight(self, path: str) -> Weight:
         owner, _, name = path.rpartition(".")
@@ -178,20 +182,8 @@ class Program:
         Returns:
             last hidden states of the requested rows (batch, requested, hidden).
         """
-        return self._run(lambda key: inputs[key] if isinstance(key, str) else index(key))
-
-
-def _canonical_strides(value: Any) -> Any:
-    """The same tensor with the strides of its shape: kernels leave odd ones on sizes of one, which are guarded on."""
-    if not isinstance(value, torch.Tensor) or not value.is_contiguous():
-        return value
-    strides: list[int] = []
-    step = 1
-    for size in reversed(value.shape):
-        strides.append(step)
-        step *= max(size, 1)
-    wanted = tuple(reversed(strides))
-    return value if value.stride() == wanted else value.as_strided(value.shape, wanted)
+        state = torch_state() if self._library.passes_guards else None
+        return self._run(lambda key: inputs[key] if isinstance(key, str) else index(key), state)
 
 
 def _callable(node: fx.Node, root: nn.Module) -> Callable[..., Any] | Method:
