@@ -10,6 +10,7 @@ and the training mode are followed; a replaced decoder, `forward` or `generate` 
 from __future__ import annotations
 
 import copy as copying
+import operator
 import threading
 import weakref
 from collections.abc import Callable
@@ -37,6 +38,7 @@ class AttributeFollower:
         self.source = source
         self._copy_ref = weakref.ref(copy)  # whose life does not hang on its being followed
         self._seen = self._attributes()
+        self._values = list(vars(source).values())
         self._given = {name: vars(copy).get(name, _MISSING) for name in self._seen}
         settings = self._seen.get("generation_config")
         self._settings = None if settings is None else copying.deepcopy(vars(settings))
@@ -52,6 +54,11 @@ class AttributeFollower:
 
     def update(self) -> None:
         """Hand on what has changed since the last time."""
+        values = list(vars(self.source).values())
+        if len(values) == len(self._values) and all(map(operator.is_, values, self._values)):  # most often
+            self._follow_settings()
+            return
+        self._values = values
         now = self._attributes()
         for name in now.keys() | self._seen.keys():
             value = now.get(name, _MISSING)

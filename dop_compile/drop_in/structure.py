@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
-import inspect
+import functools
+import operator
+import types
 from typing import Any
+
+from torch import nn
 
 from dop_compile.errors import UnsupportedUsageError
 from dop_compile.hf.copies import is_own
 
 __all__ = ["Structure"]
 
+_ROUTINES = (types.FunctionType, types.MethodType, types.BuiltinFunctionType, functools.partial)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
+_INTERNAL = frozenset(vars(nn.Module()))
+"""What torch itself keeps on a module."""
+
+
 class Structure:
-    """The modules of a decoder as they are now: children, hooks, replaced forwards, training, attention, weights' kind.
+    """The modules of a decoder as they are now: children, attributes, hooks, forwards, attention, kind of weights.
+
+    Attributes are numbers, functions and the like that are set on modules; what changes inside of one is not seen.
 
     It is compared in every call, of some hundreds of modules: so column by column, which takes a third of the time
     that module by module does.
@@ -24,6 +35,8 @@ class Structure:
         self._decoder = decoder
         self._modules = [vars(module) for module in decoder.modules()]
         self._parents = [attributes for attributes in self._modules if attributes["_modules"]]
+        self._watched = [(attributes, name) for attributes in self._modules for name in attributes.keys() - _INTERNAL]
+        self._values = [attributes[name] for attributes, name in self._watched]
         self._known = self._now()
 
     def holds(self) -> bool:
@@ -34,7 +47,14 @@ class Structure:
         """
         if self._decoder.training:
             self._check_training()
-        return self._known == self._now()
+        return self._known == self._now() and self._same_attributes()
+
+    def _same_attributes(self) -> bool:
+        try:
+            now = [attributes[name] for attributes, name in self._watched]
+        except KeyError:
+            return False
+        return all(map(operator.is_, now, self._values))
 
     def _check_training(self) -> None:
         if any(getattr(module, "gradient_checkpointing", False) for module in self._decoder.modules()):
@@ -47,7 +67,7 @@ class Structure:
         """Equal if modules, functions and hooks are the same ones."""
         decoder, modules = self._decoder, self._modules
         weight = next(decoder.parameters())
-        patches = tuple(value for value in vars(decoder).values() if inspect.isroutine(value) and not is_own(value))
+        patches = tuple(value for value in vars(decoder).values() if isinstance(value, _ROUTINES) and not is_own(value))
         return (
             (patches, decoder.config._attn_implementation, weight.dtype, weight.device),
             sum([len(attributes["_modules"]) for attributes in modules]),

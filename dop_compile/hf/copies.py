@@ -74,9 +74,8 @@ def is_own(function: Any) -> bool:
 def rebind(module: nn.Module, modules: Mapping[int, nn.Module]) -> None:
     """Let the functions set on an instance lead to other modules: `modules` by the `id` of those they replace."""
     attributes = vars(module)
-    for name, value in list(attributes.items()):
-        if isinstance(value, _FOLLOWED):
-            attributes[name] = rebound(value, modules)
+    for name in [name for name, value in attributes.items() if isinstance(value, _FOLLOWED)]:
+        attributes[name] = rebound(attributes[name], modules)
 
 
 def rebound(value: Any, modules: Mapping[int, nn.Module]) -> Any:

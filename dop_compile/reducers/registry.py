@@ -8,6 +8,7 @@ Some are built in. Others come from `register`, or from an installed package's e
 The entry point, like a registered factory, is called with the policy's options as keyword arguments.
 """
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
@@ -121,10 +122,15 @@ def _find(name: str) -> Callable[..., Reducer]:
     raise ValueError(f"unknown reducer {name!r}; {hint}Known are {', '.join(known())}")
 
 
+@functools.lru_cache(maxsize=64)
+def _signature(factory: Callable[..., Reducer]) -> inspect.Signature:
+    return inspect.signature(factory)
+
+
 def _check_options(name: str, factory: Callable[..., Reducer], options: Mapping[str, object]) -> None:
     by_keyword = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     try:
-        parameters = inspect.signature(factory).parameters.values()
+        parameters = _signature(factory).parameters.values()
     except ValueError:  # Some compiled callables have no signature; they judge their options themselves.
         return
     accepted = {p.name: p for p in parameters if p.kind in by_keyword}

@@ -16,7 +16,9 @@ results that cannot be told from the arguments.
 
 from __future__ import annotations
 
+import functools
 import re
+import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -29,11 +31,15 @@ from torch._guards import TracingContext
 from torch._inductor import config as inductor_config
 from torch._inductor.compile_fx import compile_fx
 from torch.fx.experimental.symbolic_shapes import SYMPY_INTERP
+from transformers import PreTrainedConfig
 
 from dop_compile.runtime.lines import Value, Weight
 
 __all__ = ["Site", "canonical_strides", "noting_inductor", "torch_state"]
 
+_INTERNAL = frozenset(vars(nn.Module()))
+_FUNCTIONS = (type, types.FunctionType, types.BuiltinFunctionType, functools.partial)
+_PLAIN = (bool, int, float, str, tuple, torch.dtype, torch.device, PreTrainedConfig, *_FUNCTIONS)
 _KEPT = 8
 """Direct calls that one place of a program keeps: for one row or more, one token or more."""
 
@@ -163,6 +169,16 @@ class Site:
         ]
 
 
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a change of the module would be seen: of what it holds, nothing can change inside.
+
+    Lists and tables can, as those do by which adapters are switched.
+    """
+    return all(
+        value is None or isinstance(value, _PLAIN) for name, value in vars(module).items() if name not in _INTERNAL
+    )
+
+
 def _direct_call(
     compiled: _Compiled,
     flat: tuple[Any, ...],
@@ -174,7 +190,11 @@ def _direct_call(
 ) -> Callable[..., Any] | None:
     """A function of the state and the values that returns what the piece does, or None where something differs."""
     if not inductor_config.size_asserts or len({id(value) for value in values}) < len(values):
-        return None  # strides would not be checked, or two arguments may be one tensor now and two tensors later
+        return None  # strides would not be checked, or two arguments that are one tensor now may be two later
+    if not all(
+        _is_plain(module) for holder in arguments if isinstance(holder, nn.Module) for module in holder.modules()
+    ):
+        return None
     writer = _Writer(compiled, arguments, values)
     inputs = [writer.input(number, value) for number, value in enumerate(flat)]
     results = [writer.output(value, outputs) for value in result]

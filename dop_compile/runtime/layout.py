@@ -8,6 +8,7 @@ torch's, and goes to the device in one piece.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
@@ -30,6 +31,18 @@ Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
 
+@functools.lru_cache(maxsize=16)
+def _kept(
+    universe: Universe, shape: tuple[int, int], codes: bytes, requested: bytes, device: torch.device, stream: Any
+) -> TokenLayout:
+    return TokenLayout(
+        universe,
+        torch.from_numpy(np.frombuffer(codes, np.int64).reshape(shape).copy()),
+        torch.from_numpy(np.frombuffer(requested, np.bool_).reshape(shape).copy()),
+        device,
+    )
+
+
 class TokenLayout:
     """The slots of one forward call and the index tensors that move tokens between sets.
 
@@ -47,6 +60,17 @@ class TokenLayout:
         self.device = device
         self.batch, self.length = codes.shape
         self._memo: dict[Any, Any] = {}
+
+    @classmethod
+    def kept(cls, universe: Universe, codes: Tensor, requested: Tensor, device: torch.device) -> TokenLayout:
+        """The layout of such a batch; the same one, index tensors included, if there was one of late.
+
+        Only for batches whose tokens stay in their groups.
+        """
+        shape = (codes.shape[0], codes.shape[1])
+        # Another stream may run ahead of the copy that one has begun
+        stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        return _kept(universe, shape, codes.numpy().tobytes(), requested.numpy().tobytes(), device, stream)
 
     def _once(self, key: Any, make: Callable[[], Any]) -> Any:
         if key not in self._memo:
@@ -137,6 +161,10 @@ class TokenLayout:
 
     def send(self, specs: Sequence[IndexSpec], grids: Sequence[TokenSet]) -> None:
         """Bring what will be asked for to the device at once: `index` of some, `device_slots` of others."""
+        specs = [spec for spec in specs if ("index", spec.kind, spec.tokens, spec.others) not in self._memo]
+        grids = [tokens for tokens in grids if ("device", tokens) not in self._memo]
+        if not specs and not grids:
+            return
         arrays: list[NDArray[Any]] = [self._index(spec.kind, spec.tokens, spec.others) for spec in specs]
         for tokens in grids:
             arrays.extend(self._slots(tokens))

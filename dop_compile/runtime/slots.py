@@ -97,7 +97,8 @@ class Slots:
             if "visual" in wanted and self.keep.ranking is not None:
                 wanted |= set(self.keep.ranking.groups)
             universe = Universe(groups, wanted)
-        return TokenLayout(universe, codes, requested, self.device)
+        make = TokenLayout.kept if self.keep.ranking is None else TokenLayout
+        return make(universe, codes, requested, self.device)
 
     def _codes(self) -> tuple[Tensor, Tensor]:
         shape = (self.batch, self.count)

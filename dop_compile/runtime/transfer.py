@@ -16,6 +16,7 @@ __all__ = ["read_back", "to_device"]
 _ALIGNMENT = 8
 
 
+@torch.inference_mode(False)  # a layout that is kept may be of use in training
 def to_device(arrays: Sequence[NDArray[Any]], device: torch.device) -> list[Tensor]:
     """Arrays as tensors on a device, views of one buffer there; the host does not wait for the copy."""
     if device.type == "cpu":
