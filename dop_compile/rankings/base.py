@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from dop_compile.transfer import to_device
 
 __all__ = ["Criterion", "LayerView", "best", "slots_of"]
 
@@ -93,7 +96,7 @@ def best(scores: Tensor, candidates: Tensor, counts: Sequence[int]) -> Tensor:
     """The highest scores of each row: (batch, slots) bool. Equal scores: the token that comes first."""
     scores = scores.float().masked_fill(~candidates, float("-inf"))
     places = scores.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-    return (places < places.new_tensor(list(counts))[:, None]) & candidates
+    return (places < to_device([np.array(counts)], places.device)[0][:, None]) & candidates
 
 
 def slots_of(tokens: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dop_compile.reducers.base import VisualContext
 
-__all__ = ["check_features", "check_indices"]
+__all__ = ["check_features", "check_indices", "check_numbers"]
 
 
 def check_indices(
@@ -60,7 +60,7 @@ def check_features(what: str, value: object, context: VisualContext, count: int)
     """Refuse features that cannot take the place of `count` rows of `context.projected`.
 
     Raises:
-        TypeError, ValueError: no tensor, or one of another shape, dtype or device, or with NaN of its own.
+        TypeError, ValueError: no tensor, or one of another shape, dtype or device.
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"{what} must be a tensor, not {type(value).__name__}")
@@ -72,6 +72,16 @@ def check_features(what: str, value: object, context: VisualContext, count: int)
         raise ValueError(
             f"{what} must be {like.dtype} on {like.device}, as `projected` is, not {value.dtype} on {value.device}"
         )
-    # A NaN that was there before the reducer is not its fault, and passes through as in the original.
-    if bool(value.isnan().any()) and not bool(like.isnan().any()):
+
+
+def check_numbers(what: str, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Refuse features with NaN of their own: pairs of what a reducer made and what it was given. The host waits once.
+
+    A NaN that was there before the reducer is not its fault, and passes through as in the original.
+
+    Raises:
+        ValueError: saying so.
+    """
+    own = [made.isnan().any() & ~given.isnan().any() for made, given in pairs]
+    if own and bool(torch.stack(own).any()):
         raise ValueError(f"{what} contain NaN, though the features it was given do not")

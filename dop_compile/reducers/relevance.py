@@ -13,12 +13,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from dop_compile.reducers.base import VisualContext
 from dop_compile.reducers.numbers import cosine, wide
+from dop_compile.transfer import to_device
 
 __all__ = ["ClipRelevance", "InstructionRelevance", "Relevance", "check_relevance"]
 
@@ -68,7 +70,7 @@ class InstructionRelevance:
         _check_text(contexts)
         texts = [context.text[context.instruction] for context in contexts]
         dtype = wide(texts[0].device)
-        lengths = torch.tensor([len(text) for text in texts], device=texts[0].device)
+        (lengths,) = to_device([np.array([len(text) for text in texts])], texts[0].device)
         means = pad_sequence([text.to(dtype) for text in texts], batch_first=True).sum(dim=1) / lengths[:, None]
         return [cosine(context.projected, mean[None])[:, 0] for context, mean in zip(contexts, means, strict=True)]
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dop_compile.reducers.base import OPTIONAL_FIELDS, Reducer, Selection, VisualContext
-from dop_compile.reducers.check import check_features, check_indices
+from dop_compile.reducers.check import check_features, check_indices, check_numbers
 from dop_compile.reducers.gradients import carries_gradients, detached, refusing_gradients
 from dop_compile.reducers.quotas import quotas
 
@@ -211,6 +211,8 @@ def _checked(reducer: Reducer, parts: list[_Part], answers: list[Any]) -> list[S
     for part, answer, rows in zip(parts, answers, indices, strict=True):
         if answer.features is not None:
             check_features(f"{who}: features", answer.features, part.context, len(rows))
+    merged = [(a.features, part.context.projected) for part, a in zip(parts, answers, strict=True)]
+    check_numbers(f"{who}: features", [(made, given) for made, given in merged if made is not None])
     return [
         Selection(rows, answer.features, None if answer.positions is None else next(positions))
         for answer, rows in zip(answers, indices, strict=True)

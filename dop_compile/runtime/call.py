@@ -35,6 +35,7 @@ class Call:
         model: the model's name, for messages.
         first_layer: the layer to begin at.
         stream: (batch, tokens, hidden) residual stream that enters it, if it is not the first one.
+        refusals: what the call is refused for, with the reason, once the host has read whether it is so.
         done: whether the outer model has called its decoder.
     """
 
@@ -52,6 +53,7 @@ class Call:
     model: str = "this model"
     first_layer: int = 0
     stream: Tensor | None = None
+    refusals: list[tuple[Tensor, str]] = field(default_factory=list)
     done: bool = False
 
 

@@ -24,6 +24,7 @@ from dop_compile.runtime.flash import FlashTokens
 from dop_compile.runtime.layout import NO_TOKEN, TokenLayout
 from dop_compile.runtime.masks import additive
 from dop_compile.tokens import TokenSet
+from dop_compile.transfer import to_device
 
 __all__ = ["StoredLayerView"]
 
@@ -75,7 +76,7 @@ class StoredLayerView:
     @cached_property
     def candidates(self) -> Tensor:
         """(batch, slots) bool: the visual tokens that are left."""
-        return self.left.to(self.device)
+        return to_device([self.left.numpy()], self.device)[0]
 
     def group(self, name: str) -> Tensor:
         """(batch, slots) bool, on the CPU: the tokens of a group; `visual` are those that are left."""
@@ -108,14 +109,16 @@ class StoredLayerView:
             heads: of an attention weight, the `mean` over the heads or their `max`.
         """
         slots, valid = slots_of(rows)
-        weight = valid.to(self.device, torch.float32)
-        if weights is not None:
-            weight = weight * weights.float().gather(1, slots.to(self.device))
         places = self.layout.positions(self.queries).gather(1, slots)
+        arrays = [tensor.numpy() for tensor in (slots, valid, places)]
+        slots, valid, places = to_device(arrays, self.device)
+        weight = valid.to(torch.float32)
+        if weights is not None:
+            weight = weight * weights.float().gather(1, slots)
         total = weight.new_zeros(weight.shape[0], self.key.shape[2])
         for start in range(0, slots.shape[1], ROWS_AT_ONCE):
             part = slice(start, start + ROWS_AT_ONCE)
-            attention = self._attention(slots[:, part].to(self.device), places[:, part].to(self.device), heads)
+            attention = self._attention(slots[:, part], places[:, part], heads)
             # Rows that only fill the grid, such as padding, may hold NaN, which a weight of 0 does not take out
             attention = attention.masked_fill((weight[:, part] == 0)[:, :, None], 0.0)
             total += torch.einsum("br,bre->be", weight[:, part], attention)

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dop_compile.passes.blocks import IndexSpec
-from dop_compile.runtime.transfer import to_device
 from dop_compile.tokens import Atom, TokenSet, Universe
+from dop_compile.transfer import to_device
 
 __all__ = ["NO_TOKEN", "TokenLayout"]
 

@@ -36,7 +36,8 @@ def packed_rows(decoder: nn.Module, call: Call, arguments: Arguments) -> PackedR
     """How to take a call's rows apart; None where they hold one sample each, or where the policy prunes nothing.
 
     Raises:
-        UnsupportedUsageError: the rows are packed, and the original would let samples see each other.
+        UnsupportedUsageError: the rows are packed, and the original would let samples see each other; or, later, what
+            the call's `refusals` say.
     """
     positions, cache = arguments.positions, arguments.cache
     batch, tokens = arguments.embeds.shape[:2]
@@ -53,11 +54,11 @@ def packed_rows(decoder: nn.Module, call: Call, arguments: Arguments) -> PackedR
             told = positions_of_masks(decoder, **{**constants, **arguments.token_inputs, **given})
     if told is None:
         text = positions if positions.dim() == 2 else positions[0]  # of several axes the first is text, or time
-        if bool((text.diff(dim=-1) < 0).any()):
-            raise UnsupportedUsageError(
-                "position_ids begin anew within a row, as those of several samples in one row do; with a cache, or "
-                f"where the masks of {type(decoder).__name__} do not read them, samples cannot be kept apart: {REMEDY}"
-            )
+        reason = (
+            "position_ids begin anew within a row, as those of several samples in one row do; with a cache, or "
+            f"where the masks of {type(decoder).__name__} do not read them, samples cannot be kept apart: {REMEDY}"
+        )
+        call.refusals.append(((text.diff(dim=-1) < 0).any(), reason))
         return None
     if _goes_on(told):
         return None

@@ -20,7 +20,7 @@ from dop_compile.errors import UnsupportedUsageError
 from dop_compile.policy.policy import Policy
 from dop_compile.reducers import GivenReducer, Reducer, VisualContext, create, needs, select_batch
 from dop_compile.runtime.layout import NO_TOKEN, Bools, Ints
-from dop_compile.runtime.transfer import to_device
+from dop_compile.transfer import to_device
 from dop_compile.vision.prompt import VISION_FIELDS, PromptVision
 
 __all__ = ["Prompt", "Reduction", "call_groups", "make_reducer", "reduce_prompt"]

@@ -16,9 +16,9 @@ from dop_compile.runtime.masks import MaskSelector
 from dop_compile.runtime.program import Program
 from dop_compile.runtime.prompt import Reduction, call_groups, make_reducer, reduce_prompt
 from dop_compile.runtime.token_kinds import read_prompt
-from dop_compile.runtime.transfer import to_device
 from dop_compile.spans import SELECTION, span
 from dop_compile.tokens import Universe
+from dop_compile.transfer import to_device
 
 __all__ = ["Slots"]
 
@@ -135,7 +135,7 @@ class Slots:
         if self.reduction is not None and self.reduction.features:
             embeds = embeds.clone()
             for row, slots, features in self.reduction.features:
-                embeds[row, slots.to(self.device)] = features.to(embeds)
+                embeds[row, to_device([slots.numpy()], self.device)[0]] = features.to(embeds)
         return embeds
 
     def positions(self) -> Tensor:

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dop_compile.errors import UnsupportedUsageError
 from dop_compile.runtime.call import Arguments, Call
 from dop_compile.runtime.prompt import Prompt
-from dop_compile.runtime.transfer import read_back
 from dop_compile.spans import SELECTION, span
+from dop_compile.transfer import read_back
 from dop_compile.vision.placing import placed_rows, placement_checks
 from dop_compile.vision.prompt import PromptVision
 
@@ -42,6 +43,9 @@ def token_kinds(
 ) -> TokenKinds:
     """The kinds of a call's tokens.
 
+    Raises:
+        UnsupportedUsageError: one of the call's refusals holds.
+
     Args:
         embeds: (batch, tokens, hidden).
         prompt: how many of the tokens are the prompt's.
@@ -58,7 +62,11 @@ def token_kinds(
     if call.newline is not None and call.visual:
         is_newline = (embeds == call.newline.to(embeds)).all(dim=-1)
     given = nothing if mask is None else mask[:, -tokens:].bool()
-    is_newline, given, *seen = read_back([is_newline, given, *masks, *checks])
+    refused = [refusal for refusal, _ in call.refusals]
+    is_newline, given, *seen = read_back([is_newline, given, *masks, *checks, *refused])
+    for refusal, (_, reason) in zip(seen[len(masks) + len(checks) :], call.refusals, strict=True):
+        if bool(refusal):
+            raise UnsupportedUsageError(reason)
     valid = ~nothing if mask is None else given
     visual = nothing
     for own in seen[: len(masks)]:

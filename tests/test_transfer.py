@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from dop_compile.runtime.transfer import read_back, to_device
+from dop_compile.transfer import read_back, to_device
 
 ARRAYS = [
     np.arange(6).reshape(2, 3),
