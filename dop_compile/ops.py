@@ -29,6 +29,8 @@ __all__ = [
 
 def token_slice(x: Tensor, index: Tensor, batch_dim: int = 0, token_dim: int = 1) -> Tensor:
     """Take tokens of each row: x (..., batch, ..., tokens, ...), index (batch, count) -> count tokens."""
+    if index.shape[0] == 1:
+        return x.index_select(token_dim, index[0])
     if x.dim() == 3 and (batch_dim, token_dim) == (0, 1):
         offset = torch.arange(x.shape[0], device=index.device)[:, None] * x.shape[1]
         return F.embedding(index + offset, x.flatten(0, 1))

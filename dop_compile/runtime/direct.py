@@ -40,6 +40,8 @@ __all__ = ["Site", "canonical_strides", "noting_inductor", "torch_state"]
 _INTERNAL = frozenset(vars(nn.Module()))
 _FUNCTIONS = (type, types.FunctionType, types.BuiltinFunctionType, functools.partial)
 _PLAIN = (bool, int, float, str, tuple, torch.dtype, torch.device, PreTrainedConfig, *_FUNCTIONS)
+_KNOWN_CODE = ("torch", "transformers")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _KEPT = 8
 """Direct calls that one place of a program keeps: for one row or more, one token or more."""
 
@@ -170,13 +172,18 @@ class Site:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Whether a change of the module would be seen: of what it holds, nothing can change inside.
+    """Whether torch.compile's guards would see no more of a module than is seen without them.
 
-    Lists and tables can, as those do by which adapters are switched.
+    1. Its forward is torch's or transformers' own: a user's may read what it likes.
+    2. It has no hooks, and no functions that close over something.
+    3. Of what it holds nothing can change inside: lists and tables can, as those do by which adapters are switched.
     """
-    return all(
-        value is None or isinstance(value, _PLAIN) for name, value in vars(module).items() if name not in _INTERNAL
-    )
+    attributes = vars(module)
+    where = getattr(type(module).forward, "__globals__", {}).get("__name__", "")
+    if where.split(".")[0] not in _KNOWN_CODE or any(attributes[name] for name in _HOOKS):
+        return False
+    values = [value for name, value in attributes.items() if name not in _INTERNAL and value is not None]
+    return all(isinstance(value, _PLAIN) and not getattr(value, "__closure__", None) for value in values)
 
 
 def _direct_call(

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -141,12 +142,12 @@ class PromptVision:
         for part, rows in zip(parts, places, strict=True):
             if rows is not None:
                 first = sum(len(other.rows) for other in placed)
-                self._row = torch.where(rows >= 0, rows + first, self._row)
+                there, own = rows.numpy() >= 0, rows.numpy()
+                self._row.numpy()[there] = own[there] + first
                 if part.sizes:
                     before = sum(len(other.sizes) for other in placed)
-                    sizes = torch.tensor(part.sizes, device="cpu")
-                    numbers = before + torch.arange(len(sizes), device="cpu").repeat_interleave(sizes)
-                    self.items = torch.where(rows >= 0, numbers[rows.clamp(min=0)], self.items)
+                    numbers = before + np.repeat(np.arange(len(part.sizes)), part.sizes)
+                    self.items.numpy()[there] = numbers[own[there]]
                 placed.append(part)
                 self._missing |= part.missing
         self._shapes = tuple(shape for part in placed for shape in part.shapes)
@@ -194,6 +195,8 @@ class PromptVision:
 
     def fields(self, row: int, columns: Tensor, segments: Tensor, wanted: frozenset[str]) -> dict[str, Any]:
         """Fields of a context for the tokens at `columns` (tokens,) of one row of the batch, and their segments."""
+        if not wanted:
+            return {}
         index = self._row[row, columns]
         first, last = int(index[0]), int(index[-1])
         run = last + 1 - first == len(index) and bool((index.diff() == 1).all())

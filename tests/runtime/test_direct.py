@@ -142,3 +142,18 @@ def test_adapters_are_switched(batch: Batch) -> None:
         if hasattr(module, "scale_layer"):
             module.scale_layer(3.0)
     assert_close(logits(compiled, own), logits(plain, own))
+
+
+def test_hooks_that_read_what_changes_outside(batch: Batch) -> None:
+    own = make_batch("llava", ROWS, seed=9)
+    strength = [1.0]
+    norm = own.model.model.language_model.layers[1].post_attention_layernorm
+    norm.register_forward_hook(lambda module, inputs, output: output * strength[0])
+    compiled = dop_compile(own.model, policy(own.family.num_layers))
+    plain = dop_compile(own.model, policy(own.family.num_layers), backend="eager")
+    found = [logits(compiled, own) for _ in range(2)][1]
+    assert_close(found, logits(plain, own))
+    strength[0] = 3.0
+    changed = logits(compiled, own)
+    assert_close(changed, logits(plain, own))
+    assert not torch.allclose(changed, found)
