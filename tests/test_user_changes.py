@@ -53,6 +53,20 @@ def test_a_module_replaced_after_compilation_is_used() -> None:
     assert_close(compiled(**batch.inputs).logits[batch.mask], reference(batch, PRUNED)[batch.mask])
 
 
+@torch.no_grad()
+def test_numbers_set_on_modules_after_compilation_are_used() -> None:
+    """On those that the graph looks into, which reads their numbers once, and on those that it calls."""
+    batch = own_batch()
+    compiled = compile_eagerly(batch.model, PRUNED)
+    check(compiled, batch)
+    layer = batch.model.get_decoder().layers[1]
+    for module, name, value in ((layer.self_attn, "scaling", 1.5), (layer.input_layernorm, "variance_epsilon", 0.5)):
+        before = compiled(**batch.inputs).logits
+        setattr(module, name, value)
+        check(compiled, batch)
+        assert not torch.allclose(compiled(**batch.inputs).logits, before)
+
+
 @pytest.mark.parametrize("path", ["lm_head", "model.multi_modal_projector", "model.language_model.norm"])
 @torch.no_grad()
 def test_a_child_replaced_on_the_original_is_used_and_the_other_way_not(path: str) -> None:
