@@ -117,7 +117,6 @@ class CompiledState:
         self._traces: dict[DecoderInputs, TracedDecoder] = {}
         self._lock = threading.RLock()
         self._structure = Structure(self.base.get_submodule(self.decoder_path))
-        self._structure.holds()
 
     @property
     def decoder(self) -> Any:

@@ -7,19 +7,13 @@ import operator
 import types
 from typing import Any
 
-from torch import nn
-
 from dop_compile.errors import UnsupportedUsageError
 from dop_compile.hf.copies import is_own
+from dop_compile.runtime.direct import HOOKS, TORCH_ATTRIBUTES
 
 __all__ = ["Structure"]
 
 _ROUTINES = (types.FunctionType, types.MethodType, types.BuiltinFunctionType, functools.partial)
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
-_INTERNAL = frozenset(vars(nn.Module()))
-"""What torch itself keeps on a module."""
 
 
 class Structure:
@@ -29,13 +23,19 @@ class Structure:
 
     It is compared in every call, of some hundreds of modules: so column by column, which takes a third of the time
     that module by module does.
+
+    Raises:
+        UnsupportedUsageError: the decoder is trained with gradient checkpointing.
     """
 
     def __init__(self, decoder: Any):
         self._decoder = decoder
+        self._check_training()
         self._modules = [vars(module) for module in decoder.modules()]
         self._parents = [attributes for attributes in self._modules if attributes["_modules"]]
-        self._watched = [(attributes, name) for attributes in self._modules for name in attributes.keys() - _INTERNAL]
+        self._watched = [
+            (attributes, name) for attributes in self._modules for name in attributes.keys() - TORCH_ATTRIBUTES
+        ]
         self._values = [attributes[name] for attributes, name in self._watched]
         self._known = self._now()
 
@@ -45,8 +45,7 @@ class Structure:
         Raises:
             UnsupportedUsageError: the decoder is trained with gradient checkpointing.
         """
-        if self._decoder.training:
-            self._check_training()
+        self._check_training()
         return self._known == self._now() and self._same_attributes()
 
     def _same_attributes(self) -> bool:
@@ -57,7 +56,8 @@ class Structure:
         return all(map(operator.is_, now, self._values))
 
     def _check_training(self) -> None:
-        if any(getattr(module, "gradient_checkpointing", False) for module in self._decoder.modules()):
+        decoder = self._decoder
+        if decoder.training and any(getattr(module, "gradient_checkpointing", False) for module in decoder.modules()):
             raise UnsupportedUsageError(
                 "gradient checkpointing is not supported by a compiled model; call gradient_checkpointing_disable(), "
                 "or eval() for inference"
@@ -74,7 +74,7 @@ class Structure:
             [[*attributes["_modules"].values()] for attributes in self._parents],
             [attributes["training"] for attributes in modules],
             ["forward" in attributes for attributes in modules],
-            [_hooks(name, modules) for name in _HOOKS],
+            [_hooks(name, modules) for name in HOOKS],
         )
 
 

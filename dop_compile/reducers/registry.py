@@ -10,7 +10,7 @@ The entry point, like a registered factory, is called with the policy's options 
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from difflib import get_close_matches
 from importlib.metadata import entry_points
 
@@ -130,7 +130,8 @@ def _signature(factory: Callable[..., Reducer]) -> inspect.Signature:
 def _check_options(name: str, factory: Callable[..., Reducer], options: Mapping[str, object]) -> None:
     by_keyword = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     try:
-        parameters = _signature(factory).parameters.values()
+        known = _signature(factory) if isinstance(factory, Hashable) else inspect.signature(factory)
+        parameters = known.parameters.values()
     except ValueError:  # Some compiled callables have no signature; they judge their options themselves.
         return
     accepted = {p.name: p for p in parameters if p.kind in by_keyword}

@@ -211,8 +211,9 @@ def _checked(reducer: Reducer, parts: list[_Part], answers: list[Any]) -> list[S
     for part, answer, rows in zip(parts, answers, indices, strict=True):
         if answer.features is not None:
             check_features(f"{who}: features", answer.features, part.context, len(rows))
-    merged = [(a.features, part.context.projected) for part, a in zip(parts, answers, strict=True)]
-    check_numbers(f"{who}: features", [(made, given) for made, given in merged if made is not None])
+    both = zip(parts, answers, strict=True)
+    merged = [(a.features, part.context.projected) for part, a in both if a.features is not None]
+    check_numbers(f"{who}: features", merged)
     return [
         Selection(rows, answer.features, None if answer.positions is None else next(positions))
         for answer, rows in zip(answers, indices, strict=True)

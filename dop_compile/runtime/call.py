@@ -35,7 +35,6 @@ class Call:
         model: the model's name, for messages.
         first_layer: the layer to begin at.
         stream: (batch, tokens, hidden) residual stream that enters it, if it is not the first one.
-        refusals: what the call is refused for, with the reason, once the host has read whether it is so.
         done: whether the outer model has called its decoder.
     """
 
@@ -53,7 +52,6 @@ class Call:
     model: str = "this model"
     first_layer: int = 0
     stream: Tensor | None = None
-    refusals: list[tuple[Tensor, str]] = field(default_factory=list)
     done: bool = False
 
 
@@ -67,6 +65,7 @@ class Arguments:
         packed_mask: (batch, tokens) or (batch, tokens, 1) bool, the tokens they belong to.
         packed_name, packed_keys: the argument they came in, and their keys if that was a dictionary.
         token_inputs: other tensors (batch, tokens, ...) by name.
+        refusals: what the call is refused for, with the reason, once the host has read whether it is so.
     """
 
     embeds: Tensor
@@ -80,3 +79,4 @@ class Arguments:
     packed_name: str = "deepstack_visual_embeds"
     packed_keys: tuple[Any, ...] | None = None
     token_inputs: dict[str, Tensor] = field(default_factory=dict)
+    refusals: list[tuple[Tensor, str]] = field(default_factory=list)

@@ -5,7 +5,7 @@ backend was then given is noted, and tells how to make the same from the piece's
 place calls what the backend made. It checks what can differ from call to call, in a line of Python:
 
 1. the state of torch: gradients, inference mode, autocast, modes on the stack;
-2. dtypes and sizes of the arguments, and what the backend assumed of sizes (its guards on them);
+2. classes, dtypes and sizes of the arguments, and what the backend assumed of sizes (its guards on them);
 3. numbers on modules that the backend takes as inputs (the epsilon of a norm).
 
 Weights are looked up in their modules each time. Strides the compiled code checks itself. Whatever does not hold goes
@@ -28,20 +28,19 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._guards import TracingContext
-from torch._inductor import config as inductor_config
-from torch._inductor.compile_fx import compile_fx
 from torch.fx.experimental.symbolic_shapes import SYMPY_INTERP
 from transformers import PreTrainedConfig
 
 from dop_compile.runtime.lines import Value, Weight
 
-__all__ = ["Site", "canonical_strides", "noting_inductor", "torch_state"]
+__all__ = ["HOOKS", "TORCH_ATTRIBUTES", "Site", "canonical_strides", "noting_inductor", "torch_state"]
 
-_INTERNAL = frozenset(vars(nn.Module()))
+TORCH_ATTRIBUTES = frozenset(vars(nn.Module()))
+"""What torch itself keeps on a module."""
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _FUNCTIONS = (type, types.FunctionType, types.BuiltinFunctionType, functools.partial)
 _PLAIN = (bool, int, float, str, tuple, torch.dtype, torch.device, PreTrainedConfig, *_FUNCTIONS)
 _KNOWN_CODE = ("torch", "transformers")
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _KEPT = 8
 """Direct calls that one place of a program keeps: for one row or more, one token or more."""
 
@@ -75,6 +74,8 @@ def noting_inductor(module: fx.GraphModule, example_inputs: Sequence[Any]) -> Ca
     sources = tuple("" if argument is None else _source(argument.source) for argument in arguments)
     fake_mode = TracingContext.get().fake_mode
     environment = None if fake_mode is None else fake_mode.shape_env
+    from torch._inductor.compile_fx import compile_fx  # a second's import, which eager models do without
+
     function: Any = compile_fx(module, list(example_inputs))
     compiled = _Compiled(function, inputs, sources, environment)
 
@@ -180,9 +181,9 @@ def _is_plain(module: nn.Module) -> bool:
     """
     attributes = vars(module)
     where = getattr(type(module).forward, "__globals__", {}).get("__name__", "")
-    if where.split(".")[0] not in _KNOWN_CODE or any(attributes[name] for name in _HOOKS):
+    if where.split(".")[0] not in _KNOWN_CODE or any(attributes[name] for name in HOOKS):
         return False
-    values = [value for name, value in attributes.items() if name not in _INTERNAL and value is not None]
+    values = [value for name, value in attributes.items() if name not in TORCH_ATTRIBUTES and value is not None]
     return all(isinstance(value, _PLAIN) and not getattr(value, "__closure__", None) for value in values)
 
 
@@ -196,11 +197,10 @@ def _direct_call(
     result: tuple[Any, ...],
 ) -> Callable[..., Any] | None:
     """A function of the state and the values that returns what the piece does, or None where something differs."""
-    if not inductor_config.size_asserts or len({id(value) for value in values}) < len(values):
+    if not torch._inductor.config.size_asserts or len({id(value) for value in values}) < len(values):
         return None  # strides would not be checked, or two arguments that are one tensor now may be two later
-    if not all(
-        _is_plain(module) for holder in arguments if isinstance(holder, nn.Module) for module in holder.modules()
-    ):
+    modules = [module for holder in arguments if isinstance(holder, nn.Module) for module in holder.modules()]
+    if not all(map(_is_plain, modules)):
         return None
     writer = _Writer(compiled, arguments, values)
     inputs = [writer.input(number, value) for number, value in enumerate(flat)]
@@ -223,11 +223,11 @@ class _Writer:
         self._conditions: list[str] = []
         self._constants: dict[str, Any] = {}
         self._weights = self._all_weights(arguments)
-        self._sizes: dict[Any, str] = {}
         for number, value in enumerate(values):
             if not isinstance(value, Tensor):
                 self._conditions.append(f"v{number} is {self._constant(value)}")
                 continue
+            self._conditions.append(f"type(v{number}) is {self._constant(type(value))}")
             self._conditions.append(f"v{number}.dtype is {self._constant(value.dtype)}")
 
     @staticmethod

@@ -60,6 +60,7 @@ class TokenLayout:
         self.device = device
         self.batch, self.length = codes.shape
         self._memo: dict[Any, Any] = {}
+        self._there: dict[Any, Any] = {}  # on the device
 
     @classmethod
     def kept(cls, universe: Universe, codes: Tensor, requested: Tensor, device: torch.device) -> TokenLayout:
@@ -161,19 +162,17 @@ class TokenLayout:
 
     def send(self, specs: Sequence[IndexSpec], grids: Sequence[TokenSet]) -> None:
         """Bring what will be asked for to the device at once: `index` of some, `device_slots` of others."""
-        specs = [spec for spec in specs if ("index", spec.kind, spec.tokens, spec.others) not in self._memo]
-        grids = [tokens for tokens in grids if ("device", tokens) not in self._memo]
-        if not specs and not grids:
-            return
+        specs = [spec for spec in specs if spec not in self._there]
+        grids = [tokens for tokens in grids if tokens not in self._there]
         arrays: list[NDArray[Any]] = [self._index(spec.kind, spec.tokens, spec.others) for spec in specs]
         for tokens in grids:
             arrays.extend(self._slots(tokens))
-        sent = iter(to_device(arrays, self.device))
+        sent = iter(to_device(arrays, self.device) if arrays else ())
         for spec in specs:
-            self._memo["index", spec.kind, spec.tokens, spec.others] = next(sent)
+            self._there[spec] = next(sent)
         for tokens in grids:
             slots, valid = next(sent), next(sent)
-            self._memo["device", tokens] = slots, None if self._slots(tokens)[1].all() else valid
+            self._there[tokens] = slots, None if self._slots(tokens)[1].all() else valid
 
     def index(self, kind: str, tokens: TokenSet, others: tuple[TokenSet, ...]) -> Tensor:
         """The index tensor of a graph's `IndexSpec`.
@@ -182,24 +181,17 @@ class TokenLayout:
         2. scatter: (batch, count of `others[0]`) 1 + flat position in the set's grid of each token, 0 of no member.
         3. merge: (batch, count) position of each token in the concatenated grids of disjoint `others`.
         """
-
-        def make() -> Tensor:
-            return to_device([self._index(kind, tokens, others)], self.device)[0]
-
-        result: Tensor = self._once(("index", kind, tokens, others), make)
+        spec = IndexSpec(kind, tokens, others)
+        if spec not in self._there:
+            self.send([spec], ())
+        result: Tensor = self._there[spec]
         return result
 
     def device_slots(self, tokens: TokenSet) -> tuple[Tensor, Tensor | None]:
         """`slots` on the device; validity is None where every position holds a token."""
-
-        def make() -> tuple[Tensor, Tensor | None]:
-            slots, valid = self._slots(tokens)
-            if valid.all():
-                return to_device([slots], self.device)[0], None
-            there, valid_there = to_device([slots, valid], self.device)
-            return there, valid_there
-
-        result: tuple[Tensor, Tensor | None] = self._once(("device", tokens), make)
+        if tokens not in self._there:
+            self.send((), [tokens])
+        result: tuple[Tensor, Tensor | None] = self._there[tokens]
         return result
 
     def _index(self, kind: str, tokens: TokenSet, others: tuple[TokenSet, ...]) -> Ints:

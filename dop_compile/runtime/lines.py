@@ -6,6 +6,7 @@ last use, as those of the original forward are.
 
 from __future__ import annotations
 
+import itertools
 import linecache
 import math
 import operator
@@ -83,15 +84,14 @@ def straight_line(inputs: Mapping[Value, Any], steps: Sequence[Step], result: Va
     Its `source` is the text, which tracebacks show too.
     """
     lines = _Lines()
-    last = _last_uses(steps)
+    freed = _freed_behind(steps)
     lines.extend(f"{value.name} = given({lines.text(key)})" for value, key in inputs.items())
     for number, step in enumerate(steps):
         lines.append(lines.call(step))
-        freed = [value.name for value, use in last.items() if use == number and value != result]
-        if freed:
-            lines.append(f"del {', '.join(freed)}")
+        if names := [value.name for value in freed[number] if value != result]:
+            lines.append(f"del {', '.join(names)}")
     source = "\n    ".join(["def decoder(given, state):", *lines, f"return {result.name}"]) + "\n"
-    file = f"<{title} {id(lines):x}>"
+    file = f"<{title} {next(_numbers)}>"
     namespace = dict(lines.constants)
     exec(compile(source, file, "exec"), namespace)
     function = namespace["decoder"]
@@ -101,7 +101,11 @@ def straight_line(inputs: Mapping[Value, Any], steps: Sequence[Step], result: Va
     return function
 
 
-def _last_uses(steps: Sequence[Step]) -> dict[Value, int]:
+_numbers = itertools.count()
+
+
+def _freed_behind(steps: Sequence[Step]) -> list[list[Value]]:
+    """Per step the values that no later one uses."""
     last: dict[Value, int] = {}
 
     def note(part: Any, number: int) -> None:
@@ -112,7 +116,10 @@ def _last_uses(steps: Sequence[Step]) -> dict[Value, int]:
 
     for number, step in enumerate(steps):
         note((step.args, step.kwargs, step.outputs), number)
-    return last
+    freed: list[list[Value]] = [[] for _ in steps]
+    for value, number in last.items():
+        freed[number].append(value)
+    return freed
 
 
 def _parts(value: Any) -> Sequence[Any]:

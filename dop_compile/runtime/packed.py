@@ -37,7 +37,7 @@ def packed_rows(decoder: nn.Module, call: Call, arguments: Arguments) -> PackedR
 
     Raises:
         UnsupportedUsageError: the rows are packed, and the original would let samples see each other; or, later, what
-            the call's `refusals` say.
+            the arguments' `refusals` say.
     """
     positions, cache = arguments.positions, arguments.cache
     batch, tokens = arguments.embeds.shape[:2]
@@ -58,7 +58,7 @@ def packed_rows(decoder: nn.Module, call: Call, arguments: Arguments) -> PackedR
             "position_ids begin anew within a row, as those of several samples in one row do; with a cache, or "
             f"where the masks of {type(decoder).__name__} do not read them, samples cannot be kept apart: {REMEDY}"
         )
-        call.refusals.append(((text.diff(dim=-1) < 0).any(), reason))
+        arguments.refusals.append(((text.diff(dim=-1) < 0).any(), reason))
         return None
     if _goes_on(told):
         return None

@@ -142,18 +142,18 @@ def _contexts(prompt: Prompt, counted: Tensor, reducer: Reducer) -> list[VisualC
     contexts = []
     for row, projected, others in zip(rows, *taken, strict=True):
         own = np.flatnonzero(places[row])
-        columns, segments = torch.from_numpy(own), _segments(own, visual[row], None if items is None else items[row])
+        columns = torch.from_numpy(own)
+        segments = torch.from_numpy(_segments(own, visual[row], None if items is None else items[row]))
         fields: dict[str, Any] = {}
         if vision is not None:
-            fields = vision.fields(row, columns, torch.from_numpy(segments), wanted)
+            fields = vision.fields(row, columns, segments, wanted)
         elif "tiles" in wanted:  # tokens that the caller calls visual are of no tiles
             fields = {"tiles": torch.zeros_like(columns)}
         if "text_ids" in wanted and prompt.input_ids is not None:
             places_of_text = to_device([np.flatnonzero(text[row])], prompt.input_ids.device)[0]
             fields["text_ids"] = prompt.input_ids[row, places_of_text]
         before = int(text[row, : own[0]].sum())
-        segments_there = torch.from_numpy(segments)
-        contexts.append(VisualContext(projected, others, segments_there, row, instruction_start=before, **fields))
+        contexts.append(VisualContext(projected, others, segments, row, instruction_start=before, **fields))
     return contexts
 
 

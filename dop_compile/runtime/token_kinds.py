@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -39,32 +40,40 @@ class TokenKinds:
 
 
 def token_kinds(
-    call: Call, embeds: Tensor, prompt: int, mask: Tensor | None = None, *, with_vision: bool = True
+    call: Call,
+    embeds: Tensor,
+    prompt: int,
+    mask: Tensor | None = None,
+    *,
+    refusals: Sequence[tuple[Tensor, str]] = (),
+    with_vision: bool = True,
 ) -> TokenKinds:
     """The kinds of a call's tokens.
-
-    Raises:
-        UnsupportedUsageError: one of the call's refusals holds.
 
     Args:
         embeds: (batch, tokens, hidden).
         prompt: how many of the tokens are the prompt's.
         mask: (batch, past and new tokens), 0 for padding.
+        refusals: of the call's arguments.
         with_vision: whether to find out what is known about the vision tower.
+
+    Raises:
+        UnsupportedUsageError: one of the refusals holds.
     """
     batch, tokens = embeds.shape[:2]
     nothing = torch.zeros(batch, tokens, dtype=torch.bool, device="cpu")
     groups = call.token_groups
     masks = [_of_tokens(m) for m in call.visual] if groups is None else []
     parts = call.vision if with_vision else []
-    checks = placement_checks(parts, masks, embeds)
+    with span(SELECTION) if parts else nullcontext():
+        checks = placement_checks(parts, masks, embeds)
     is_newline = nothing
     if call.newline is not None and call.visual:
         is_newline = (embeds == call.newline.to(embeds)).all(dim=-1)
     given = nothing if mask is None else mask[:, -tokens:].bool()
-    refused = [refusal for refusal, _ in call.refusals]
+    refused = [refusal for refusal, _ in refusals]
     is_newline, given, *seen = read_back([is_newline, given, *masks, *checks, *refused])
-    for refusal, (_, reason) in zip(seen[len(masks) + len(checks) :], call.refusals, strict=True):
+    for refusal, (_, reason) in zip(seen[len(masks) + len(checks) :], refusals, strict=True):
         if bool(refusal):
             raise UnsupportedUsageError(reason)
     valid = ~nothing if mask is None else given
@@ -120,7 +129,7 @@ def read_prompt(call: Call, arguments: Arguments) -> tuple[Prompt | None, Tensor
     prompt = tokens if call.prompt_tokens is None else call.prompt_tokens
     if prompt == 0:
         return None, None
-    kinds = token_kinds(call, embeds, prompt, arguments.attention_mask)
+    kinds = token_kinds(call, embeds, prompt, arguments.attention_mask, refusals=arguments.refusals)
     valid = kinds.valid
     visual, newline = kinds.visual & valid, kinds.newline & valid
     system = kinds.system
