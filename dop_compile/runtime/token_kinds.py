@@ -65,8 +65,7 @@ def token_kinds(
     groups = call.token_groups
     masks = [_of_tokens(m) for m in call.visual] if groups is None else []
     parts = call.vision if with_vision else []
-    with span(SELECTION) if parts else nullcontext():
-        checks = placement_checks(parts, masks, embeds)
+    checks = placement_checks(parts, masks, embeds)
     is_newline = nothing
     if call.newline is not None and call.visual:
         is_newline = (embeds == call.newline.to(embeds)).all(dim=-1)
