@@ -19,6 +19,7 @@ __all__ = [
     "rank_tokens",
     "ranked_index",
     "select_attention_mask",
+    "select_padding_mask",
     "token_add",
     "token_merge",
     "token_slice",
@@ -94,6 +95,11 @@ def ranked_index(layout: Any, kind: str, tokens: Any, others: Any) -> Tensor:
     """An index tensor between token sets that a ranking tells apart."""
     result: Tensor = layout.index(kind, tokens, others)
     return result
+
+
+def select_padding_mask(masks: Any, tokens: Any) -> Any:
+    """Which positions of a token set's grid hold a token, (batch, count) of 0 and 1; None where all do."""
+    return masks.padding(tokens)
 
 
 def select_attention_mask(mask: Any, masks: Any, layer: int, queries: Any, keys: Any) -> tuple[Any, Any]:

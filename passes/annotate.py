@@ -2,7 +2,7 @@
 
 Requires: a traced decoder graph.
 Ensures:  `junctions` lists, in order, every addition to the residual stream with its branches; each branch knows its
-          layer, its kind (MHA if it holds an attention kernel, else MLP) and the token sets that the keep table gives.
+          layer, its kind (MHA if it holds an attention kernel or another token mixer, else MLP) and the token sets that the keep table gives.
 Numerics: exact; no node changes.
 
 A residual branch is what lies between x and ``add(x, branch)``, whatever norms and multipliers it holds. Cases:
@@ -10,9 +10,10 @@ A residual branch is what lies between x and ``add(x, branch)``, whatever norms 
 2. parallel MHA and MLP: ``x + mha(x) + mlp(x)`` in any order of addition is one junction with two branches;
 3. anything else that replaces the stream between layers (DeepStack adds visual features) or scales it at the end of
    one: a transform, kept whole;
-Refused: 4. no addition to a stream; 5. a constant added to it; 6. a branch with several attention kernels or of several
-layers; 7. a layer without an attention branch (linear attention needs every token); 8. a layer that replaces the stream
-by more than token-wise arithmetic, or goes on after its last addition (OPT's MLP on flattened tokens); 9. a branch
+4. a recurrence or convolution that keeps a state, in place of the attention or beside it.
+Refused: 5. no addition to a stream; 6. a constant added to it; 7. a branch with several attention kernels or of several
+layers; 8. a layer whose token mixing is not a branch of its own; 9. a layer that replaces the stream
+by more than token-wise arithmetic, or goes on after its last addition (OPT's MLP on flattened tokens); 10. a branch
 that reads two stream values.
 """
 
@@ -27,7 +28,7 @@ from torch import Tensor, fx
 from dop_compile import ops
 from dop_compile.errors import PassError
 from dop_compile.hf.kernels import MASK_BUILDERS
-from dop_compile.passes.blocks import MHA, MLP, Block, Junction
+from dop_compile.passes.blocks import MHA, MLP, Block, Junction, block_sets
 from dop_compile.passes.cleanup import eliminate_dead_nodes, eliminate_duplicates
 from dop_compile.passes.graph import DecoderGraph, depends_on, is_add
 from dop_compile.passes.infra import Pass
@@ -130,13 +131,13 @@ class _StreamFinder:
             for node in self.nodes[self.position[stream] + 1 : self.position[branch] + 1]
             if self.is_before(stream, node) and (node is branch or self.is_before(node, branch))
         ]
-        kernels = [node for node in inside if node.meta.get("attention")]
+        kernels = [node for node in inside if node.meta.get("attention") or node.meta.get("mixer")]
         layers = {self.target.traced.layer_of(node) for node in inside} - {None}
         if len(kernels) > 1 or len(layers) != 1:
             raise PassError(
                 "annotate",
-                f"the branch holds {len(kernels)} attention kernels of layers {sorted(map(str, layers))}; expected at "
-                "most one kernel, of one layer",
+                f"the branch holds {len(kernels)} attention kernels or token mixers of layers "
+                f"{sorted(map(str, layers))}; expected at most one, of one layer",
                 node=branch.name,
                 layer=self.target.traced.layer_of(branch),
             )
@@ -144,8 +145,9 @@ class _StreamFinder:
         assert layer is not None
         updates = [node for node in inside if node.target is ops.update_cache]
         universe, row = self.target.universe, self.target.keep.layers[layer]
+        mixer = next((node for node in kernels if node.meta.get("mixer")), None)
         if kernels:
-            sets = universe.groups_set(row.query), universe.groups_set(row.key_value)
+            sets = block_sets(universe, row, mixes=mixer is not None)
         else:
             sets = universe.groups_set(row.mlp), universe.none
         return Block(
@@ -154,7 +156,9 @@ class _StreamFinder:
             branch,
             tuple(inside),
             *sets,
-            attention=kernels[0] if kernels else None,
+            attention=kernels[0] if kernels and mixer is None else None,
+            mixer=mixer,
+            mixes=mixer is not None,
             update=updates[0] if updates else None,
         )
 
@@ -203,27 +207,33 @@ def _annotate(graph: DecoderGraph, report: PassReport) -> None:
     graph.entry = current
     graph.junctions = junctions[::-1]
     _number_parts(graph)
-    found = {kind: [b.layer for b in graph.blocks if b.kind == kind] for kind in (MHA, MLP)}
-    layers = graph.traced.num_layers
-    if found[MHA] != list(range(layers)):
-        missing = sorted(set(range(layers)) - set(found[MHA]))
-        raise PassError(
-            "annotate",
-            f"layers {missing or found[MHA]} have no attention branch of their own on the residual stream; a layer "
-            "whose token mixing is not attention needs every token and cannot be pruned",
-        )
-    report.rewritten = len(found[MHA]) + len(found[MLP])
+    _check_found(graph)
+    report.rewritten = sum(1 for _ in graph.blocks)
     for step in graph.junctions:
         if not step.blocks:
             report.kept.append(f"{step.out.name}: replaces the residual stream, for all tokens")
 
 
+def _check_found(graph: DecoderGraph) -> None:
+    """Every layer's token mixing is a branch of its own, and no layer was lost."""
+    found = Counter(block.layer for block in graph.blocks if block.kind == MHA)
+    expected = graph.traced.mixing
+    layers = [number for number in range(graph.traced.num_layers) if found[number] != expected[number]]
+    if layers:
+        raise PassError(
+            "annotate",
+            f"layers {layers} have no attention branch of their own on the residual stream; a layer whose token "
+            "mixing is not a branch needs every token and cannot be pruned",
+        )
+    if lost := set(range(graph.traced.num_layers)) - {block.layer for block in graph.blocks}:
+        raise PassError("annotate", f"layers {sorted(lost)} add nothing to the residual stream")
+
+
 def _number_parts(graph: DecoderGraph) -> None:
-    seen: Counter[int] = Counter()
+    seen: Counter[tuple[str, int]] = Counter()
     for block in graph.blocks:
-        if block.kind == MLP:
-            block.part = seen[block.layer]
-            seen[block.layer] += 1
+        block.part = seen[block.kind, block.layer]
+        seen[block.kind, block.layer] += 1
 
 
 def _use_reduced_lengths_in_masks(graph: DecoderGraph) -> None:

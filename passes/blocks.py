@@ -12,9 +12,10 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from dop_compile.tokens import TokenSet
+from dop_compile.policy.keep import LayerKeep
+from dop_compile.tokens import TokenSet, Universe
 
-__all__ = ["MHA", "MLP", "Block", "IndexSpec", "Junction"]
+__all__ = ["MHA", "MLP", "Block", "IndexSpec", "Junction", "block_sets"]
 
 MHA, MLP = "mha", "mlp"
 
@@ -37,9 +38,11 @@ class Block:
     """A residual branch: everything between a stream value and the addition of the branch to the stream.
 
     For attention `tokens` are the queries and `keys` the tokens that supply keys and values; for an MLP `keys` is
-    empty. `branch` is None once no token is left to compute for. `fused` says that queries, keys and values come from
-    one projection, which therefore runs for all tokens that are any of them. `part` numbers the MLP branches of a layer
-    that has several (Gemma 4 adds one that reads per-layer embeddings).
+    empty. A block that `mixes` has a token mixer in place of the attention: `keys` are its sequence, `tokens` those of
+    them that its output is added to. `branch` is None once no token is left to compute for. `fused` says that queries, keys and values come from
+    one projection, which therefore runs for all tokens that are any of them. `part` numbers the MLP branches
+    or token mixers of a layer that has several (Gemma 4 adds an MLP that reads per-layer embeddings, Falcon H1 a state
+    space beside the attention).
     """
 
     kind: str
@@ -50,6 +53,8 @@ class Block:
     keys: TokenSet
     attention: fx.Node | None = None
     update: fx.Node | None = None
+    mixer: fx.Node | None = None
+    mixes: bool = False
     fused: bool = False
     part: int = 0
 
@@ -65,6 +70,15 @@ class Block:
     def is_whole(self) -> bool:
         """Whether every token takes part in every way."""
         return self.tokens.is_all and (self.kind != MHA or self.keys.is_all)
+
+
+def block_sets(universe: Universe, row: LayerKeep, *, mixes: bool) -> tuple[TokenSet, TokenSet]:
+    """Queries and keys that a layer's row of the keep table gives an attention, or a mixer.
+
+    Who is not in a mixer's sequence has nothing to read there: its queries are those that are also keys.
+    """
+    queries, keys = universe.groups_set(row.query), universe.groups_set(row.key_value)
+    return (queries & keys, keys) if mixes else (queries, keys)
 
 
 @dataclass

@@ -143,6 +143,7 @@ class _Narrowing:
                 block.branch = None if block.branch is None else self.new[block.branch]
                 block.attention = None if block.attention is None else self.new[block.attention]
                 block.update = None if block.update is None else self.new[block.update]
+                block.mixer = None if block.mixer is None else self.new[block.mixer]
                 block.nodes = tuple(self.new[node] for node in block.nodes if node in self.new)
 
     def _argument(self, node: fx.Node, user: fx.Node, last: fx.Node) -> fx.Node:

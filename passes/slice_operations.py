@@ -23,6 +23,7 @@ import operator
 from torch import fx
 
 from dop_compile import ops
+from dop_compile.hf.mixers import with_padding_mask
 from dop_compile.passes.block_view import BlockView, attention_arguments, select_mask, sides
 from dop_compile.passes.blocks import MHA, Block, Junction
 from dop_compile.passes.cleanup import eliminate_dead_nodes
@@ -64,6 +65,34 @@ def _emit_attention(graph: DecoderGraph, block: Block, stream: fx.Node) -> fx.No
     return branch
 
 
+def _emit_mixer(graph: DecoderGraph, block: Block, stream: fx.Node) -> fx.Node | None:
+    """The mixer on the tokens of its sequence, and what follows it on those that it updates."""
+    mixer = block.mixer
+    assert mixer is not None and block.branch is not None
+    mixer.meta.pop("effect", None)  # the copy keeps the state now
+    block.mixer = None
+    if not block.keys:
+        return None
+    sliced = graph.slice(stream, block.keys, graph.universe.all, f"{block.name}_slice")
+    view = BlockView(graph, block, block.keys, {stream: sliced})
+    args, kwargs = mixer.args, mixer.kwargs
+    if not block.keys.is_all:  # the grid of all tokens holds the prompt's padding, which the model's own mask tells
+        arguments = (graph.masks, block.keys)
+        mask = graph.call(ops.select_padding_mask, arguments, name=f"{block.name}_padding_mask", layer=block.layer)
+        module = graph.traced.root.get_submodule(str(mixer.target))
+        args, kwargs = with_padding_mask(module, args, kwargs, mask)
+        view.known[mask] = mask
+    args, kwargs = fx.map_arg((args, kwargs), view.get)
+    copy = graph.graph.create_node(mixer.op, mixer.target, args, kwargs)
+    copy.meta = {**mixer.meta, "tokens": block.keys, "layer": block.layer, "effect": graph.cached}
+    block.mixer = graph.rename(copy, f"{block.name}_mixer")
+    if not block.tokens:
+        return None
+    known = {stream: graph.slice(sliced, block.tokens, block.keys), mixer: graph.slice(copy, block.tokens, block.keys)}
+    branch: fx.Node = BlockView(graph, block, block.tokens, known).get(block.branch)
+    return branch
+
+
 def _emit_mlp(graph: DecoderGraph, block: Block, stream: fx.Node) -> fx.Node | None:
     if not block.tokens:
         return None
@@ -73,6 +102,12 @@ def _emit_mlp(graph: DecoderGraph, block: Block, stream: fx.Node) -> fx.Node | N
     return branch
 
 
+def _emit(graph: DecoderGraph, block: Block, stream: fx.Node) -> fx.Node | None:
+    if block.mixes:
+        return _emit_mixer(graph, block, stream)
+    return (_emit_attention if block.kind == MHA else _emit_mlp)(graph, block, stream)
+
+
 def _rewrite(graph: DecoderGraph, junction: Junction) -> None:
     everything = graph.universe.all
     with graph.graph.inserting_before(junction.out):
@@ -80,7 +115,7 @@ def _rewrite(graph: DecoderGraph, junction: Junction) -> None:
         for block in junction.blocks:
             branch = block.branch
             if not block.is_whole:
-                branch = (_emit_attention if block.kind == MHA else _emit_mlp)(graph, block, junction.stream)
+                branch = _emit(graph, block, junction.stream)
                 block.branch = branch
             if branch is None:
                 continue
@@ -99,7 +134,7 @@ def _rewrite(graph: DecoderGraph, junction: Junction) -> None:
 
 def _slice_operations(graph: DecoderGraph, report: PassReport) -> None:
     for block in list(graph.blocks):
-        if block.kind == MHA and graph.cached and block.is_whole:
+        if block.attention is not None and graph.cached and block.is_whole:
             _follow_cache(graph, block)
     for number, junction in enumerate(graph.junctions):
         partial = [block for block in junction.blocks if not block.is_whole]

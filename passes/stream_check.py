@@ -41,7 +41,7 @@ class _StreamCheck:
         self._find_writes()
         for junction in graph.junctions:
             for block in junction.blocks:
-                roots = [node for node in (block.branch, block.update) if node is not None]
+                roots = [node for node in (block.branch, block.update, block.mixer) if node is not None]
                 self._check_reads(roots, expected, block.reads, f"{block.name}")
             if not junction.blocks:
                 self._check_reads([junction.out], expected, graph.universe.all, junction.out.name, inside=False)

@@ -9,7 +9,7 @@ tensors that made it.
 
 1. Layout: no operation mixes values of different token sets; slices, merges and additions use the index of their sets.
 2. Blocks: each computes for exactly the tokens that the keep table and, after `remove_dead`, liveness give it; one
-   attention kernel per layer with queries, of its queries, keys and part of the mask; keys and values of exactly the
+   attention kernel per layer with queries, of its queries, keys and part of the mask, or a mixer of its sequence; keys and values of exactly the
    tokens that supply them stored once.
 3. Stream: every block reads each of its tokens after all earlier writes to it and none other; see `stream_check`.
 """
@@ -24,7 +24,7 @@ from torch import fx
 from dop_compile import ops
 from dop_compile.errors import PassError
 from dop_compile.hf.kernels import MASK_BUILDERS
-from dop_compile.passes.blocks import MHA, Block, IndexSpec
+from dop_compile.passes.blocks import MHA, Block, IndexSpec, block_sets
 from dop_compile.passes.graph import DecoderGraph, has_tokens
 from dop_compile.passes.infra import Pass
 from dop_compile.passes.remove_dead import find_live
@@ -36,6 +36,7 @@ __all__ = ["VERIFY", "check_graph"]
 
 _WITHOUT_TOKENS = (
     ops.select_attention_mask,
+    ops.select_padding_mask,
     ops.update_cache,
     ops.preview_cache,
     ops.rank_tokens,
@@ -119,8 +120,10 @@ class _Verifier:
         sets: dict[str, tuple[TokenSet, TokenSet]] = {}
         for block in graph.blocks:
             row = graph.keep.layers[block.layer]
-            keys = universe.groups_set(row.key_value) if block.kind == MHA else universe.none
-            sets[block.name] = universe.groups_set(row.query if block.kind == MHA else row.mlp), keys
+            if block.kind == MHA:
+                sets[block.name] = block_sets(universe, row, mixes=block.mixes)
+            else:
+                sets[block.name] = universe.groups_set(row.mlp), universe.none
         if graph.has_run("remove_dead"):
             sets = find_live(graph, sets)
         for block in graph.blocks:
@@ -132,8 +135,22 @@ class _Verifier:
             if block.branch is not None and self.layout.get(block.branch) != block.tokens:
                 held = self.layout.get(block.branch)
                 self.fail(f"computes the tokens {held} instead of {block.tokens}", block.branch, block)
-            if block.kind == MHA:
+            if block.mixes:
+                self._check_mixer(block)
+            elif block.kind == MHA:
                 self._check_attention(block)
+
+    def _check_mixer(self, block: Block) -> None:
+        runs = bool(block.keys) and (bool(block.tokens) or self.graph.cached)
+        if (block.mixer is not None) != runs:
+            self.fail(f"has {'no' if runs else 'a'} mixer for the sequence {block.keys}", None, block)
+        if block.mixer is None:
+            return
+        mixed = next((source for source in block.mixer.all_input_nodes if source in self.layout), None)
+        self._expect(block.mixer, mixed, block.keys)
+        masks = [node.args[1] for node in block.mixer.all_input_nodes if node.target is ops.select_padding_mask]
+        if masks != ([] if block.keys.is_all else [block.keys]):
+            self.fail(f"its padding mask is that of {masks}, its sequence {block.keys}", block.mixer, block)
 
     def _check_attention(self, block: Block) -> None:
         of_layer = [node for node in self.graph.graph.nodes if self._layer(node) == block.layer]

@@ -13,7 +13,14 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import (
+    Cache,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionCacheLayerMixin,
+)
 
 from dop_compile.errors import UnsupportedUsageError
 
@@ -126,13 +133,23 @@ class PrunedCache(DynamicCache):
             )
         if cache.offloading:
             raise UnsupportedUsageError("an offloaded cache is not supported by a compiled model; use a plain one")
-        if cache.get_seq_length() > 0:
+        if any(_holds_tokens(layer) for layer in cache.layers):
             raise UnsupportedUsageError(
                 "the cache was filled by another model; start the conversation with the compiled model"
             )
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.columns_seen
+
+    def hold_states(self, config: Any) -> None:
+        """Make the layers of a decoder with mixers, which keep their states here themselves, as Hugging Face's do."""
+        if not self.layers:
+            self.layers = [_without_window(layer) for layer in DynamicCache(config=config).layers]
+
+    @property
+    def holds_states(self) -> bool:
+        """Whether any layer is one of a mixer."""
+        return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in self.layers)
 
     # The compiled decoder asks a `ReducedView` for sizes and stores by `store`. Who asks or updates the cache itself is
     # a model that knows nothing of the conversation that it holds, nor of what was pruned from it.
@@ -191,7 +208,7 @@ class PrunedCache(DynamicCache):
     # --- what generate does to a cache ----------------------------------------------------------------------------
 
     def _rows(self, change: Callable[[Tensor], Tensor]) -> None:
-        for stored in cast(list[DynamicLayer], self.layers):
+        for stored in [layer for layer in self.layers if isinstance(layer, DynamicLayer)]:
             # Hugging Face's layers leave out those without entries, whose next ones still need the right rows
             if stored.is_initialized and stored.keys is not None and stored.keys.shape[-2] == 0:
                 stored.keys, stored.values = change(stored.keys), change(cast(Tensor, stored.values))
@@ -208,12 +225,21 @@ class PrunedCache(DynamicCache):
         self._rows(lambda t: t.index_select(0, beam_idx.to(t.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        super().batch_repeat_interleave(repeats)
+        self._each_layer("batch_repeat_interleave", repeats, lambda t: t.repeat_interleave(repeats, dim=0))
         self._rows(lambda t: t.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        super().batch_select_indices(indices)
+        self._each_layer("batch_select_indices", indices, lambda t: t[indices.to(t.device)])
         self._rows(lambda t: t[indices.to(t.device)])
+
+    def _each_layer(self, method: str, argument: Any, states: Callable[[Tensor], Tensor]) -> None:
+        """A method of the layers that store keys and values; the states of mixers have none."""
+        for layer in self.layers:
+            if isinstance(layer, LinearAttentionCacheLayerMixin):
+                for held in (layer.conv_states, layer.recurrent_states):
+                    held.update({number: states(state) for number, state in held.items() if state is not None})
+            if isinstance(layer, DynamicLayer):
+                getattr(layer, method)(argument)
 
     def reset(self) -> None:
         self.layers = []
@@ -229,6 +255,11 @@ class PrunedCache(DynamicCache):
             return
         if keep < 0:
             raise ValueError(f"crop({tokens_to_remove}): the cache holds {self.columns_seen} tokens")
+        if self.holds_states:
+            raise UnsupportedUsageError(
+                "the cache holds states of recurrent or convolutional layers, which cannot forget their last tokens; "
+                "generate without an assistant and without prompt lookup"
+            )
         live = None if self.columns is None else (self.columns < keep)
         slots = keep if live is None else int(live.sum(dim=1).max()) if live.numel() else 0
         shared: dict[int, Entries] = {}
@@ -263,6 +294,21 @@ class PrunedCache(DynamicCache):
         keeps = keeps[:, :count]
         kept_slots = positions[:, :count] if entries.slots is None else entries.slots[:, :count]
         return Entries(count, kept_slots.clamp(max=max(slots - 1, 0)), None if bool(keeps.all()) else keeps)
+
+
+def _holds_tokens(layer: Any) -> bool:
+    if isinstance(layer, LinearAttentionCacheLayerMixin) and any(layer.has_previous_state.values()):
+        return True
+    return isinstance(layer, DynamicLayer) and layer.get_seq_length() > 0
+
+
+def _without_window(layer: Any) -> Any:
+    """A layer that stores what the policy keeps: a window is cut by the mask, since entries are not consecutive."""
+    if not isinstance(layer, DynamicSlidingWindowLayer):
+        return layer
+    if isinstance(layer, LinearAttentionCacheLayerMixin):
+        return LinearAttentionAndFullAttentionLayer(number_of_states=layer.number_of_states)
+    return DynamicLayer()
 
 
 class ReducedView(Cache):

@@ -129,8 +129,17 @@ def _check_lengths(cache: Any, embeds: Tensor, mask: Tensor | None, positions: A
 
 def _check_gaps(decoder: nn.Module, slots: Slots) -> None:
     """In a later turn the padding of rows that lost more tokens than others stands inside the conversation."""
+    if _has_windows(decoder.config) and _gaps(slots):
+        raise UnsupportedUsageError(
+            "the rows of this batch lose different numbers of visual tokens in a later turn of a conversation, and "
+            "this model's sliding windows would count the gaps; run the rows as conversations of their own"
+        )
+
+
+def _gaps(slots: Slots) -> bool:
+    """Whether a later turn of some row has more padding behind the reduction than the caller gave it."""
     if slots.columns is None or slots.cache is None or not slots.cache.columns_seen:
-        return
+        return False
     mask = slots.arguments.attention_mask
     tokens = (
         torch.full((slots.batch,), slots.tokens, device="cpu")
@@ -138,10 +147,19 @@ def _check_gaps(decoder: nn.Module, slots: Slots) -> None:
         else mask[:, -slots.tokens :].sum(dim=1).cpu()
     )
     gaps = (slots.columns < 0).sum(dim=1).cpu()
-    if bool((gaps > slots.tokens - tokens).any()) and _has_windows(decoder.config):
+    return bool((gaps > slots.tokens - tokens).any())
+
+
+def _check_sequences(program: Program, slots: Slots, layout: TokenLayout) -> None:
+    """A state decays over padding, and a window counts it: none may come between two turns of a conversation."""
+    if slots.cache is None or not slots.cache.columns_seen:
+        return
+    padded = any(not bool(layout.slots(tokens)[1].all()) for tokens in program.sequences if not tokens.is_all)
+    if padded or _gaps(slots):
         raise UnsupportedUsageError(
-            "the rows of this batch lose different numbers of visual tokens in a later turn of a conversation, and "
-            "this model's sliding windows would count the gaps; run the rows as conversations of their own"
+            "the rows of this batch keep different numbers of tokens in a later turn of a conversation, and the "
+            "recurrent or convolutional layers of this model would take the padding between two turns into their "
+            "states; run the rows as conversations of their own"
         )
 
 
@@ -197,6 +215,10 @@ def run_decoder(compiled: Any, decoder: nn.Module, call: Call, **kwargs: Any) ->
         first_layer=call.first_layer,
     )
     program: Program = compiled.program(slots.keep, layout.universe, inputs)
+    if program.sequences:
+        _check_sequences(program, slots, layout)
+        if cache is not None:
+            cache.hold_states(decoder.config)
     if mask is None and (program.needs_mask or (cache is None and slots.columns is not None)):
         mask = torch.ones(slots.batch, past + slots.count, dtype=torch.long, device=slots.device)
     config: Any = decoder.config

@@ -80,6 +80,11 @@ class MaskSelector:
         self._last_entries = past, keys, self._appended[key]
         return self._appended[key]
 
+    def padding(self, tokens: TokenSet) -> Tensor | None:
+        """(batch, count) of 0 and 1: which positions of a mixer's sequence hold a token; None where all do."""
+        _, valid = self._layout.device_slots(tokens)
+        return None if valid is None else valid.long()
+
     def select(self, mask: Any, layer: int, queries: TokenSet, keys: TokenSet) -> tuple[Any, Tensor | None]:
         """The layer's mask (batch, 1, queries, entries), and which queries see a key (batch, queries).
 

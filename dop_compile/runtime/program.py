@@ -29,6 +29,7 @@ __all__ = ["Program"]
 _RUNTIME_TARGETS = {
     ops.update_cache,
     ops.select_attention_mask,
+    ops.select_padding_mask,
     ops.zero_keyless,
     ops.preview_cache,
     ops.rank_tokens,
@@ -53,7 +54,10 @@ class Program:
         self.grids: tuple[TokenSet, ...] = ()
         """Sets whose slots masks are made of; none where rankings move tokens between sets on the way."""
         if graph.keep.ranking is None:
-            self.grids = tuple(partial | {block.keys for block in attentions if not block.keys.is_all})
+            mixing = [*attentions, *(block for block in self.blocks if block.mixer is not None)]
+            self.grids = tuple(partial | {block.keys for block in mixing if not block.keys.is_all})
+        self.sequences: frozenset[TokenSet] = frozenset(b.keys for b in self.blocks if b.mixer is not None)
+        """The sequences of its mixers, which keep a state of them."""
         self.needs_mask = any(
             user.target not in MASK_BUILDERS
             for node in graph.graph.find_nodes(op="placeholder", target="attention_mask")
@@ -106,7 +110,7 @@ class Program:
         # Packed tokens have data-dependent shapes: left to run as they are
         if is_packed(node.meta.get("val")) or any(is_packed(n.meta.get("val")) for n in node.all_input_nodes):
             return True
-        if is_length(node):
+        if is_length(node) or node.meta.get("mixer"):
             return True
         if node.op != "call_function":
             return False

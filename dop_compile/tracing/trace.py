@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import operator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from dop_compile import ops
 from dop_compile.errors import UnsupportedModelError
 from dop_compile.hf.kernels import ATTENTION_REGISTRY, MASK_BUILDERS
+from dop_compile.hf.mixers import is_mixer, mixes_no_tokens
 from dop_compile.hf.names import CHANNEL_MIXERS, PACKED_FEATURES, UNPRUNABLE_LAYERS, UNPRUNABLE_SETTINGS
 from dop_compile.hf.rebuilt import names_in
 from dop_compile.tracing.decoder_inputs import DecoderInputs
@@ -68,6 +70,8 @@ class TracedDecoder:
     layer_prefix: str
     num_layers: int
     output_class: type | None = None
+    mixing: Mapping[int, int] = field(default_factory=dict)
+    """Per layer, how many branches mix tokens: its attention, and what else keeps a state."""
 
     def copy(self) -> TracedDecoder:
         """A graph of its own, to be rewritten; modules and example values are shared."""
@@ -109,6 +113,11 @@ def _is_attention(module: nn.Module) -> bool:
     return ATTENTION_REGISTRY in names_in(type(module).forward)
 
 
+def _count_mixing(layer: nn.Module) -> int:
+    modules = list(layer.modules())
+    return any(map(_is_attention, modules)) + sum(map(is_mixer, modules))
+
+
 def _check_openable(path: str, module: nn.Module) -> None:
     """A module that is opened no longer runs its `__call__`: whatever was attached to that must be refused."""
     kinds = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
@@ -140,7 +149,10 @@ def _check_settings(decoder: nn.Module) -> None:
 def _check_parts(decoder: nn.Module, layers: nn.ModuleList) -> None:
     """What stands beside an attention and reads other tokens than its queries and keys."""
     for number, layer in enumerate(layers):
+        mixers = tuple(f"{path}." for path, module in layer.named_modules() if is_mixer(module))
         for path, module in layer.named_modules():
+            if path.startswith(mixers):
+                continue
             where = f"layer {number} of {type(decoder).__name__} holds {path} ({type(module).__name__}), which"
             if path.rpartition(".")[2] == "indexer":
                 raise UnsupportedModelError(
@@ -175,12 +187,16 @@ def _without_attention(decoder: nn.Module, number: int, layer: nn.Module, known:
 
 
 def _opened(decoder: nn.Module, layers: nn.ModuleList) -> set[int]:
-    """Ids of the modules that contain attention."""
+    """Ids of the modules that contain attention or another token mixer, and of layers that mix no tokens."""
     found: set[int] = set()
     for path, module in decoder.named_modules():
-        if any(_is_attention(child) for child in module.modules()):
+        if not is_mixer(module) and any(_is_attention(child) or is_mixer(child) for child in module.modules()):
             _check_openable(path, module)
             found.add(id(module))
+    for number, layer in enumerate(layers):
+        if found and id(layer) not in found and mixes_no_tokens(layer):
+            _check_openable(f"layer {number}", layer)
+            found.add(id(layer))
     known = {(name, type(c)) for layer in layers if id(layer) in found for name, c in layer.named_children()}
     for number, layer in enumerate(layers):
         if id(layer) not in found:
@@ -227,6 +243,9 @@ def trace_decoder(decoder: nn.Module, inputs: DecoderInputs | None = None) -> Tr
         if node.op == "call_method" and node.target == "update":
             node.op, node.target = "call_function", ops.update_cache
             node.meta["effect"] = True
+        elif node.op == "call_module" and is_mixer(tracer.root.get_submodule(str(node.target))):
+            node.meta["mixer"] = True
+            node.meta["effect"] = inputs.cached
         elif node.target in _OUT_OF_PLACE:
             node.target = _OUT_OF_PLACE[node.target]
     unflatten_tokens(graph, tracer.root)
@@ -237,4 +256,5 @@ def trace_decoder(decoder: nn.Module, inputs: DecoderInputs | None = None) -> Tr
         layer_prefix=f"decoder.{layers_path}",
         num_layers=len(layers),
         output_class=output_class,
+        mixing={number: _count_mixing(layer) for number, layer in enumerate(layers)},
     )

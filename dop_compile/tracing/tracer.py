@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from dop_compile import ops
 from dop_compile.hf.copies import BOUND_CALLS, rebind
 from dop_compile.hf.kernels import ATTENTION_REGISTRY, MASK_BUILDERS, following_runs
+from dop_compile.hf.mixers import is_mixer
 from dop_compile.hf.spellings import CACHE, EMBEDS, MASK, POSITIONS, require, spelled
 from dop_compile.tracing.decoder_inputs import DecoderInputs
 from dop_compile.tracing.module_tracer import ModuleTracer
@@ -180,6 +181,8 @@ class DecoderTracer(ModuleTracer):
                 return args[0].new_empty(PACKED, *args[0].shape[2:])
         if target in MASK_BUILDERS:
             return OPAQUE
+        if kind == "call_module" and is_mixer(self.root.get_submodule(target)):
+            return next(a for a in flatten((args, kwargs)) if isinstance(a, Tensor))  # its scan is not for examples
         if any(a is OPAQUE for a in flatten((args, kwargs))):
             return self._value_without_opaque(target, args, kwargs) if kind == "call_module" else OPAQUE
         key = self._key(kind, target, args, kwargs)

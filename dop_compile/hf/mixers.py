@@ -1,0 +1,51 @@
+"""Token mixers besides attention: modules that keep a convolution or a recurrent state in the cache.
+
+Recognised by what their forward does with the cache, never by a name. A mixer is one node of the graph and runs as it
+is, with its own kernels. It is given the tokens of its layer's sequence, right-aligned per row, and the padding mask of
+that grid: exactly as if the other tokens were not in its sequence. A mask over all tokens would not do, because states
+decay and windows slide over what is masked between two tokens.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from dop_compile.hf.rebuilt import names_in
+
+__all__ = ["is_mixer", "mixes_no_tokens", "with_padding_mask"]
+
+_STATE_UPDATES = frozenset({"update_conv_state", "update_recurrent_state"})
+"""The cache's methods by which a forward keeps a state."""
+_PADDING_MASK = "attention_mask"
+"""What mixers call their (batch, tokens) padding mask; convolutions inside an attention (`conv_mask`) are none."""
+_MIXED_BY = ("past_key_values", "cache_params", "attention_mask", "position_ids", "position_embeddings")
+"""Arguments of modules that may look at other tokens than their own."""
+
+
+def _arguments(module: nn.Module) -> list[str]:
+    return list(inspect.signature(inspect.unwrap(type(module).forward)).parameters)
+
+
+def is_mixer(module: nn.Module) -> bool:
+    """Whether a module mixes tokens by a state that it keeps in the cache."""
+    return bool(_STATE_UPDATES & names_in(type(module).forward)) and _PADDING_MASK in _arguments(module)
+
+
+def mixes_no_tokens(layer: nn.Module) -> bool:
+    """Whether no part of a layer is given a cache, a mask or positions (the MLP layers of Nemotron-H)."""
+    parts = (module for child in layer.children() for module in child.modules())
+    return not any(name in _MIXED_BY for module in parts for name in _arguments(module))
+
+
+def with_padding_mask(
+    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], mask: Any
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a mixer's call, with another padding mask."""
+    place = _arguments(module).index(_PADDING_MASK) - 1  # `self` is not among the arguments
+    if place < len(args):
+        return (*args[:place], mask, *args[place + 1 :]), dict(kwargs)
+    return args, {**kwargs, _PADDING_MASK: mask}
