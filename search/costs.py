@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from dop_compile.hf.dimensions import DecoderDims
+from dop_compile.policy.costs import LayerTokens, layer_flops, state_bytes
 
 __all__ = ["FlopsModel", "KvModel"]
 
@@ -32,37 +33,46 @@ class FlopsModel:
     def __init__(self, dims: DecoderDims, counts: Sequence[tuple[int, int, int]], full: int):
         table = np.asarray(counts, dtype=np.float64)
         rest, visual = table[:, 0] + table[:, 2], table[:, 1]
-        d, d_kv, h = dims.num_heads * dims.head_dim, dims.num_key_value_heads * dims.head_dim, dims.hidden_size
-        self._projection, self._kv, self._scores = 4.0 * h * d, 4.0 * h * d_kv, 4.0 * d
-        matrices = 3 if dims.gated else 2
-        per_layer = np.array([2.0 * matrices * h * width for width in dims.mlp_widths])
-        self._mlp = np.concatenate([[0.0], np.cumsum(per_layer)])
+        self._scores = 4.0 * dims.num_heads * dims.head_dim
+        layers = range(dims.num_layers)
+        alone = [LayerTokens(1, 0, 0), LayerTokens(0, 1, 0), LayerTokens(0, 0, 1)]
+        # Of the first layers, by how many: what a query, a key and a token in the MLP cost, and attentions
+        self._query, self._key, self._mlp, self._attentions = (
+            np.concatenate([[0.0], np.cumsum(np.array(per_layer, dtype=np.float64))])
+            for per_layer in (*([layer_flops(dims, t, n) for n in layers] for t in alone), dims.attends)
+        )
         kept = np.minimum(np.arange(full + 1, dtype=np.float64)[:, None], visual)
         self._v, self._tv, self._vv = kept.mean(1), (kept * rest).mean(1), (kept**2).mean(1)
-        layers = dims.num_layers
-        attention = layers * ((self._projection + self._kv) * rest + self._scores * rest**2)
-        self._base = float((attention + self._mlp[-1] * rest).mean())
-        self.original = float(self(np.array(layers), np.array(layers), np.array(layers), np.array(full)))
+        per_token = self._query[-1] + self._key[-1] + self._mlp[-1]
+        self._base = float((per_token * rest + self._attentions[-1] * self._scores * rest**2).mean())
+        all_layers = np.array(dims.num_layers)
+        self.original = float(self(all_layers, all_layers, all_layers, np.array(full)))
         """FLOPs of the original model."""
 
     def __call__(self, query: Ints, keys: Ints, mlp: Ints, n: Ints) -> Array:
         """FLOPs of policies; arguments broadcast against each other."""
         v, tv, vv = self._v[n], self._tv[n], self._vv[n]
-        linear = v * (self._projection * query + self._kv * keys + self._mlp[mlp])
-        result: Array = self._base + linear + self._scores * (tv * (query + keys) + vv * np.minimum(query, keys))
+        linear = v * (self._query[query] + self._key[keys] + self._mlp[mlp])
+        attentions = self._attentions
+        pairs = tv * (attentions[query] + attentions[keys]) + vv * attentions[np.minimum(query, keys)]
+        result: Array = self._base + linear + self._scores * pairs
         return result
 
 
 class KvModel:
-    """Mean bytes of a sample's keys and values after prefill; as `FlopsModel`."""
+    """Mean bytes of a sample's cache after prefill, keys and values and states of mixers; as `FlopsModel`."""
 
     def __init__(self, dims: DecoderDims, counts: Sequence[tuple[int, int, int]], full: int, dtype_bytes: int):
         table = np.asarray(counts, dtype=np.float64)
         self._token = 2.0 * dims.num_key_value_heads * dims.head_dim * dtype_bytes
-        self._base = float(dims.num_layers * (table[:, 0] + table[:, 2]).mean())
+        self._attentions = np.concatenate([[0.0], np.cumsum(np.array(dims.attends, dtype=np.float64))])
+        self._states = float(sum(state_bytes(dims, layer, dtype_bytes) for layer in range(dims.num_layers)))
+        self._base = float(self._attentions[-1] * (table[:, 0] + table[:, 2]).mean())
         self._v = np.minimum(np.arange(full + 1, dtype=np.float64)[:, None], table[:, 1]).mean(1)
-        self.original = self._token * (self._base + dims.num_layers * float(table[:, 1].mean()))
+        visual = float(self._attentions[-1]) * float(table[:, 1].mean())
+        self.original = self._token * (self._base + visual) + self._states
 
     def __call__(self, query: Ints, keys: Ints, mlp: Ints, n: Ints) -> Array:
-        result: Array = self._token * (self._base + self._v[n] * keys + 0.0 * (query + mlp))
+        entries = self._base + self._v[n] * self._attentions[keys] + 0.0 * (query + mlp)
+        result: Array = self._token * entries + self._states
         return result

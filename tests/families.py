@@ -212,6 +212,9 @@ def _join(visuals: list[Visual]) -> dict[str, Tensor]:
         if "image_token_pooling" in visual.tensors:
             visual.tensors["image_token_pooling"] = visual.tensors["image_token_pooling"] + before
             before += visual.tensors["pixel_values"].shape[:2].numel()
+    if any("target_sizes" in visual.tensors for visual in visuals):  # MiniCPM-V's patches stand side by side
+        strip = torch.cat([visual.tensors["pixel_values"] for visual in visuals], dim=-1)
+        return {"pixel_values": strip, "target_sizes": torch.cat([v.tensors["target_sizes"] for v in visuals])}
     names = {name: None for visual in visuals for name in visual.tensors}
     return {n: _cat_padded([v.tensors[n] for v in visuals if n in v.tensors]) for n in names}
 

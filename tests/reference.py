@@ -8,11 +8,12 @@ is replaced meanwhile. The replacement
 2. runs the decoder's own `forward` with one explicit boolean mask per layer: the model's own mask over the
    reduced sequence AND the keys that the policy keeps in that layer,
 3. sets the attention output of queries without a visible key to zero before the output projection,
-4. sets the attention and MLP branches to zero for the tokens whose update is pruned, and
-5. returns the result in the caller's positions, the final norm of its embedding for a token that was removed.
+4. runs a mixer with a state (recurrence, convolution) on the tokens that are its keys and on no other,
+5. sets the attention, mixer and MLP branches to zero for the tokens whose update is pruned, and
+6. returns the result in the caller's positions, the final norm of its embedding for a token that was removed.
 
-Refused: attention implementations other than sdpa and eager, linear attention layers, compact positions with
-several position axes (M-RoPE), decoder layers without one attention and one MLP child.
+Refused: attention implementations other than sdpa and eager, compact positions with several position
+axes (M-RoPE), decoder layers without an attention, mixer or MLP child.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ RUNS_ARE_BLOCKS = {"gemma3": "token_type_ids", "gemma4_unified": "mm_token_type_
 BLOCKS_WITHIN_WINDOWS = ("gemma3_text",)  # elsewhere a block is seen whole, also through a sliding window
 LAYERS = ("layers", "h")
 FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f", "layer_norm", "embedding_norm")
+FINAL_NORMS += ("norm_f",)
 ATTENTIONS = ("self_attn", "attention", "self_attention", "attn")
 PROJECTIONS = ("o_proj", "out_proj", "dense", "c_proj", "wo")
 MLPS = ("mlp", "feed_forward", "block_sparse_moe", "shared_mlp", "per_layer_projection")
@@ -397,10 +399,11 @@ def _pruned_layer(
         keeps = [group == "output" or policy.keeps(group, number, module) for group in groups]
         return torch.tensor(keeps, dtype=torch.bool, device=blocks.device)
 
-    attention = named_child(layer, ATTENTIONS)
-    mlps = [child for name, child in layer.named_children() if name in MLPS]
-    mask = own_mask(config, number, blocks) & kept("mha_key_value")
-    keyless = ~mask.any(-1)
+    parts = layer_parts(layer)
+    attention = parts["attention"][0] if parts["attention"] else None
+    mixers, mlps = parts["mixer"], parts["mlp"]
+    mask = own_mask(config, number, blocks) & kept("mha_key_value") if attention is not None else None
+    keyless = None if mask is None else ~mask.any(-1)
     implementation = config._attn_implementation
     if implementation not in ("sdpa", "eager"):
         raise NotImplementedError(f"attention implementation {implementation!r}")
@@ -432,19 +435,57 @@ def _pruned_layer(
             return None
         return output.masked_fill(branch[0][1][:, None], 0.0)
 
-    projection = named_child(attention, PROJECTIONS)
-    handles = [
-        attention.register_forward_pre_hook(set_mask, with_kwargs=True),
-        projection.register_forward_pre_hook(zero_keyless),
-        attention.register_forward_hook(zero_branch(~kept("mha_query"))),
-        *(mlp.register_forward_hook(zero_branch(~kept("mlp"))) for mlp in mlps),
-    ]
-    handles += [c.register_forward_hook(zero_post_norm) for c in layer.children() if c not in (attention, *mlps)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    handles = [mlp.register_forward_hook(zero_branch(~kept("mlp"))) for mlp in mlps]
+    if attention is not None:
+        handles += [
+            attention.register_forward_pre_hook(set_mask, with_kwargs=True),
+            named_child(attention, PROJECTIONS).register_forward_pre_hook(zero_keyless),
+            attention.register_forward_hook(zero_branch(~kept("mha_query"))),
+        ]
+    sequence = kept("mha_key_value")
+    handles += [m.register_forward_hook(zero_branch(~(kept("mha_query") & sequence))) for m in mixers]
+    others = [child for child in layer.children() if child not in (attention, *mixers, *mlps)]
+    handles += [child.register_forward_hook(zero_post_norm) for child in others]
+    with contextlib.ExitStack() as patches:
+        for mixer in mixers:
+            patches.enter_context(_patched(mixer, "forward", _on_sequence(mixer.forward, sequence)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def layer_parts(layer: nn.Module) -> dict[str, list[nn.Module]]:
+    """A layer's children that are an attention, a mixer with a state, or an MLP, by their names and sources."""
+    parts: dict[str, list[nn.Module]] = {"attention": [], "mixer": [], "mlp": []}
+    for name, child in layer.named_children():
+        source = inspect.getsource(type(child))
+        if "update_conv_state" in source or "update_recurrent_state" in source:
+            parts["mixer"].append(child)
+        elif name in ATTENTIONS or (name == "mixer" and "q_proj" in source):  # NemotronH calls all of them `mixer`
+            parts["attention"].append(child)
+        elif name in MLPS or name == "mixer":
+            parts["mlp"].append(child)
+    if not any(parts.values()):
+        raise NotImplementedError(f"{type(layer).__name__} has no attention, mixer or MLP")
+    return parts
+
+
+def _on_sequence(original: Callable[..., Any], members: Tensor) -> Callable[..., Any]:
+    """A mixer on the members of its sequence alone, (1, tokens, hidden) of one unpadded row; zeros for the others."""
+    signature = inspect.signature(original)
+
+    def forward(*args: Any, **kwargs: Any) -> Tensor:
+        bound = signature.bind(*args, **kwargs)
+        hidden = bound.arguments["hidden_states"]
+        full = torch.zeros_like(hidden)
+        if members.any():
+            bound.arguments |= {"hidden_states": hidden[:, members], "attention_mask": None}
+            full[:, members] = original(*bound.args, **bound.kwargs)
+        return full
+
+    return forward
 
 
 def own_mask(config: Any, number: int, blocks: Tensor) -> Tensor:
@@ -459,6 +500,7 @@ def own_mask(config: Any, number: int, blocks: Tensor) -> Tensor:
     kinds = getattr(config, "layer_types", None)
     window = getattr(config, "sliding_window", None)
     kind = kinds[number] if kinds else "full_attention" if window is None else "sliding_attention"
+    kind = {"attention": "full_attention", "hybrid": "full_attention"}.get(kind, kind)
     if kind == "chunked_attention":
         chunk = config.attention_chunk_size
         return causal & (query // chunk == key // chunk)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dop_compile import Policy, dop_compile
 from tests.families import FAMILIES, IMAGE, VIDEO, Family, Segment
-from tests.reference import ATTENTIONS, LAYERS, named_child, reference_generate, reference_logits, text_decoder
+from tests.reference import LAYERS, layer_parts, named_child, reference_generate, reference_logits, text_decoder
 
 MODULES = ("mha_query", "mha_key_value", "mlp")
 Rows = Sequence[Sequence[Segment]]
@@ -274,8 +274,8 @@ def fixed_policies(batch: Batch) -> dict[str, tuple[Policy, list[list[int]] | No
 def original_decoder_forbidden(model: nn.Module) -> Iterator[None]:
     """The forward of the decoder's class and of its layers raises: only a rewritten graph can answer."""
     decoder = text_decoder(model)
-    layer = named_child(decoder, LAYERS)[0]
-    classes = {type(decoder), type(layer), type(named_child(layer, ATTENTIONS))}
+    layers = named_child(decoder, LAYERS)
+    classes = {type(decoder), *(type(part) for layer in layers for part in (layer, *layer_parts(layer)["attention"]))}
     saved = {kind: kind.forward for kind in classes}
 
     def forward(*args: Any, **kwargs: Any) -> Any:

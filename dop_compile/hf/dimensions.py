@@ -3,8 +3,8 @@
 Cases read from a Hugging Face configuration:
 1. gated MLP (3 matrices)   2. plain MLP (2 matrices), known by model type   3. grouped KV heads
 4. mixtures of experts: a token pays for its routed and shared experts, or for one wide MLP in a dense layer
-Refused, as eq. 11 does not describe them: latent attention, linear-attention and convolution layers, layers
-of unlike head sizes, K/V shared between layers, mixtures whose configuration is not recognised. Build
+5. decoders with recurrent or convolutional layers, whose sizes are read off the layers (`layer_sizes`)
+Refused, as eq. 11 does not describe them: latent attention, sparse attention, layers of unlike head sizes, K/V shared between layers, mixtures whose configuration is not recognised. Build
 `DecoderDims` by hand for those.
 """
 
@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from dop_compile.checks import integer, store
-from dop_compile.hf.names import ATTENTION_LAYERS, GATED_PREFIXES, PLAIN_MLP
+from dop_compile.hf.names import ATTENTION_LAYERS, GATED_PREFIXES, MIXER_LAYERS, PLAIN_MLP
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -30,6 +30,11 @@ class DecoderDims:
     `intermediate_sizes`: per layer, the width of one MLP or one routed expert. `active_experts`: per layer,
     how many of that width a token passes (1 when dense). `shared_sizes`: per layer, the width of the shared
     experts that every token passes besides (0 without). `gated`: an MLP has 3 matrices, else 2.
+
+    For decoders with token mixers besides attention, per layer: `attends`, whether it has an attention (by default all
+    have); `mixer_flops`, of its mixers for each token of their sequence; `window_numbers` and `state_numbers`, how many
+    numbers a sample's convolutions and recurrences keep there, in the model's dtype and in float32.
+    `gated_attention`: attention projects an output gate as wide as its queries.
     """
 
     num_layers: int
@@ -41,6 +46,11 @@ class DecoderDims:
     gated: bool = True
     active_experts: tuple[int, ...] = ()
     shared_sizes: tuple[int, ...] = ()
+    attends: tuple[bool, ...] = ()
+    mixer_flops: tuple[int, ...] = ()
+    window_numbers: tuple[int, ...] = ()
+    state_numbers: tuple[int, ...] = ()
+    gated_attention: bool = False
 
     def __post_init__(self) -> None:
         for field in ("num_layers", "hidden_size", "num_heads", "head_dim", "num_key_value_heads"):
@@ -55,13 +65,18 @@ class DecoderDims:
             ("intermediate_sizes", 0, None),
             ("active_experts", 1, 1),
             ("shared_sizes", 0, 0),
+            ("mixer_flops", 0, 0),
+            ("window_numbers", 0, 0),
+            ("state_numbers", 0, 0),
+            ("attends", 0, 1),
         ):
             sizes = tuple(getattr(self, field))
             if not sizes and default is not None:
                 sizes = (default,) * self.num_layers
             if len(sizes) != self.num_layers:
                 raise ValueError(f"{field}: expected one per layer ({self.num_layers}), got {len(sizes)}")
-            store(self, field, tuple(integer(field, size, low=low) for size in sizes))
+            kind = bool if field == "attends" else int
+            store(self, field, tuple(kind(integer(field, int(size), low=low)) for size in sizes))
 
     @cached_property
     def mlp_widths(self) -> tuple[int, ...]:
@@ -77,18 +92,19 @@ class DecoderDims:
         _refuse_other_attention(text, kind)
         layers, heads = _size(text, kind, "num_hidden_layers"), _size(text, kind, "num_attention_heads")
         hidden = _size(text, kind, "hidden_size")
+        common: dict[str, Any] = {
+            "num_layers": layers,
+            "hidden_size": hidden,
+            "num_heads": heads,
+            "head_dim": getattr(text, "head_dim", None) or hidden // heads,
+            "num_key_value_heads": getattr(text, "num_key_value_heads", None) or heads,
+        }
+        if _layer_kinds(text) & MIXER_LAYERS:
+            gated = _is_gated(text, kind)
+            return cls(**common, gated=gated, **_read_off_layers(text, kind, common, gated=gated))
         sizes, active, shared = _mlp_sizes(text, kind, layers)
-        return cls(
-            num_layers=layers,
-            hidden_size=hidden,
-            num_heads=heads,
-            head_dim=getattr(text, "head_dim", None) or hidden // heads,
-            num_key_value_heads=getattr(text, "num_key_value_heads", None) or heads,
-            intermediate_sizes=sizes,
-            gated=_is_gated(text, kind),
-            active_experts=active,
-            shared_sizes=shared,
-        )
+        gated = _is_gated(text, kind)
+        return cls(**common, gated=gated, intermediate_sizes=sizes, active_experts=active, shared_sizes=shared)
 
 
 def _size(text: Any, kind: str, *names: str) -> int:
@@ -111,9 +127,31 @@ def _refuse_other_attention(text: Any, kind: str) -> None:
         refuse("latent attention (kv_lora_rank)")
     if getattr(text, "num_kv_shared_layers", 0):
         refuse("K/V shared between layers (num_kv_shared_layers)")
-    kinds = {*(getattr(text, "layer_types", None) or ()), *(getattr(text, "layers_block_type", None) or ())}
-    if other := sorted(kinds - ATTENTION_LAYERS):
+    if other := sorted(_layer_kinds(text) - ATTENTION_LAYERS - MIXER_LAYERS):
         refuse(f"layers of type {', '.join(other)}")
+
+
+def _layer_kinds(text: Any) -> set[str]:
+    return {*(getattr(text, "layer_types", None) or ()), *(getattr(text, "layers_block_type", None) or ())}
+
+
+def _read_off_layers(text: Any, kind: str, common: dict[str, Any], *, gated: bool) -> dict[str, Any]:
+    """Sizes of a decoder with other token mixers than attention."""
+    from dop_compile.hf.layer_sizes import layer_sizes  # imports transformers' models
+
+    layers = layer_sizes(text)
+    width = (3 if gated else 2) * common["hidden_size"]
+    if odd := [layer.mlp_weights for layer in layers if layer.mlp_weights % width]:
+        raise ValueError(f"{kind}: an MLP of {odd[0]} weights is not understood; build DecoderDims by hand")
+    queries = common["num_heads"] * common["head_dim"]
+    return {
+        "intermediate_sizes": tuple(layer.mlp_weights // width for layer in layers),
+        "attends": tuple(layer.attends for layer in layers),
+        "mixer_flops": tuple(layer.mixer_flops for layer in layers),
+        "window_numbers": tuple(layer.window_numbers for layer in layers),
+        "state_numbers": tuple(layer.state_numbers for layer in layers),
+        "gated_attention": {layer.query_width for layer in layers if layer.attends} == {2 * queries},
+    }
 
 
 def _is_gated(text: Any, kind: str) -> bool:

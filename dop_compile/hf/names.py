@@ -69,12 +69,14 @@ UNPRUNABLE_LAYERS = {
 
 # Sizes of decoders.
 
-PLAIN_MLP = frozenset({"opt", "gpt_neox", "phi", "starcoder2", "persimmon", "nemotron", "arcee", "apertus"})
-GATED_PREFIXES = ("gemma",)
+PLAIN_MLP = frozenset({"opt", "gpt_neox", "phi", "starcoder2", "persimmon", "nemotron", "nemotron_h", "arcee", "apertus"})
+GATED_PREFIXES = ("gemma", "lfm")
 """Model types whose MLP has two matrices, and beginnings of those that have three. Their activation does not tell:
-Starcoder2 and Gemma share theirs, and only Gemma's MLP is gated."""
+Starcoder2 and Gemma share theirs, and only Gemma's MLP is gated; configurations of LFM have none."""
 ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_attention", "attention"})
 """Types of layers that eq. 11 describes."""
+MIXER_LAYERS = frozenset({"linear_attention", "mamba", "conv", "hybrid", "hybrid_sliding", "moe", "mlp"})
+"""Types of layers that have other token mixers, beside an attention or without, or none at all."""
 
 # Generation and saving.
 

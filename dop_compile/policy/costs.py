@@ -21,12 +21,14 @@ if TYPE_CHECKING:
 __all__ = [
     "DecoderDims",
     "LayerTokens",
+    "attention_flops",
     "group_counts",
     "kv_cache_bytes",
     "layer_flops",
     "policy_tokens",
     "prefill_flops",
     "prefill_flops_ratio",
+    "state_bytes",
 ]
 
 
@@ -46,14 +48,23 @@ class LayerTokens:
 def layer_flops(dims: DecoderDims, tokens: LayerTokens, layer: int) -> int:
     """FLOPs of one decoder layer for one sample (eq. 11): 4 n_q h d + 4 n_k h d_kv + 4 n_q n_k d + 6 n_P h m.
 
-    d = heads x head_dim and d_kv = KV heads x head_dim; a plain MLP costs 4 n_P h m. `layer` counts from 0.
+    d = heads x head_dim and d_kv = KV heads x head_dim; a plain MLP costs 4 n_P h m, an output gate of the attention
+    2 n_q h d more. A token mixer that is not attention costs n_k times what one token of its sequence does: 2 for each
+    weight of its projections and convolution, and 4 (state space) or 6 (delta rule) for each number of its recurrent
+    state. `layer` counts from 0.
     """
     layer = integer("layer", layer, low=0, high=dims.num_layers - 1)
-    d, d_kv = dims.num_heads * dims.head_dim, dims.num_key_value_heads * dims.head_dim
-    projections = 4 * dims.hidden_size * (tokens.query * d + tokens.key_value * d_kv)
-    scores = 4 * tokens.query * tokens.key_value * d
+    attention = attention_flops(dims, tokens.query, tokens.key_value) if dims.attends[layer] else 0
+    mixers = tokens.key_value * dims.mixer_flops[layer]
     matrices = 3 if dims.gated else 2
-    return projections + scores + 2 * matrices * tokens.mlp * dims.hidden_size * dims.mlp_widths[layer]
+    return attention + mixers + 2 * matrices * tokens.mlp * dims.hidden_size * dims.mlp_widths[layer]
+
+
+def attention_flops(dims: DecoderDims, queries: int, keys: int) -> int:
+    """FLOPs of one attention: 4 n_q h d (6 with an output gate) + 4 n_k h d_kv + 4 n_q n_k d."""
+    d, d_kv = dims.num_heads * dims.head_dim, dims.num_key_value_heads * dims.head_dim
+    projections = 2 * dims.hidden_size * ((3 if dims.gated_attention else 2) * queries * d + 2 * keys * d_kv)
+    return projections + 4 * queries * keys * d
 
 
 def group_counts(policy: Policy, system: int, visual: int, text: int) -> dict[str, int]:
@@ -120,9 +131,18 @@ def prefill_flops_ratio(
 
 
 def kv_cache_bytes(dims: DecoderDims, tokens_per_layer: Sequence[LayerTokens], dtype_bytes: int = 2) -> int:
-    """Bytes of one sample's K and V after prefill: 2 n_k d_kv `dtype_bytes`, summed over the layers."""
+    """Bytes of one sample's cache after prefill: 2 n_k d_kv `dtype_bytes` in each layer that attends.
+
+    The states of other token mixers are of one size, however many tokens they have seen (`state_bytes`).
+    """
     dtype_bytes = integer("dtype_bytes", dtype_bytes, low=1)
     if len(tokens_per_layer) != dims.num_layers:
         raise ValueError(f"tokens_per_layer: expected one per layer ({dims.num_layers}), got {len(tokens_per_layer)}")
     per_token = 2 * dims.num_key_value_heads * dims.head_dim * dtype_bytes
-    return per_token * sum(tokens.key_value for tokens in tokens_per_layer)
+    attention = sum(t.key_value for t, attends in zip(tokens_per_layer, dims.attends, strict=True) if attends)
+    return per_token * attention + sum(state_bytes(dims, layer, dtype_bytes) for layer in range(dims.num_layers))
+
+
+def state_bytes(dims: DecoderDims, layer: int, dtype_bytes: int = 2) -> int:
+    """Bytes of one sample's convolution windows, in the model's dtype, and recurrent states, in float32, in a layer."""
+    return dims.window_numbers[layer] * dtype_bytes + 4 * dims.state_numbers[layer]

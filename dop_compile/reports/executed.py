@@ -11,7 +11,7 @@ from typing import Any
 from dop_compile.compiler import CompiledState
 from dop_compile.hf.dimensions import DecoderDims
 from dop_compile.passes.blocks import MHA, Block
-from dop_compile.policy.costs import LayerTokens, group_counts, layer_flops
+from dop_compile.policy.costs import LayerTokens, attention_flops, group_counts, layer_flops, state_bytes
 from dop_compile.policy.keep import ANY_GROUP, KeepTable
 from dop_compile.policy.policy import Policy
 from dop_compile.rankings import criterion
@@ -113,48 +113,59 @@ class _Run:
     blocks: tuple[Block, ...]
     dims: DecoderDims | None
     dtype_bytes: int
+    cached: bool
 
     def flops(self) -> int:
         """Of all layers."""
         return sum(self.layer(number).flops or 0 for number in sorted({block.layer for block in self.blocks}))
 
-    def _split(self, layer: int) -> tuple[Block, list[Block]]:
+    def _split(self, layer: int) -> tuple[list[Block], list[Block]]:
+        """The blocks of a layer that mix tokens, its attention first, and the others."""
         blocks = [block for block in self.blocks if block.layer == layer]
-        return next(block for block in blocks if block.kind == MHA), [block for block in blocks if block.kind != MHA]
+        mixing = sorted((block for block in blocks if block.kind == MHA), key=lambda block: block.mixes)
+        return mixing, [block for block in blocks if block.kind != MHA]
 
     def parts(self, layer: int) -> tuple[TokenSet, TokenSet, TokenSet]:
         """The tokens of a layer that are queries, keys and values, and in the MLP."""
-        mha, mlps = self._split(layer)
+        mixing, mlps = self._split(layer)
         none = self.counter.universe.none
+        mlp = next((block.tokens for block in mlps), none)
+        if not mixing:
+            return none, none, mlp
         # Without queries, keys and values are computed only to be cached
-        keys = mha.keys if mha.tokens or mha.update is not None else none
-        return mha.tokens, keys, next((block.tokens for block in mlps), none)
+        first = mixing[0]
+        keys = first.keys if first.tokens or first.update is not None or first.mixer is not None else none
+        return first.tokens, keys, mlp
 
     def layer(self, layer: int) -> LayerCost:
-        mha, mlps = self._split(layer)
-        _, keys, mlp = self.parts(layer)
+        mixing, mlps = self._split(layer)
+        queries, keys, mlp = self.parts(layer)
         count = self.counter.tokens
         flops = kv_bytes = None
         if self.dims is not None:
-            flops = self._mha_flops(self.dims, layer, mha)
+            flops = sum(self._mixing_flops(self.dims, layer, block) for block in mixing)
             flops += sum(self._mlp_flops(self.dims, layer, block) for block in mlps if block.tokens)
-            flops += self._ranking_flops(self.dims, layer, mha)
-            stored = self.counter.width(mha.keys) if mha.update is not None else 0
+            flops += sum(self._ranking_flops(self.dims, layer, block) for block in mixing if not block.mixes)
+            stored = sum(self.counter.width(block.keys) for block in mixing if block.update is not None)
             kv_bytes = 2 * stored * self.dims.num_key_value_heads * self.dims.head_dim * self.dtype_bytes
-        notes = _notes(self.counter.universe, mha, keys, mlp)
+            if self.cached and any(block.mixer is not None for block in mixing):
+                kv_bytes += state_bytes(self.dims, layer, self.dtype_bytes)
+        notes = _notes(self.counter.universe, queries, keys, mlp, fused=any(block.fused for block in mixing))
         if (stage := self._stage(layer)) is not None:
             left = sum(self.counter.present[g] for g in ("visual", *self._later(stage)) if g in self.counter.present)
             notes.insert(0, f"{left} of the visual tokens stay, ranked here")
         note = "; ".join(notes)
-        return LayerCost(layer, count(mha.tokens), count(keys), count(mlp), flops, kv_bytes, note)
+        return LayerCost(layer, count(queries), count(keys), count(mlp), flops, kv_bytes, note)
 
-    def _mha_flops(self, dims: DecoderDims, layer: int, block: Block) -> int:
+    def _mixing_flops(self, dims: DecoderDims, layer: int, block: Block) -> int:
+        if block.mixes:
+            return 0 if block.mixer is None else self.counter.width(block.keys) * dims.mixer_flops[layer]
         if not block.tokens and block.update is None:
             return 0
         queries = self.counter.width(block.tokens) if block.tokens else 0
         keys = self.counter.width(block.keys)
         if not block.fused:
-            return layer_flops(dims, LayerTokens(queries, keys, 0), layer)
+            return attention_flops(dims, queries, keys)
         # One matrix gives queries, keys and values of every token that is either
         d, d_kv = dims.num_heads * dims.head_dim, dims.num_key_value_heads * dims.head_dim
         projections = 2 * dims.hidden_size * (self.counter.width(block.reads) * (d + 2 * d_kv) + queries * d)
@@ -202,15 +213,15 @@ class _Run:
         return layer_flops(dims, LayerTokens(0, 0, self.counter.width(block.tokens)), layer)
 
 
-def _notes(universe: Universe, mha: Block, keys: TokenSet, mlp: TokenSet) -> list[str]:
+def _notes(universe: Universe, queries: TokenSet, keys: TokenSet, mlp: TokenSet, *, fused: bool) -> list[str]:
     notes = []
-    only_requested = not universe.all_requested and (mha.tokens | mlp) <= universe.requested
+    only_requested = not universe.all_requested and (queries | mlp) <= universe.requested
     for group in universe.groups:
         own = universe.groups_set([group])
         if not universe.all_requested:
             own = (own - universe.requested) or own
         ranked = group.startswith("visual_until_")  # they leave where they are ranked
-        if ranked or group in ("text", ANY_GROUP) or own & (mha.tokens | mlp):
+        if ranked or group in ("text", ANY_GROUP) or own & (queries | mlp):
             continue
         if not own & keys:
             notes.append(f"{group} absent")
@@ -218,7 +229,7 @@ def _notes(universe: Universe, mha: Block, keys: TokenSet, mlp: TokenSet) -> lis
             notes.append(f"{group} frozen: only keys and values")
     if only_requested:
         notes.append("updates requested rows only")
-    if mha.fused:
+    if fused:
         notes.append("fused projection: sliced after it")
     return notes
 
@@ -262,4 +273,4 @@ def _run(
     inputs = default_inputs(state.decoder, cached=prompt.use_cache, first_layer=first_layer)
     program = state.program(counter.keep, counter.universe, inputs)
     dtype: Any = state.decoder.dtype
-    return _Run(counter, program.blocks, dims, dtype.itemsize)
+    return _Run(counter, program.blocks, dims, dtype.itemsize, prompt.use_cache)

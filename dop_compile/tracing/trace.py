@@ -12,8 +12,8 @@ attention interface.
 from __future__ import annotations
 
 import operator
-from contextlib import AbstractContextManager, nullcontext
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 

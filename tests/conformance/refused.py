@@ -74,38 +74,6 @@ def _text_config(module: str, name: str, **settings: Any) -> Any:
 
 _ALL = (
     Refusal(
-        vlm("qwen3_5", "Qwen3_5ForConditionalGeneration",
-            functools.partial(tiny, models.qwen3_5.Qwen3_5TextConfig, rope_parameters=_MROPE, **_LINEAR),
-            lambda: _QWEN_TOWER, _IMAGE),
-        _MIXED.format("GatedDeltaNet"),
-        _RECURRENT,
-    ),
-    Refusal(
-        vlm("lfm2_vl", "Lfm2VlForConditionalGeneration", functools.partial(tiny, hf.Lfm2Config, **_CONVOLUTIONS),
-            _LFM_TOWER, _IMAGE, projector_hidden_size=32),
-        _MIXED.format("ShortConv"),
-        "a convolution over neighbouring tokens in some layers",
-    ),
-    Refusal(
-        vlm("qwen3_5_moe", "Qwen3_5MoeForConditionalGeneration",
-            functools.partial(tiny, models.qwen3_5_moe.Qwen3_5MoeTextConfig, rope_parameters=_MROPE, **_LINEAR),
-            lambda: _QWEN_TOWER, _IMAGE),
-        _MIXED.format("GatedDeltaNet"),
-        _RECURRENT,
-    ),
-    *(
-        Refusal(
-            vlm(name, model, functools.partial(tiny, models.qwen3_5.Qwen3_5TextConfig, **_LINEAR),
-                lambda: _MINICPM_TOWER, _IMAGE, insert_layer_id=1, **_IDS),
-            _MIXED.format("GatedDeltaNet"),
-            _RECURRENT,
-        )
-        for name, model in (
-            ("minicpmv4_6", "MiniCPMV4_6ForConditionalGeneration"),
-            ("minicpm_ocr", "MiniCPMOcrForConditionalGeneration"),
-        )
-    ),
-    Refusal(
         vlm("kosmos2", "Kosmos2ForConditionalGeneration",
             functools.partial(tiny, models.kosmos2.configuration_kosmos2.Kosmos2TextConfig, ffn_dim=96,
                               tie_word_embeddings=True),
@@ -113,20 +81,6 @@ _ALL = (
             _IMAGE, latent_query_num=4),
         "builds its attention mask itself",
         "an attention mask that the decoder builds itself",
-    ),
-    Refusal(
-        vlm("lfm3_vl_convolutions", "Lfm3VlForConditionalGeneration",
-            functools.partial(tiny, hf.Lfm3Config, **_CONVOLUTIONS), lambda: _TOWER | {"num_key_value_heads": 2},
-            _IMAGE, projector_hidden_size=48),
-        _MIXED.format("ShortConv"),
-        "a convolution over neighbouring tokens in some layers (layers of attention alone are exact)",
-    ),
-    Refusal(
-        vlm("minicpmv4_7", "MiniCPMV4_7ForConditionalGeneration",
-            functools.partial(tiny, models.qwen3_5.Qwen3_5TextConfig, **_LINEAR), lambda: _MINICPM_TOWER, _IMAGE,
-            insert_layer_id=1, **_IDS),
-        _MIXED.format("GatedDeltaNet"),
-        _RECURRENT,
     ),
     Refusal(
         vlm("minimax_m3_vl_sparse", "MiniMaxM3SparseForConditionalGeneration",
@@ -233,9 +187,6 @@ _ALL = (
         _NOT_REGISTERED.format("GitAttention"),
         _OWN,
     ),
-    Refusal(text("lfm2", "Lfm2ForCausalLM", **_CONVOLUTIONS), _MIXED.format("ShortConv"),
-            "a convolution over neighbouring tokens in some layers"),
-    Refusal(text("qwen3_next", "Qwen3NextForCausalLM", **_LINEAR), _MIXED.format("GatedDeltaNet"), _RECURRENT),
     *(
         Refusal(text(name, model), "hc_mult=4.*residual streams", _STREAMS)
         for name, model in (("deepseek_v4", "DeepseekV4ForCausalLM"), ("hy_v4", "HYV4ForCausalLM"))
@@ -248,22 +199,15 @@ _ALL = (
             ("axk2", "AXK2ForCausalLM"),
         )
     ),
-    Refusal(text("falcon_h1", "FalconH1ForCausalLM"), r"mamba.conv1d .*convolves neighbouring tokens",
-            "a state space beside the attention of every layer"),
     Refusal(text("diffllama", "DiffLlamaForCausalLM"), "holds 2 attention kernels",
             "two attentions per layer, subtracted from each other"),
     *(
         Refusal(text(name, model, **settings), _MIXED.format(mixer), _RECURRENT)
         for name, model, mixer, settings in (
             ("mamba", "MambaForCausalLM", "MambaMixer", {"state_size": 4}),
-            ("jamba", "JambaForCausalLM", "JambaMambaMixer", {"attn_layer_period": 2, "attn_layer_offset": 1}),
             ("recurrent_gemma", "RecurrentGemmaForCausalLM", "RecurrentBlock", {}),
-            ("granitemoehybrid", "GraniteMoeHybridForCausalLM", "Mamba",
-             {"layer_types": ["mamba", "attention"] * 2, "mamba_n_heads": 8, "shared_intermediate_size": 32}),
             ("minimax", "MiniMaxForCausalLM", "LightningAttention",
              {"layer_types": ["linear_attention", "full_attention"] * 2}),
-            ("olmo_hybrid", "OlmoHybridForCausalLM", "GatedDeltaNet", {}),
-            ("nemotron_h", "NemotronHForCausalLM", "NemotronHMamba", {}),
             ("falcon_mamba", "FalconMambaForCausalLM", "FalconMambaMixer", {}),
         )
     ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tests.conformance.documents import DOCUMENTS
+from tests.conformance.hybrid import HYBRID
 from tests.conformance.llava_like import LLAVA_LIKE
 from tests.conformance.merging import MERGING
 from tests.conformance.others import OTHERS
@@ -16,7 +17,7 @@ from tests.families import FAMILIES, Family
 __all__ = ["EXACT", "REFUSED", "Refusal"]
 
 _ALL: dict[str, Family] = (
-    FAMILIES | LLAVA_LIKE | QWEN_LIKE | PATCH_GRIDS | Q_FORMERS | DOCUMENTS | MERGING | OTHERS | TEXT_ONLY
+    FAMILIES | LLAVA_LIKE | QWEN_LIKE | PATCH_GRIDS | Q_FORMERS | DOCUMENTS | MERGING | OTHERS | HYBRID | TEXT_ONLY
 )
 EXACT: dict[str, Family] = {
     family.name: family for family in sorted(_ALL.values(), key=lambda f: f.is_text_only) if family.name not in REFUSED

@@ -42,6 +42,11 @@ def decoder_dims(draw: st.DrawFn, num_layers: int = 3) -> DecoderDims:
         gated=draw(st.booleans()),
         active_experts=tuple(draw(st.lists(st.integers(1, 3), **per_layer))),
         shared_sizes=tuple(draw(st.lists(st.integers(0, 64), **per_layer))),
+        attends=(True, *draw(st.lists(st.booleans(), min_size=num_layers - 1, max_size=num_layers - 1))),
+        mixer_flops=tuple(draw(st.lists(st.integers(0, 90), **per_layer))),
+        window_numbers=tuple(draw(st.lists(st.integers(0, 9), **per_layer))),
+        state_numbers=tuple(draw(st.lists(st.integers(0, 9), **per_layer))),
+        gated_attention=draw(st.booleans()),
     )
 
 
@@ -56,13 +61,15 @@ def matmul_flops(rows: int, inner: int, columns: int) -> int:
 def test_layer_flops_are_the_sum_of_the_layers_matmuls(dims: DecoderDims, n: LayerTokens, layer: int) -> None:
     h, head = dims.hidden_size, dims.head_dim
     total = 0
-    for _ in range(dims.num_heads):
-        total += matmul_flops(n.query, h, head)  # q_proj
+    for _ in range(dims.num_heads if dims.attends[layer] else 0):
+        total += (2 if dims.gated_attention else 1) * matmul_flops(n.query, h, head)  # q_proj (and output gate)
         total += matmul_flops(n.query, head, n.key_value)  # scores
         total += matmul_flops(n.query, n.key_value, head)  # weighted values
         total += matmul_flops(n.query, head, h)  # this head's rows of o_proj
-    for _ in range(dims.num_key_value_heads):
+    for _ in range(dims.num_key_value_heads if dims.attends[layer] else 0):
         total += 2 * matmul_flops(n.key_value, h, head)  # k_proj, v_proj
+    for _ in range(n.key_value):
+        total += dims.mixer_flops[layer]
     experts = [dims.intermediate_sizes[layer]] * dims.active_experts[layer] + [dims.shared_sizes[layer]]
     for width in experts:
         total += (2 if dims.gated else 1) * matmul_flops(n.mlp, h, width)  # (gate,) up
@@ -176,6 +183,64 @@ def test_prefill_flops_are_what_pytorch_counts(name: str, sizes: dict[str, Any])
     assert prefill_flops(config, Policy.full(3), system=2, visual=4, text=3) == counted - routers
 
 
+# --- decoders with other token mixers
+
+LINEAR: dict[str, Any] = {
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+}
+STATE_SPACE: dict[str, Any] = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16}
+HYBRIDS: list[tuple[str, dict[str, Any], int, int, int]] = [
+    # delta rule: 2 queries and 2 keys of 8, 4 values of 16 in a window of 4; a state of 4 x 8 x 16
+    ("Qwen3_5TextConfig", {**OWN_HEADS, **LINEAR}, 96 * 4, 4 * 8 * 16, 6),
+    ("Qwen3NextConfig", {**OWN_HEADS, **SHARED, **LINEAR, "num_experts": 4}, 96 * 4, 4 * 8 * 16, 6),
+    # a gate and a window of 3 on each of the 64 hidden numbers
+    ("Lfm2Config", {**GQA, "layer_types": ["conv", "full_attention", "conv"]}, 64 * 3, 0, 4),
+    # 8 heads of 16, and keys and queries of the state of 16, in a window of 4
+    ("BambaConfig", {**GQA, **STATE_SPACE, "attn_layer_indices": [1]}, (128 + 2 * 16) * 4, 8 * 16 * 16, 4),
+    ("FalconH1Config", {**OWN_HEADS, **STATE_SPACE, "mamba_d_ssm": 128}, (128 + 2 * 16) * 4, 8 * 16 * 16, 4),
+]
+
+
+@pytest.mark.parametrize(("name", "sizes", "window", "state", "rule"), HYBRIDS, ids=lambda v: v if type(v) is str else "")
+def test_mixers_cost_the_matrices_that_pytorch_counts_their_window_and_their_state(
+    name: str, sizes: dict[str, Any], window: int, state: int, rule: int
+) -> None:
+    config = getattr(hf, name)(**sizes)
+    config._attn_implementation = config._experts_implementation = "eager"
+    dims = DecoderDims.from_config(config)
+    mixing = sum(flops > 0 for flops in dims.mixer_flops)
+    assert set(dims.window_numbers) - {0} == {window}
+    assert set(dims.state_numbers) - {0} == {state} - {0}
+    model = hf.AutoModelForCausalLM.from_config(config).eval()
+    layers = next(m for path, m in model.named_modules() if path.endswith("layers"))
+    tokens = 9
+    with torch.no_grad(), FlopCounterMode(display=False, depth=None) as counter:
+        model(input_ids=torch.arange(tokens)[None] + 3)
+    counts = counter.get_flop_counts()
+    path = next(path for path in counts if path.endswith("layers.0")).removesuffix(".0")
+    products = ("mm", "addmm")
+    counted = sum(f for n in range(3) for op, f in counts[f"{path}.{n}"].items() if op.__name__.split(".")[0] in products)
+    element_wise = tokens * mixing * (2 * window + rule * state)
+    scores = sum(dims.attends) * 4 * tokens**2 * dims.num_heads * dims.head_dim
+    routers = sum(router_flops(layer, tokens) for layer in layers)
+    total = prefill_flops(config, Policy.full(3), system=2, visual=4, text=3)
+    assert total - element_wise - scores == counted - routers
+
+
+def test_a_pruned_token_costs_a_mixer_nothing_and_a_frozen_one_all() -> None:
+    """Qwen3.5-9B: 2 x (4096 x 12352 + 4096 x 4096), a window of 4 on 8192 numbers, 32 states of 128 x 128."""
+    dims = DecoderDims.from_config(hf.Qwen3_5TextConfig())
+    per_token = 2 * (4096 * 12352 + 4096 * 4096 + 4 * 8192) + 6 * 32 * 128 * 128
+    assert dims.mixer_flops[:4] == (per_token, per_token, per_token, 0)
+    assert layer_flops(dims, LayerTokens(0, 7, 0), 0) == 7 * per_token
+    assert layer_flops(dims, LayerTokens(7, 0, 0), 0) == 0
+    assert dims.gated_attention
+
+
 # --- configurations
 
 
@@ -207,7 +272,6 @@ def test_dense_and_sparse_layers_named_one_by_one() -> None:
     ("config", "message"),
     [
         (hf.DeepseekV3Config(), r"deepseek_v3: .*latent attention"),
-        (hf.Qwen3_5TextConfig(), r"qwen3_5_text: .*layers of type linear_attention"),
         (hf.Gemma4TextConfig(), r"gemma4_text: .*layers of unlike head sizes"),
         (hf.Gemma3nTextConfig(), r"gemma3n_text: .*K/V shared between layers"),
         (hf.AriaTextConfig(), r"aria_text: this mixture of experts is not recognised"),
@@ -327,9 +391,11 @@ def test_prefill_flops_never_fall_with_any_parameter(
 @given(decoder_dims(4), policies(4, split=None), st.sampled_from([1, 2, 4]))
 def test_kv_bytes_are_those_of_the_key_tokens(dims: DecoderDims, policy: Policy, dtype_bytes: int) -> None:
     tokens = policy_tokens(policy, 3, 20, 5)
-    shapes = [(2, dims.num_key_value_heads, n.key_value, dims.head_dim) for n in tokens]
+    attending = [n for n, attends in zip(tokens, dims.attends, strict=True) if attends]
+    shapes = [(2, dims.num_key_value_heads, n.key_value, dims.head_dim) for n in attending]
     caches = [torch.empty(shape, dtype=torch.int8, device="meta") for shape in shapes]
-    assert kv_cache_bytes(dims, tokens, dtype_bytes) == sum(cache.numel() for cache in caches) * dtype_bytes
+    states = sum(dims.window_numbers) * dtype_bytes + sum(dims.state_numbers) * 4
+    assert kv_cache_bytes(dims, tokens, dtype_bytes) == sum(map(torch.numel, caches)) * dtype_bytes + states
 
 
 # --- the published numbers

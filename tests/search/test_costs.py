@@ -32,6 +32,11 @@ def decoder_dims(draw: st.DrawFn) -> DecoderDims:
         gated=draw(st.booleans()),
         active_experts=tuple(draw(st.lists(st.integers(1, 3), **per_layer))),
         shared_sizes=tuple(draw(st.lists(st.integers(0, 64), **per_layer))),
+        attends=tuple(draw(st.lists(st.booleans(), **per_layer))),
+        mixer_flops=tuple(draw(st.lists(st.integers(0, 90), **per_layer))),
+        window_numbers=tuple(draw(st.lists(st.integers(0, 9), **per_layer))),
+        state_numbers=tuple(draw(st.lists(st.integers(0, 9), **per_layer))),
+        gated_attention=draw(st.booleans()),
     )
 
 
