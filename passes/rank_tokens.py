@@ -84,7 +84,15 @@ def _preview(graph: DecoderGraph, block: Block, update: fx.Node, key: fx.Node, v
 
 
 def _attention_block(graph: DecoderGraph, layer: int) -> Block:
-    return next(block for block in graph.blocks if block.kind == MHA and block.layer == layer)
+    attentions = {block.layer: block for block in graph.blocks if block.kind == MHA and not block.mixes}
+    if layer not in attentions:
+        raise PassError(
+            "slice_operations",
+            f"layer {layer} has no attention whose queries and keys could rank tokens; layers {sorted(attentions)} have "
+            "one",
+            layer=layer,
+        )
+    return attentions[layer]
 
 
 def _check(graph: DecoderGraph, block: Block, kernel: fx.Node) -> None:

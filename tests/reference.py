@@ -448,7 +448,7 @@ def _pruned_layer(
     handles += [child.register_forward_hook(zero_post_norm) for child in others]
     with contextlib.ExitStack() as patches:
         for mixer in mixers:
-            patches.enter_context(_patched(mixer, "forward", _on_sequence(mixer.forward, sequence)))
+            patches.enter_context(_patched(mixer, "forward", on_sequence(mixer.forward, sequence)))
         try:
             yield
         finally:
@@ -472,7 +472,7 @@ def layer_parts(layer: nn.Module) -> dict[str, list[nn.Module]]:
     return parts
 
 
-def _on_sequence(original: Callable[..., Any], members: Tensor) -> Callable[..., Any]:
+def on_sequence(original: Callable[..., Any], members: Tensor) -> Callable[..., Any]:
     """A mixer on the members of its sequence alone, (1, tokens, hidden) of one unpadded row; zeros for the others."""
     signature = inspect.signature(original)
 

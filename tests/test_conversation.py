@@ -58,7 +58,7 @@ class Conversation:
                 old + [n + index for index in new] for old, new, n in zip(self.kept, kept, before, strict=True)
             ]
         self.batch = self.turn if self.batch is None else joined(self.batch, self.turn)
-        inputs = self.batch.inputs | {n: v for n, v in self.turn.inputs.items() if n.startswith(("pixel", "image"))}
+        inputs = self.batch.inputs | {n: v for n, v in self.turn.inputs.items() if n.startswith(("pixel", "image", "spatial"))}
         inputs = {n: v for n, v in inputs.items() if n in self.turn.inputs}
         out = self.model.generate(
             **inputs,
@@ -79,7 +79,8 @@ class Conversation:
         inputs = family.make_inputs(self.turn.model, rows, padding=padding, seed=9)
         if not any(segment[0] == "image" for row in rows for segment in row):
             inputs.pop(family.type_ids or "", None)
-        self.turn = replace(self.turn, inputs=inputs)
+        towers = None if self.turn.towers is None else family.make_towers(self.turn.model, rows, seed=9)
+        self.turn = replace(self.turn, inputs=inputs, towers=towers)
 
 
 def joined(first: Batch, second: Batch) -> Batch:
@@ -92,7 +93,13 @@ def joined(first: Batch, second: Batch) -> Batch:
             inputs[name] = torch.cat([value, more], 1)
         elif name in second.inputs:
             inputs[name] = torch.cat([value, second.inputs[name]], 0)
-    return replace(first, inputs=inputs, towers=None)
+    towers = None
+    if first.towers is not None and second.towers is not None:
+        towers = [
+            {**old, **new, **{name: torch.cat([old[name], new[name]]) for name in old.keys() & new.keys()}}
+            for old, new in zip(first.towers, second.towers, strict=True)
+        ]
+    return replace(first, inputs=inputs, towers=towers)
 
 
 @pytest.mark.parametrize("own_cache", [False, True])

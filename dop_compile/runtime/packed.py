@@ -6,7 +6,8 @@ sample is a row of its own in the decoder, padded on the left, and goes back to 
 ranking, windows and positions are then what they are for the sample alone. A policy that prunes nothing leaves the row
 as it is, under the model's own mask.
 
-Refused: packed rows where the original's masks would let samples see each other, and those with a cache.
+Refused: packed rows where the original's masks, or the states of its recurrent layers, would let samples see each
+other, and those with a cache.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from dop_compile.errors import UnsupportedUsageError
+from dop_compile.hf.mixers import is_mixer
 from dop_compile.policy.keep import KeepTable
 from dop_compile.policy.policy import Policy
 from dop_compile.reducers import GivenReducer
@@ -62,6 +64,12 @@ def packed_rows(decoder: nn.Module, call: Call, arguments: Arguments) -> PackedR
         return None
     if _goes_on(told):
         return None
+    if any(map(is_mixer, decoder.modules())):
+        raise UnsupportedUsageError(
+            f"rows of several samples (position_ids begin anew) run into each other in the recurrent or convolutional "
+            f"layers of {type(decoder).__name__}, whose states go on over their borders; pass the samples as rows of a "
+            "padded batch"
+        )
     if cache is not None:
         raise UnsupportedUsageError(f"rows of several samples (position_ids begin anew) cannot be cached; {REMEDY}")
     if call.prompt_tokens not in (None, tokens):

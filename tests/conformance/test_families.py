@@ -14,7 +14,8 @@ from tests.conformance.checks import POLICIES, check_full, check_policy, check_p
 from tests.conformance.table import EXACT, REFUSED
 from tests.families import FAMILIES
 from tests.rankings.check import check
-from tests.support import compile_eagerly
+from tests.reference import LAYERS, layer_parts, named_child, text_decoder
+from tests.support import compile_eagerly, shared_model
 
 pytestmark = pytest.mark.conformance
 
@@ -42,18 +43,28 @@ def test_a_prompt_prepared_once_is_the_reference_under_every_policy(name: str) -
     check_prepared(EXACT[name])
 
 
+def _attending(name: str) -> list[int]:
+    """Layers with an attention, whose queries and keys a ranking can read."""
+    layers = named_child(text_decoder(shared_model(EXACT[name])), LAYERS)
+    return [number for number, layer in enumerate(layers) if layer_parts(layer)["attention"]]
+
+
 @pytest.mark.parametrize(("name", "criterion"), list(zip(EXACT, itertools.cycle(known()), strict=False)))
 def test_ranked_tokens_leave_as_full_maps_say(name: str, criterion: str) -> None:
     """Each family with one of the criteria."""
     layers = EXACT[name].num_layers
-    stages = [Stage(0, fraction=0.7), *([Stage(1, tokens=2)] if layers > 2 else [])]
+    places = [layer for layer in _attending(name) if layer < layers - 1]
+    if not places:
+        pytest.skip("its only attention is the last layer's, behind which nothing is left to prune")
+    stages = [Stage(places[0], fraction=0.7), *(Stage(layer, tokens=2) for layer in places[1:2])]
     check(EXACT[name], Policy(layers, ranking=Ranking(criterion, tuple(stages))), tokens=2)
 
 
 @FAMILY
 def test_the_next_layers_queries_and_keys_are_made_as_it_makes_them(name: str) -> None:
     layers = EXACT[name].num_layers
-    stages = tuple(Stage(layer, tokens=5 - 2 * layer) for layer in range(min(layers - 1, 2)))
+    before = [layer - 1 for layer in _attending(name) if layer][:2]
+    stages = tuple(Stage(layer, tokens=5 - 2 * number) for number, layer in enumerate(before))
     check(EXACT[name], Policy(layers, ranking=Ranking("last_token", stages, (("next_layer", True),))), tokens=2)
 
 

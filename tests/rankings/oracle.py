@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dop_compile import Policy
-from tests.reference import ATTENTIONS, LAYERS, Row, _run, named_child, split_rows, text_decoder
+from tests.reference import LAYERS, Row, _run, layer_parts, named_child, split_rows, text_decoder
 from tests.support import Batch
 
 
@@ -65,7 +65,7 @@ def _look(batch: Batch, policy: Policy, row: Row, number: int) -> Seen:
     model, seen = batch.model, Seen()
     decoder = text_decoder(model)
     layer = named_child(decoder, LAYERS)[number]
-    attention = named_child(layer, ATTENTIONS)
+    attention = layer_parts(layer)["attention"][0]
     source = sys.modules[type(attention).__module__]
     eager = source.eager_attention_forward
 
