@@ -150,7 +150,7 @@ class _Run:
             kv_bytes = 2 * stored * self.dims.num_key_value_heads * self.dims.head_dim * self.dtype_bytes
             if self.cached and any(block.mixer is not None for block in mixing):
                 kv_bytes += state_bytes(self.dims, layer, self.dtype_bytes)
-        notes = _notes(self.counter.universe, queries, keys, mlp, fused=any(block.fused for block in mixing))
+        notes = _notes(self.counter.universe, queries, keys, mlp, mixing)
         if (stage := self._stage(layer)) is not None:
             left = sum(self.counter.present[g] for g in ("visual", *self._later(stage)) if g in self.counter.present)
             notes.insert(0, f"{left} of the visual tokens stay, ranked here")
@@ -213,8 +213,9 @@ class _Run:
         return layer_flops(dims, LayerTokens(0, 0, self.counter.width(block.tokens)), layer)
 
 
-def _notes(universe: Universe, queries: TokenSet, keys: TokenSet, mlp: TokenSet, *, fused: bool) -> list[str]:
+def _notes(universe: Universe, queries: TokenSet, keys: TokenSet, mlp: TokenSet, mixing: list[Block]) -> list[str]:
     notes = []
+    held = "in the state" if mixing and mixing[0].mixes else "keys and values"
     only_requested = not universe.all_requested and (queries | mlp) <= universe.requested
     for group in universe.groups:
         own = universe.groups_set([group])
@@ -226,10 +227,10 @@ def _notes(universe: Universe, queries: TokenSet, keys: TokenSet, mlp: TokenSet,
         if not own & keys:
             notes.append(f"{group} absent")
         elif group != "system" or not only_requested:
-            notes.append(f"{group} frozen: only keys and values")
+            notes.append(f"{group} frozen: only {held}")
     if only_requested:
         notes.append("updates requested rows only")
-    if fused:
+    if any(block.fused for block in mixing):
         notes.append("fused projection: sliced after it")
     return notes
 

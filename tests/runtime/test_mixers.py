@@ -132,6 +132,13 @@ def test_a_mixer_beside_the_attention_is_a_block_of_its_own() -> None:
     assert len({block.name for block in blocks}) == 2
 
 
+def test_a_query_that_is_no_key_has_nothing_to_read_in_a_mixer() -> None:
+    """The attention beside it reads the text."""
+    batch = make_batch(BESIDE)
+    policy = Policy.depthwise(4, mha_query_depth=3, mha_key_value_depth=1, mlp_depth=2)
+    assert_forward_matches(compile_eagerly(batch.model, policy), batch, policy, None)
+
+
 def test_hooks_and_replaced_forwards_of_mixers_are_honoured() -> None:
     batch = talkative(CONVOLUTION)
     compiled = compile_eagerly(batch.model, split_policy())
