@@ -22,6 +22,7 @@ from dop_compile.onnx.export.weights import WeightStore
 from dop_compile.onnx.run.plain import PlainPipeline
 from dop_compile.onnx.run.sessions import GraphSession
 from dop_compile.reducers import VisualContext, create, select_tokens
+from tests.conformance.hybrid import HYBRID
 from tests.drawing import examples
 from tests.families import FAMILIES
 from tests.onnx_export.exported import (
@@ -265,6 +266,13 @@ def test_attention_without_an_operator_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModelError, match=r"flex_attention.*attn_implementation='sdpa' or 'eager'"):
         export_onnx(model, TIERS, tmp_path / "out", examples=[])
     assert not (tmp_path / "out").exists()
+
+
+def test_a_decoder_that_keeps_states_is_refused(tmp_path: Path) -> None:
+    model = HYBRID["lfm2_vl"].build()
+    with pytest.raises(UnsupportedModelError, match=r"layers with Lfm2ShortConv keep a state"):
+        export_onnx(model, Policy.full(4), tmp_path / "onnx", examples=[{"input_ids": torch.arange(3)[None]}])
+    assert not (tmp_path / "onnx").exists()
 
 
 def test_training_mode_is_refused(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from dop_compile.compiler import dop_compile
 from dop_compile.drop_in.wrapped_forward import check_unwrapped
 from dop_compile.errors import UnsupportedModelError
+from dop_compile.hf.mixers import is_mixer
 from dop_compile.hf.model_path import decoder_path
 from dop_compile.hf.prompts import prompt_inputs
 from dop_compile.onnx.check.graphs import OPSETS
@@ -101,6 +102,12 @@ def _check(model: Any, opset: int) -> None:
         raise UnsupportedModelError(
             f"attention implementation {attention!r} cannot be exported to ONNX; load the model with "
             f"attn_implementation={' or '.join(map(repr, ATTENTION))}"
+        )
+    mixers = sorted({type(m).__name__ for m in model.get_submodule(decoder_path(model)).modules() if is_mixer(m)})
+    if mixers:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot be exported to ONNX: its layers with {', '.join(mixers)} keep a state, and "
+            "the exported cache holds keys and values alone; run the compiled model in PyTorch"
         )
     if any(p.device.type == "meta" for p in model.parameters()):
         raise ValueError("the model has no weights (meta device); load it with its weights before the export")
