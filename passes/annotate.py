@@ -2,7 +2,8 @@
 
 Requires: a traced decoder graph.
 Ensures:  `junctions` lists, in order, every addition to the residual stream with its branches; each branch knows its
-          layer, its kind (MHA if it holds an attention kernel or another token mixer, else MLP) and the token sets that the keep table gives.
+          layer, its kind (MHA if it holds an attention kernel or another token mixer, else MLP) and the token sets
+          that the keep table gives.
 Numerics: exact; no node changes.
 
 A residual branch is what lies between x and ``add(x, branch)``, whatever norms and multipliers it holds. Cases:
@@ -12,9 +13,9 @@ A residual branch is what lies between x and ``add(x, branch)``, whatever norms 
    one: a transform, kept whole;
 4. a recurrence or convolution that keeps a state, in place of the attention or beside it.
 Refused: 5. no addition to a stream; 6. a constant added to it; 7. a branch with several attention kernels or of several
-layers; 8. a layer whose token mixing is not a branch of its own; 9. a layer that replaces the stream
-by more than token-wise arithmetic, or goes on after its last addition (OPT's MLP on flattened tokens); 10. a branch
-that reads two stream values.
+layers; 8. a layer whose token mixing is not a branch of its own; 9. a layer that replaces the stream by more than
+token-wise arithmetic, or goes on after its last addition (OPT's MLP on flattened tokens); 10. a branch that reads two
+stream values.
 """
 
 from __future__ import annotations

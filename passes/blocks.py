@@ -39,10 +39,10 @@ class Block:
 
     For attention `tokens` are the queries and `keys` the tokens that supply keys and values; for an MLP `keys` is
     empty. A block that `mixes` has a token mixer in place of the attention: `keys` are its sequence, `tokens` those of
-    them that its output is added to. `branch` is None once no token is left to compute for. `fused` says that queries, keys and values come from
-    one projection, which therefore runs for all tokens that are any of them. `part` numbers the MLP branches
-    or token mixers of a layer that has several (Gemma 4 adds an MLP that reads per-layer embeddings, Falcon H1 a state
-    space beside the attention).
+    them that its output is added to. `branch` is None once no token is left to compute for. `fused` says that queries,
+    keys and values come from one projection, which therefore runs for all tokens that are any of them. `part` numbers
+    the MLP branches or token mixers of a layer that has several (Gemma 4 adds an MLP that reads per-layer embeddings,
+    Falcon H1 a state space beside the attention).
     """
 
     kind: str

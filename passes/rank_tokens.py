@@ -88,8 +88,8 @@ def _attention_block(graph: DecoderGraph, layer: int) -> Block:
     if layer not in attentions:
         raise PassError(
             "slice_operations",
-            f"layer {layer} has no attention whose queries and keys could rank tokens; layers {sorted(attentions)} have "
-            "one",
+            f"layer {layer} has no attention whose queries and keys could rank tokens; layers {sorted(attentions)} "
+            "have one",
             layer=layer,
         )
     return attentions[layer]

@@ -68,7 +68,8 @@ def _emit_attention(graph: DecoderGraph, block: Block, stream: fx.Node) -> fx.No
 def _emit_mixer(graph: DecoderGraph, block: Block, stream: fx.Node) -> fx.Node | None:
     """The mixer on the tokens of its sequence, and what follows it on those that it updates."""
     mixer = block.mixer
-    assert mixer is not None and block.branch is not None
+    assert mixer is not None
+    assert block.branch is not None
     mixer.meta.pop("effect", None)  # the copy keeps the state now
     block.mixer = None
     if not block.keys:

@@ -9,8 +9,8 @@ tensors that made it.
 
 1. Layout: no operation mixes values of different token sets; slices, merges and additions use the index of their sets.
 2. Blocks: each computes for exactly the tokens that the keep table and, after `remove_dead`, liveness give it; one
-   attention kernel per layer with queries, of its queries, keys and part of the mask, or a mixer of its sequence; keys and values of exactly the
-   tokens that supply them stored once.
+   attention kernel per layer with queries, of its queries, keys and part of the mask, or a mixer of its sequence; keys
+   and values of exactly the tokens that supply them stored once.
 3. Stream: every block reads each of its tokens after all earlier writes to it and none other; see `stream_check`.
 """
 

@@ -63,6 +63,7 @@ class Family:
     has_absolute_positions: bool = False  # a shifted prompt is another prompt: padding needs `position_ids`
     has_batch_positions: bool = False  # images are numbered through the batch: rows alone need `position_ids`
     images_are_videos: bool = False  # `image` makes one: the class has no other
+    has_states: bool = False  # layers that keep a recurrent or convolutional state
     is_parallel: bool = False  # attention and MLP read the same normalised state
     num_layers: int = LAYERS
     seed: int = 0  # of the weights: another one where the model answers with a placeholder, or magnifies rounding

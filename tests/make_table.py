@@ -21,6 +21,7 @@ _TRAITS = {
     "has_sliding_layers": "sliding-window layers",
     "has_bidirectional_images": "bidirectional image tokens",
     "has_bidirectional_prefix": "bidirectional prompt",
+    "has_states": "recurrent or convolutional layers",
     "is_parallel": "parallel attention and MLP",
 }
 

@@ -58,7 +58,9 @@ class Conversation:
                 old + [n + index for index in new] for old, new, n in zip(self.kept, kept, before, strict=True)
             ]
         self.batch = self.turn if self.batch is None else joined(self.batch, self.turn)
-        inputs = self.batch.inputs | {n: v for n, v in self.turn.inputs.items() if n.startswith(("pixel", "image", "spatial"))}
+        inputs = self.batch.inputs | {
+            n: v for n, v in self.turn.inputs.items() if n.startswith(("pixel", "image", "spatial"))
+        }
         inputs = {n: v for n, v in inputs.items() if n in self.turn.inputs}
         out = self.model.generate(
             **inputs,

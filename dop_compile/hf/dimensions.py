@@ -4,8 +4,8 @@ Cases read from a Hugging Face configuration:
 1. gated MLP (3 matrices)   2. plain MLP (2 matrices), known by model type   3. grouped KV heads
 4. mixtures of experts: a token pays for its routed and shared experts, or for one wide MLP in a dense layer
 5. decoders with recurrent or convolutional layers, whose sizes are read off the layers (`layer_sizes`)
-Refused, as eq. 11 does not describe them: latent attention, sparse attention, layers of unlike head sizes, K/V shared between layers, mixtures whose configuration is not recognised. Build
-`DecoderDims` by hand for those.
+Refused, as eq. 11 does not describe them: latent attention, sparse attention, layers of unlike head sizes, K/V shared
+between layers, mixtures whose configuration is not recognised. Build `DecoderDims` by hand for those.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ class LayerSizes:
 
 def layer_sizes(text: Any) -> tuple[LayerSizes, ...]:
     """Of each layer of a text decoder's configuration; ValueError where transformers has no such decoder."""
-    return _layer_sizes(type(text), json.dumps(text.to_dict(), sort_keys=True, default=str), _Held(text))
+    return _layer_sizes(f"{type(text)} {json.dumps(text.to_dict(), sort_keys=True, default=str)}", _Held(text))
 
 
 class _Held:
@@ -66,12 +66,12 @@ class _Held:
 
 
 @functools.lru_cache(maxsize=8)
-def _layer_sizes(kind: type, text: str, held: _Held) -> tuple[LayerSizes, ...]:
+def _layer_sizes(text: str, held: _Held) -> tuple[LayerSizes, ...]:
     config = held.config
-    if kind not in AutoModel._model_mapping:
+    if type(config) not in AutoModel._model_mapping:
         raise ValueError(f"{config.model_type}: transformers has no decoder of this configuration to read sizes off")
     with torch.device("meta"), torch.no_grad():
-        decoder = AutoModel.from_config(config, dtype=torch.bfloat16)
+        decoder: nn.Module = AutoModel.from_config(config, dtype=torch.bfloat16)  # type: ignore[no-untyped-call]
         count = config.num_hidden_layers
         layers = next(m for m in decoder.modules() if isinstance(m, nn.ModuleList) and len(m) == count)
         return tuple(_of_layer(layer, number, config) for number, layer in enumerate(layers))
@@ -81,13 +81,15 @@ def _of_layer(layer: nn.Module, number: int, config: Any) -> LayerSizes:
     attentions = [m for m in layer.modules() if ATTENTION_REGISTRY in names_in(type(m).forward)]
     mixers = [m for m in layer.modules() if is_mixer(m)]
     mixed = {id(part) for module in (*attentions, *mixers) for part in module.modules()}
-    widths = [int(m.q_proj.out_features) for m in attentions if hasattr(m, "q_proj")]
+    queries = [q.out_features for m in attentions if isinstance(q := getattr(m, "q_proj", None), nn.Linear)]
     found = [_of_mixer(mixer, number, config) for mixer in mixers]
     return LayerSizes(
-        bool(attentions),
-        sum(widths),
-        *(sum(sizes[part] for sizes in found) for part in range(3)),
-        sum(_mlp_weights([m for m in layer.modules() if id(m) not in mixed], config)),
+        attends=bool(attentions),
+        query_width=sum(queries),
+        mixer_flops=sum(flops for flops, _, _ in found),
+        window_numbers=sum(window for _, window, _ in found),
+        state_numbers=sum(state for _, _, state in found),
+        mlp_weights=sum(_mlp_weights([m for m in layer.modules() if id(m) not in mixed], config)),
     )
 
 

@@ -69,7 +69,9 @@ UNPRUNABLE_LAYERS = {
 
 # Sizes of decoders.
 
-PLAIN_MLP = frozenset({"opt", "gpt_neox", "phi", "starcoder2", "persimmon", "nemotron", "nemotron_h", "arcee", "apertus"})
+PLAIN_MLP = frozenset(
+    {"opt", "gpt_neox", "phi", "starcoder2", "persimmon", "nemotron", "nemotron_h", "arcee", "apertus"}
+)
 GATED_PREFIXES = ("gemma", "lfm")
 """Model types whose MLP has two matrices, and beginnings of those that have three. Their activation does not tell:
 Starcoder2 and Gemma share theirs, and only Gemma's MLP is gated; configurations of LFM have none."""

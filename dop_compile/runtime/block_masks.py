@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_mask
 
 from dop_compile.hf.private import flex_attention_mask
-from dop_compile.runtime.cache import Entries
+from dop_compile.runtime.entries import Entries
 
 __all__ = ["BlockMask", "gathered_block_mask"]
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from dop_compile.errors import UnsupportedUsageError
 from dop_compile.hf.kernels import KernelMask
-from dop_compile.runtime.cache import Entries
+from dop_compile.runtime.entries import Entries
 
 __all__ = ["FlashTokens"]
 

@@ -19,7 +19,7 @@ from dop_compile.hf.kernels import eager_attention
 from dop_compile.hf.names import NOT_OF_EAGER
 from dop_compile.rankings.base import slots_of
 from dop_compile.runtime.block_masks import BlockMask
-from dop_compile.runtime.cache import Entries
+from dop_compile.runtime.entries import Entries
 from dop_compile.runtime.flash import FlashTokens
 from dop_compile.runtime.layout import NO_TOKEN, TokenLayout
 from dop_compile.runtime.masks import additive

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dop_compile.identity import Same
 from dop_compile.runtime.block_masks import BlockMask, gathered_block_mask
-from dop_compile.runtime.cache import Entries
+from dop_compile.runtime.entries import Entries
 from dop_compile.runtime.flash import FlashTokens
 from dop_compile.runtime.layout import TokenLayout
 from dop_compile.tokens import TokenSet

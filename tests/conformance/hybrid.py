@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -55,16 +56,14 @@ def _masked_patches(variant: int, generator: torch.Generator) -> dict[str, Tenso
 
 def _qwen(name: str, model: str, module: str, config: str) -> Family:
     text_config = functools.partial(tiny, getattr(getattr(models, module), config), rope_parameters=_MROPE, **_LINEAR)
-    return vlm(
-        name, model, text_config, lambda: _QWEN_TOWER, fitted(grid_image(96)), _QWEN, _qwen3_video
-    )
+    return vlm(name, model, text_config, lambda: _QWEN_TOWER, fitted(grid_image(96)), _QWEN, _qwen3_video)
 
 
 def _minicpm(name: str, model: str, flags: dict[str, Any] | None = None, **rotary: Any) -> Family:
     text_config = functools.partial(tiny, models.qwen3_5.Qwen3_5TextConfig, **_LINEAR, **rotary)
+    ids = {"image_token_id": IMAGE, "video_token_id": VIDEO}
     return vlm(
-        name, model, text_config, lambda: _MINICPM_TOWER, fitted(_strip), flags, insert_layer_id=1, image_token_id=IMAGE,
-        video_token_id=VIDEO,
+        name, model, text_config, lambda: _MINICPM_TOWER, fitted(_strip), flags, insert_layer_id=1, **ids
     )  # fmt: skip
 
 
@@ -100,4 +99,4 @@ _ALL = (
     text("nemotron_h", "NemotronHForCausalLM", mamba_num_heads=8, mamba_head_dim=16, ssm_state_size=16,
          moe_intermediate_size=32, moe_shared_expert_intermediate_size=32),
 )  # fmt: skip
-HYBRID: dict[str, Family] = {family.name: family for family in _ALL}
+HYBRID: dict[str, Family] = {family.name: dataclasses.replace(family, has_states=True) for family in _ALL}

@@ -205,7 +205,9 @@ HYBRIDS: list[tuple[str, dict[str, Any], int, int, int]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "sizes", "window", "state", "rule"), HYBRIDS, ids=lambda v: v if type(v) is str else "")
+@pytest.mark.parametrize(
+    ("name", "sizes", "window", "state", "rule"), HYBRIDS, ids=lambda v: v if type(v) is str else ""
+)
 def test_mixers_cost_the_matrices_that_pytorch_counts_their_window_and_their_state(
     name: str, sizes: dict[str, Any], window: int, state: int, rule: int
 ) -> None:
@@ -223,7 +225,9 @@ def test_mixers_cost_the_matrices_that_pytorch_counts_their_window_and_their_sta
     counts = counter.get_flop_counts()
     path = next(path for path in counts if path.endswith("layers.0")).removesuffix(".0")
     products = ("mm", "addmm")
-    counted = sum(f for n in range(3) for op, f in counts[f"{path}.{n}"].items() if op.__name__.split(".")[0] in products)
+    counted = sum(
+        f for n in range(3) for op, f in counts[f"{path}.{n}"].items() if op.__name__.split(".")[0] in products
+    )
     element_wise = tokens * mixing * (2 * window + rule * state)
     scores = sum(dims.attends) * 4 * tokens**2 * dims.num_heads * dims.head_dim
     routers = sum(router_flops(layer, tokens) for layer in layers)

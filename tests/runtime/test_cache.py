@@ -14,7 +14,8 @@ from transformers import LlamaConfig
 from transformers.cache_utils import DynamicCache, StaticCache
 
 from dop_compile.errors import UnsupportedUsageError
-from dop_compile.runtime.cache import Entries, PrunedCache, ReducedView
+from dop_compile.runtime.cache import PrunedCache, ReducedView
+from dop_compile.runtime.entries import Entries
 from tests.drawing import examples
 
 LAYERS = 3

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dop_compile.runtime.cache import Entries
+from dop_compile.runtime.entries import Entries
 from dop_compile.runtime.layout import NO_TOKEN, TokenLayout
 from dop_compile.runtime.masks import MaskSelector
 from dop_compile.tokens import TokenSet, Universe

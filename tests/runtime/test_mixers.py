@@ -245,7 +245,9 @@ def test_beams_and_rows_of_the_cache_take_their_states_along(family: Family) -> 
     mask = torch.nn.functional.pad(batch.inputs["attention_mask"], (0, 1), value=1)
     rows = torch.tensor([len(token) - 1, 0])
     other = copy.deepcopy(output.past_key_values)
-    expected = compiled(input_ids=token, attention_mask=mask, past_key_values=output.past_key_values, tier="split").logits
+    expected = compiled(
+        input_ids=token, attention_mask=mask, past_key_values=output.past_key_values, tier="split"
+    ).logits
     other.batch_select_indices(rows)
     other.batch_repeat_interleave(2)
     doubled = rows.repeat_interleave(2)
