@@ -164,7 +164,9 @@ class Program:
         if self._library.passes_guards:
             function = site = Site(function, slots)
             arguments = (STATE, *site.values)
-        self._steps.append(Step(function, arguments, {}, outputs, unpacked=True))
+        # A graph's code sets each argument to None behind its last use; compiled code is called with all of them
+        own_code = self._library.backend == "eager"
+        self._steps.append(Step(function, arguments, {}, outputs, unpacked=True, handed_over=own_code))
 
     def _weight(self, path: str) -> Weight:
         owner, _, name = path.rpartition(".")
