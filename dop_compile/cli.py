@@ -1,4 +1,4 @@
-"""The command line: ``dop-compile explain|run|warmup|bench|demo|profile|search|greedy|report|eval|export|verify|trtexec``.
+"""The command line: ``dop-compile explain|run|warmup|bench|demo|...``; `dop-compile --help` names all commands.
 
 Exit codes: 0 done; 2 wrong usage or bad input, with one line on stderr that says what; 1 any other failure. `verify`
 adds 1 for a tier that differs, and 3 for graphs that cannot run here. 130: stopped by Ctrl-C.

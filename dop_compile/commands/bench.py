@@ -27,6 +27,7 @@ from dop_compile.timing.result import AGAIN, FULL, ORIGINAL
 
 __all__ = ["bench_command"]
 
+
 def bench_command(arguments: Namespace) -> None:
     """Measure the original and policies; print Markdown, write it and JSON."""
     backends, batches = arguments.backend or ["eager"], arguments.batch or [1]

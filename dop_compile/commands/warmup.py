@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch._dynamo.utils import counters
 
 from dop_compile.commands.inputs import (

@@ -40,7 +40,8 @@ FULL = "100%"
 QUESTIONS = ("read", "row", "yesno", "count", "choice", "read")
 MAX_NEW_TOKENS = 5
 BATCHES = (1, 8)
-"""Prompts per timed prefill, which the tiers are warmed for. One alone is so little work for this model that calling its modules takes most of it."""
+"""Prompts per timed prefill, which the tiers are warmed for. One alone is so little work for this model that calling
+its modules takes most of it."""
 ROUNDING = 1e-4
 """Relative difference of logits that a backend other than eager may show."""
 

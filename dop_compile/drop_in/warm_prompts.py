@@ -123,8 +123,9 @@ def made_prompt(model: Any, text_length: int) -> WarmPrompt:
     config = model.config
     name = type(model).__name__
     if is_text_only(config):
-        raise ValueError(f"{name} is a text-only model, whose visual tokens only the caller knows; {ASK}, and the "
-                         "token_groups")
+        raise ValueError(
+            f"{name} is a text-only model, whose visual tokens only the caller knows; {ASK}, and the token_groups"
+        )
     picture = picture_tokens(config)
     placeholders = placeholder_ids(config)
     vision = getattr(config, "vision_config", None)

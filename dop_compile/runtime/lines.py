@@ -148,7 +148,9 @@ class _Lines(list[str]):
 
     def call(self, step: Step, given: Collection[Value]) -> str:
         """The line of a step, which is the last to use the values `given` to it."""
-        args = [self._handed_over(arg) if isinstance(arg, Value) and arg in given else self.text(arg) for arg in step.args]
+        args = [
+            self._handed_over(arg) if isinstance(arg, Value) and arg in given else self.text(arg) for arg in step.args
+        ]
         kwargs = [f"{name}={self.text(value)}" for name, value in step.kwargs.items()]
         if step.function is operator.getitem:
             right = f"{args[0]}[{args[1]}]"
@@ -161,6 +163,7 @@ class _Lines(list[str]):
 
     @staticmethod
     def _handed_over(value: Value) -> str:
+        """A local that is None from then on."""
         return f"({value.name}, {value.name} := None)[0]"
 
     def text(self, value: Any) -> str:

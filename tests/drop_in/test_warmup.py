@@ -1,4 +1,4 @@
-"""`compiled.warmup`: after it nothing is compiled or traced for calls of the kinds it names, and nothing has changed."""
+"""`compiled.warmup`: nothing is compiled or traced afterwards for the calls that it names, and nothing has changed."""
 
 from __future__ import annotations
 
@@ -123,7 +123,11 @@ def test_nothing_of_the_callers_is_changed(capsys: pytest.CaptureFixture[str]) -
     settings = [one.generation_config.to_dict() for one in (model, compiled)]
     attributes = [dict(vars(one)) for one in (model, compiled)]
     states = torch.get_rng_state(), random.getstate(), str(np.random.get_state())
-    hook = compiled.register_forward_pre_hook(lambda *_: (random.random(), np.random.rand()) and None)
+
+    def draw(*_: Any) -> None:
+        random.random(), np.random.rand(), torch.rand(1)
+
+    hook = compiled.register_forward_pre_hook(draw)
     compiled.warmup(batch_sizes=(2,), padded=True, inputs=inputs)
     hook.remove()
     assert "warming" in capsys.readouterr().err
