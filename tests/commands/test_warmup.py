@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch._inductor import config as inductor
 
 from dop_compile import Policy
 from dop_compile.commands import warmup
@@ -99,16 +100,13 @@ def test_a_model_without_tiers_needs_a_policy(capsys: pytest.CaptureFixture[str]
 
 @pytest.mark.usefixtures("eagerly")
 def test_nothing_is_warmed_that_would_not_be_kept(
-    capsys: pytest.CaptureFixture[str], model: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    capsys: pytest.CaptureFixture[str], model: str, tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("")
     message = refused(capsys, "warmup", model, "--cache", str(tmp_path / "file"))
     assert f"--cache '{tmp_path / 'file'}': cannot write there: Not a directory" in message
-    import torch._inductor.config as inductor
-
-    for name, value in (("force_disable_caches", True), ("fx_graph_cache", False)):
-        with monkeypatch.context() as patch:
-            patch.setattr(inductor, name, value)
+    for setting in ({"force_disable_caches": True}, {"fx_graph_cache": False}):
+        with inductor.patch(setting):
             assert "turned off" in refused(capsys, "warmup", model)
 
 
