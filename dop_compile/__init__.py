@@ -13,6 +13,7 @@ from dop_compile.version import VERSION
 if TYPE_CHECKING:
     from dop_compile.compiler import dop_compile
     from dop_compile.drop_in.typed import CompiledModel
+    from dop_compile.drop_in.warmup import Warmup
     from dop_compile.errors import PassError, UnsupportedModelError, UnsupportedUsageError
     from dop_compile.hf.fingerprint import model_fingerprint
     from dop_compile.loading import from_pretrained
@@ -29,6 +30,7 @@ __all__ = [
     "Policy",
     "UnsupportedModelError",
     "UnsupportedUsageError",
+    "Warmup",
     "dop_compile",
     "executed_flops",
     "explain",
@@ -50,6 +52,7 @@ _HOMES = {
     "Policy": "policy",
     "UnsupportedModelError": "errors",
     "UnsupportedUsageError": "errors",
+    "Warmup": "drop_in.warmup",
     "dop_compile": "compiler",
     "executed_flops": "reports.explain",
     "explain": "reports.explain",

@@ -1,4 +1,4 @@
-"""The command line: ``dop-compile explain|run|bench|demo|profile|search|greedy|report|eval|export|verify|trtexec``.
+"""The command line: ``dop-compile explain|run|warmup|bench|demo|...``; `dop-compile --help` names all commands.
 
 Exit codes: 0 done; 2 wrong usage or bad input, with one line on stderr that says what; 1 any other failure. `verify`
 adds 1 for a tier that differs, and 3 for graphs that cannot run here. 130: stopped by Ctrl-C.
@@ -45,6 +45,7 @@ examples:
   dop-compile explain llava-hf/llava-1.5-7b-hf --mha-depth 26 --mlp-depth 19 --visual-tokens 97
   dop-compile explain ./my-model --mha-query-depth 8 --mha-key-value-depth 28 --save-policy policy.json
   dop-compile run ./my-model --image photo.jpg --prompt "What is this?" --policy policy.json --compare
+  dop-compile warmup ./my-model --policy policy.json --batch-sizes 1 4 --padded --cache compiled
   dop-compile bench ./my-model --policy 28%=policy.json --batch 1 --batch 4 --out bench
   dop-compile profile ./my-model --samples samples.jsonl --out divergences.json
   dop-compile search divergences.json --budget 0.37 --budget 0.28 --out policies
@@ -57,6 +58,7 @@ INTERRUPTED = 130
 STOPPED = {
     **dict.fromkeys(("profile", "greedy", "eval"), "the same command goes on with what is finished"),
     "search": "no policy was kept; of measured latencies all or none",
+    "warmup": "what was compiled is kept",
 }
 NOTHING = "nothing was kept"
 """What Ctrl-C leaves behind, by command."""

@@ -5,15 +5,14 @@ from __future__ import annotations
 from argparse import Namespace
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 
 from dop_compile.commands.inputs import (
     check_backend,
     load_processor,
     load_vision_config,
     load_vision_model,
+    noise_picture,
     read_images,
     resized_processor,
     write_file,
@@ -28,8 +27,6 @@ from dop_compile.timing.result import AGAIN, FULL, ORIGINAL
 
 __all__ = ["bench_command"]
 
-SIDE = 336
-
 
 def bench_command(arguments: Namespace) -> None:
     """Measure the original and policies; print Markdown, write it and JSON."""
@@ -42,7 +39,7 @@ def bench_command(arguments: Namespace) -> None:
     out = None if arguments.out is None else output_directory(arguments.out)
     if out is not None:
         check_new([out / "bench.json", out / "bench.md"], arguments.force)
-    images = read_images(arguments.image) or [_noise()]
+    images = read_images(arguments.image) or [noise_picture()]
     config = load_vision_config(arguments.model)
     layers = config.get_text_config(decoder=True).num_hidden_layers
     tiers = read_policies(arguments, layers, taken=(ORIGINAL, AGAIN, FULL))
@@ -81,8 +78,3 @@ def bench_command(arguments: Namespace) -> None:
         write_file(out / "bench.json", result.to_json())
         write_file(out / "bench.md", text + "\n")
         print(f"\nsaved bench.json and bench.md in {out}")
-
-
-def _noise() -> Image.Image:
-    """A picture of noise, always the same."""
-    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8))

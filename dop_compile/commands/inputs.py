@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 import transformers
 from PIL import Image, UnidentifiedImageError
@@ -30,10 +31,14 @@ __all__ = [
     "load_vision_config",
     "load_vision_model",
     "located",
+    "noise_picture",
     "read_images",
     "resized_processor",
     "write_file",
 ]
+
+
+SIDE = 336
 
 
 def located(model: str) -> str:
@@ -75,6 +80,11 @@ def read_images(paths: list[str]) -> list[Image.Image]:
             reason = error.strerror or one_line(error).removeprefix(f"{path}: ")
             raise UsageError(f"image {path!r}: {reason}") from error
     return images
+
+
+def noise_picture() -> Image.Image:
+    """A picture of noise, always the same."""
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8))
 
 
 def check_backend(name: str) -> None:

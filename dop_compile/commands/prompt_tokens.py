@@ -22,9 +22,10 @@ from torch import Tensor
 from dop_compile.commands.inputs import load_processor, read_images
 from dop_compile.commands.usage import UsageError, one_line
 from dop_compile.hf.names import PLACEHOLDER_IDS
+from dop_compile.hf.pictures import PictureTokens, is_text_only, picture_tokens
 from dop_compile.hf.prompts import prompt_inputs
 from dop_compile.policy.policy import Policy
-from dop_compile.reports.counts import PictureTokens, PromptCounts, assumed_counts, is_text_only, picture_tokens
+from dop_compile.reports.counts import PromptCounts, assumed_counts
 from dop_compile.search.samples import Samples, read_jsonl
 
 __all__ = ["prompt_tokens"]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
+from dop_compile.drop_in.warmup import Warmup
 from dop_compile.policy.policy import Policy
 from dop_compile.reports.explain import TierCost
 from dop_compile.reports.table import EXECUTED_FLOPS, POLICY_FLOPS, columns, show_bytes, show_flops, show_percent
@@ -54,6 +55,7 @@ class DemoResult:
         questions: what was asked.
         system, visual, text: tokens of the first question's prompt, before reduction. Costs and times are for it.
         batches: how many copies of the first question's prompt were timed at once.
+        warmed: the first calls of the compiled model, which were made before.
         original: the answers and the times of the untouched model.
         tiers: the same of the compiled model, the 100 % tier first.
         exact: whether the 100 % tier was found to give the original's logits bit for bit, else to rounding.
@@ -66,6 +68,7 @@ class DemoResult:
     visual: int
     text: int
     batches: tuple[int, ...]
+    warmed: Warmup
     original: Answered
     tiers: tuple[TierResult, ...]
     exact: bool
@@ -93,9 +96,20 @@ class DemoResult:
                 "",
                 *_costs(self),
             ],
+            [_warmed(self.warmed)],
             [f"The {full} tier gives the original's logits{' bit for bit' if self.exact else ''} and its tokens."],
         ]
         return "\n\n".join("\n".join(lines) for lines in parts)
+
+
+def _warmed(warmed: Warmup) -> str:
+    """What was done before anything was timed."""
+    tiers = ", ".join(dict.fromkeys(call.tier for call in warmed.calls))
+    batches = " and ".join(map(str, dict.fromkeys(call.batch_size for call in warmed.calls)))
+    return (
+        f"Warmed first, in {warmed.seconds:.1f} s: {tiers} at batch {batches}; "
+        f"{warmed.compilations or 'no'} graph{'' if warmed.compilations == 1 else 's'} compiled."
+    )
 
 
 def shorten(answer: str) -> str:

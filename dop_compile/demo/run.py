@@ -40,7 +40,8 @@ FULL = "100%"
 QUESTIONS = ("read", "row", "yesno", "count", "choice", "read")
 MAX_NEW_TOKENS = 5
 BATCHES = (1, 8)
-"""Prompts per timed prefill. One alone is so little work for this model that calling its modules takes most of it."""
+"""Prompts per timed prefill, which the tiers are warmed for. One alone is so little work for this model that calling
+its modules takes most of it."""
 ROUNDING = 1e-4
 """Relative difference of logits that a backend other than eager may show."""
 
@@ -135,7 +136,7 @@ def run_demo(
     exact: bool = True,
     repeats: int = 10,
 ) -> DemoResult:
-    """Ask the original and every tier of `compiled` all questions, and time prefills of the first one.
+    """Warm `compiled`, ask the original and every tier of it all questions, and time prefills of the first one.
 
     Args:
         model, reader: as `open_checkpoint` gives them.
@@ -151,6 +152,7 @@ def run_demo(
     prompt = _digits_vlm("data").prompt
     inputs = [reader([image], [prompt(question.text)]) for question in questions]
     tiers: Mapping[str, Policy] = compiled.dop.tiers
+    warmed = compiled.warmup(batch_sizes=BATCHES, inputs=inputs[0])
     answers: dict[str, list[str]] = {name: [] for name in ("original", *tiers)}
     for batch in tqdm(inputs, desc="answering", leave=False, file=sys.stderr):
         _check_equal(compiled(**batch).logits, model(**batch).logits, exact=exact)
@@ -177,6 +179,7 @@ def run_demo(
         visual=visual,
         text=text,
         batches=BATCHES,
+        warmed=warmed,
         original=found["original"],
         tiers=tuple(TierResult(tiers[cost.tier], cost, found[cost.tier]) for cost in costs),
         exact=exact,
@@ -241,6 +244,6 @@ def _measure(calls: Mapping[_Name, Callable[[], Any]], repeats: int) -> dict[_Na
         for name, call in calls.items():
             started = time.perf_counter()
             call()
-            if number:  # the first round compiles
+            if number:  # the first round is the original's warm-up
                 times[name].append(1000 * (time.perf_counter() - started))
     return {name: statistics.median(values) for name, values in times.items()}

@@ -6,6 +6,7 @@ are shallow copies with the same parameters and children; each call works on cop
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -13,6 +14,7 @@ from torch import nn
 from dop_compile.drop_in.frame import CALL_ARGUMENTS, Frame, Session, presented_as
 from dop_compile.drop_in.presentation import present_tiers
 from dop_compile.drop_in.saving import check_push, save_compiled
+from dop_compile.drop_in.warmup import Warmup, warm_up
 from dop_compile.drop_in.wrapped_forward import OwnForward, forget_preparation
 from dop_compile.errors import UnsupportedUsageError
 from dop_compile.hf.copies import own, shallow_copy
@@ -29,8 +31,9 @@ def drop_in(state: Any, source: nn.Module, tier: str, outer: OwnForward | None =
     the original, or another view.
 
     Adds to the class's own interface: `forward` and `generate` take `tier`, `visual_indices` and `token_groups`;
-    `tier(name)` is a view with another default, usable from any thread; `dop` is the `CompiledState`, `dop_tier` the
-    default tier and `tiers` all policies by name. `save_pretrained` writes the original model, and the tiers beside it.
+    `tier(name)` is a view with another default, usable from any thread; `warmup` makes the first calls; `dop` is the
+    `CompiledState`, `dop_tier` the default tier and `tiers` all policies by name. `save_pretrained` writes the original
+    model, and the tiers beside it.
     """
     view = shallow_copy(source, own_children=False)
     forget_preparation(view)
@@ -70,6 +73,17 @@ def drop_in(state: Any, source: nn.Module, tier: str, outer: OwnForward | None =
     def save_pretrained(directory: Any, *args: Any, **kwargs: Any) -> None:
         save_compiled(view, state, tier, directory, *args, **kwargs)
 
+    def warmup(
+        *,
+        batch_sizes: Sequence[int] = (1,),
+        text_lengths: Sequence[int] | None = None,
+        tiers: Sequence[str] | None = None,
+        padded: bool = False,
+        inputs: Any = None,
+        progress: bool = True,
+    ) -> Warmup:
+        return warm_up(view, state, batch_sizes, text_lengths, tiers, padded, inputs, progress)
+
     def push_to_hub(*args: Any, **kwargs: Any) -> Any:
         check_push(view, state)
         return state.model_class.push_to_hub(view, *args, **kwargs)
@@ -83,6 +97,7 @@ def drop_in(state: Any, source: nn.Module, tier: str, outer: OwnForward | None =
     view.generate = presented_as(state.model_class.generate, generate)
     view.save_pretrained = presented_as(state.model_class.save_pretrained, save_pretrained)
     view.push_to_hub = presented_as(state.model_class.push_to_hub, push_to_hub)
+    view.warmup = own(warmup)
     view.tier = own(lambda name: drop_in(state, view, state.check_tier(name), own_forward))
     view.dop = state
     view.dop_tier = tier

@@ -1,13 +1,9 @@
 """The tokens of a prompt whose cost is asked for, where nobody says how many there are.
 
-Visual tokens are those of one picture, where the model's configuration fixes their number:
+Visual tokens are those of one picture, where the model's configuration fixes their number
+(`dop_compile.hf.pictures`). System and text tokens are assumed to be those of LLaVA-1.5's template and a question.
 
-1. a tower of one resolution whose patches are the tokens (LLaVA and its kin): side / patch, squared;
-2. a number of its own: `mm_tokens_per_image` (Gemma 3), `num_image_tokens` (PaliGemma), `num_query_tokens` (BLIP-2).
-(refused) 3. pictures of any size, and tiles (Qwen2.5-VL, LLaVA-NeXT, InternVL): the number is the picture's.
-4. text-only models, whose visual tokens only the caller knows. 5. policies that keep more than a picture has.
-
-System and text tokens are assumed to be those of LLaVA-1.5's template and a question.
+(refused) 1. text-only models, whose visual tokens only the caller knows. 2. policies that keep more than a picture has.
 """
 
 from __future__ import annotations
@@ -16,26 +12,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import transformers
-
-from dop_compile.hf.names import FIXED_TOWERS, REARRANGED
+from dop_compile.hf.pictures import PictureTokens, is_text_only, picture_tokens
 from dop_compile.policy.policy import Policy
 
-__all__ = ["PictureTokens", "PromptCounts", "assumed_counts", "is_text_only", "picture_tokens"]
-
-# Typed loosely: transformers annotates only a part of what is used here
-hf: Any = transformers
+__all__ = ["PromptCounts", "assumed_counts"]
 
 SYSTEM, TEXT = 35, 100
 ASK = "give visual=, the number of visual tokens of the prompt (system= and text= for the rest)"
-
-
-@dataclass(frozen=True)
-class PictureTokens:
-    """Visual tokens of any picture, and how they are known."""
-
-    count: int
-    why: str
 
 
 @dataclass(frozen=True)
@@ -46,35 +29,6 @@ class PromptCounts:
     visual: int
     text: int
     why: str = ""
-
-
-def is_text_only(config: Any) -> bool:
-    return type(config) not in hf.AutoModelForImageTextToText._model_mapping and not hasattr(config, "vision_config")
-
-
-def picture_tokens(config: Any) -> PictureTokens | None:
-    """What a configuration says of the visual tokens of a picture; None where that depends on the picture."""
-    if is_text_only(config):
-        return None
-    vision = getattr(config, "vision_config", None)
-    text = config.get_text_config(decoder=True)
-    strategy = getattr(config, "vision_feature_select_strategy", None)
-    if strategy in ("default", "full") and not any(hasattr(config, name) for name in REARRANGED):
-        side, patch = getattr(vision, "image_size", None), getattr(vision, "patch_size", None)
-        extra = FIXED_TOWERS.get(getattr(vision, "model_type", ""))
-        if isinstance(side, int) and isinstance(patch, int) and extra is not None:
-            count = (side // patch) ** 2 + extra - (strategy == "default")
-            return PictureTokens(count, f"the configuration, {side} x {side} pixels in patches of {patch} x {patch}")
-        return None
-    own = {
-        "mm_tokens_per_image": getattr(config, "mm_tokens_per_image", None),
-        "num_image_tokens": getattr(text, "num_image_tokens", None),
-        "num_query_tokens": getattr(config, "num_query_tokens", None) if hasattr(config, "image_token_id") else None,
-    }
-    for name, count in own.items():
-        if isinstance(count, int) and count > 0:
-            return PictureTokens(count, f"the configuration, {name}")
-    return None
 
 
 def assumed_counts(

@@ -33,7 +33,7 @@ from transformers import PreTrainedConfig
 
 from dop_compile.runtime.lines import Value, Weight
 
-__all__ = ["HOOKS", "TORCH_ATTRIBUTES", "Site", "canonical_strides", "noting_inductor", "torch_state"]
+__all__ = ["HOOKS", "TORCH_ATTRIBUTES", "Site", "canonical", "noting_inductor", "torch_state"]
 
 TORCH_ATTRIBUTES = frozenset(vars(nn.Module()))
 """What torch itself keeps on a module."""
@@ -118,8 +118,13 @@ def torch_state() -> tuple[Any, ...] | None:
     )
 
 
-def canonical_strides(value: Any) -> Any:
-    """The same tensor with the strides of its shape: kernels leave odd ones on sizes of one, which are guarded on."""
+def canonical(value: Any) -> Any:
+    """The same tensor without what torch.compile guards on and nobody means: none of these changes a number.
+
+    1. Strides of sizes of one, on which kernels leave odd ones.
+    2. The tensor that this one is a view of, which one kernel's result has and another's has not. It stays where
+       gradients flow.
+    """
     if not isinstance(value, Tensor) or not value.is_contiguous():
         return value
     strides: list[int] = []
@@ -128,7 +133,9 @@ def canonical_strides(value: Any) -> Any:
         strides.append(step)
         step *= max(size, 1)
     wanted = tuple(reversed(strides))
-    return value if value.stride() == wanted else value.as_strided(value.shape, wanted)
+    if value.stride() != wanted:
+        value = value.as_strided(value.shape, wanted)
+    return value.data if type(value) is Tensor and value._is_view() and not value.requires_grad else value
 
 
 class Site:
@@ -151,7 +158,7 @@ class Site:
                 result = direct(state, values)
                 if result is not None:
                     return result
-        values = tuple(map(canonical_strides, values))
+        values = tuple(map(canonical, values))
         with _noting() as notes:
             result = self._piece(*self._all(values))
         if state is not None and len(notes) == 1:

@@ -1,7 +1,8 @@
 """Steps as straight-line Python: a function whose locals are the decoder's intermediates.
 
 An interpreter would look up some ten arguments per layer in each token that is generated. A local is freed behind its
-last use, as those of the original forward are.
+last use, as those of the original forward are. A function that lets go of its own arguments before it returns is handed
+them over: `(v5, v5 := None)[0]` leaves no reference here.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import linecache
 import math
 import operator
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,6 +70,8 @@ class Step:
         function: a `Method`, or what is called.
         args, kwargs: may hold values and weights, however deep.
         outputs: the values that it returns: a tuple of them where `unpacked`, else one.
+        handed_over: whether it lets go of its arguments one by one, as the code of a graph does; none of them then
+            holds another.
     """
 
     function: Callable[..., Any] | Method
@@ -76,6 +79,7 @@ class Step:
     kwargs: Mapping[str, Any]
     outputs: tuple[Value, ...]
     unpacked: bool = False
+    handed_over: bool = False
 
 
 def straight_line(inputs: Mapping[Value, Any], steps: Sequence[Step], result: Value, title: str) -> Any:
@@ -87,8 +91,11 @@ def straight_line(inputs: Mapping[Value, Any], steps: Sequence[Step], result: Va
     freed = _freed_behind(steps)
     lines.extend(f"{value.name} = given({lines.text(key)})" for value, key in inputs.items())
     for number, step in enumerate(steps):
-        lines.append(lines.call(step))
-        if names := [value.name for value in freed[number] if value != result]:
+        ending = [value for value in freed[number] if value != result]
+        direct = [arg for arg in step.args if isinstance(arg, Value)] if step.handed_over else []
+        given = [value for value in ending if direct.count(value) == 1]
+        lines.append(lines.call(step, given))
+        if names := [value.name for value in ending if value not in given]:
             lines.append(f"del {', '.join(names)}")
     source = "\n    ".join(["def decoder(given, state):", *lines, f"return {result.name}"]) + "\n"
     file = f"<{title} {next(_numbers)}>"
@@ -139,8 +146,11 @@ class _Lines(list[str]):
         self.constants: dict[str, Any] = {}
         self._names: dict[Any, str] = {}
 
-    def call(self, step: Step) -> str:
-        args = [self.text(arg) for arg in step.args]
+    def call(self, step: Step, given: Collection[Value]) -> str:
+        """The line of a step, which is the last to use the values `given` to it."""
+        args = [
+            self._handed_over(arg) if isinstance(arg, Value) and arg in given else self.text(arg) for arg in step.args
+        ]
         kwargs = [f"{name}={self.text(value)}" for name, value in step.kwargs.items()]
         if step.function is operator.getitem:
             right = f"{args[0]}[{args[1]}]"
@@ -150,6 +160,11 @@ class _Lines(list[str]):
             right = f"{self._constant(step.function)}({', '.join(args + kwargs)})"
         left = ", ".join(value.name for value in step.outputs)
         return f"{left}{',' * (step.unpacked and len(step.outputs) == 1)} = {right}" if left else right
+
+    @staticmethod
+    def _handed_over(value: Value) -> str:
+        """A local that is None from then on."""
+        return f"({value.name}, {value.name} := None)[0]"
 
     def text(self, value: Any) -> str:
         if isinstance(value, Value | _Argument):

@@ -18,7 +18,7 @@ from dop_compile import ops
 from dop_compile.hf.kernels import MASK_BUILDERS
 from dop_compile.passes.blocks import IndexSpec
 from dop_compile.passes.graph import DecoderGraph
-from dop_compile.runtime.direct import Site, canonical_strides, torch_state
+from dop_compile.runtime.direct import Site, canonical, torch_state
 from dop_compile.runtime.lines import STATE, Method, Step, Value, Weight, straight_line
 from dop_compile.runtime.pieces import PieceLibrary, call_module, piece_kind
 from dop_compile.tokens import TokenSet
@@ -130,7 +130,7 @@ class Program:
             result = (self._value(node),)
             self._steps.append(Step(_callable(node, self._root), args, kwargs, result))
             if self._library.guards_strides and any(not self._is_runtime(user) for user in node.users):
-                self._steps.append(Step(canonical_strides, result, {}, result))
+                self._steps.append(Step(canonical, result, {}, result))
         piece.clear()
         waiting.clear()
 
@@ -168,7 +168,9 @@ class Program:
         if self._library.passes_guards:
             function = site = Site(function, slots)
             arguments = (STATE, *site.values)
-        self._steps.append(Step(function, arguments, {}, outputs, unpacked=True))
+        # A graph's code sets each argument to None behind its last use; compiled code is called with all of them
+        own_code = self._library.backend == "eager"
+        self._steps.append(Step(function, arguments, {}, outputs, unpacked=True, handed_over=own_code))
 
     def _weight(self, path: str) -> Weight:
         owner, _, name = path.rpartition(".")

@@ -148,6 +148,27 @@ def test_a_first_tier_that_is_not_the_original_is_noticed(
         demo.run_demo(model, compiled, reader, *demo.compose(), exact=False)
 
 
+def test_everything_that_is_timed_was_warmed(opened: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once the warm-up is over, what is built is what compares the logits of all tokens, which is not timed."""
+    model, reader = opened
+    compiled: Any = dop_compile(model, demo.demo_policies(), backend="eager")
+    warm, known = compiled.warmup, []
+
+    def noted(**arguments: Any) -> Any:
+        record = warm(**arguments)
+        known.extend(compiled.dop.programs)
+        return record
+
+    monkeypatch.setattr(compiled, "warmup", noted)
+    image, questions = demo.compose()
+    found = demo.run_demo(model, compiled, reader, image, questions[:1], repeats=1)
+    kinds = {(call.tier, call.batch_size) for call in found.warmed.calls}
+    assert kinds == {(tier, batch) for tier in compiled.tiers for batch in demo.BATCHES}
+    assert len(known) >= len(compiled.tiers)
+    later = [program for program in compiled.dop.programs if program not in known]
+    assert all(program.universe.requested_groups is None for program in later)
+
+
 # --- what is shown
 
 
@@ -156,7 +177,7 @@ def cells(line: str) -> list[str]:
 
 
 def test_the_tables(result: DemoResult) -> None:
-    title, table, _, costs, last = str(result).split("\n\n")
+    title, table, _, costs, warmed, last = str(result).split("\n\n")
     assert "8 layers of 128, 2.4 M weights" in title
     head, *rows, right = (cells(line) for line in table.splitlines())
     assert head == ["question", "expected", "original", *demo.demo_policies()]
@@ -167,6 +188,9 @@ def test_the_tables(result: DemoResult) -> None:
     for line, tier in zip(tiers, result.tiers, strict=True):
         ratios = [tier.cost.eq11_ratio or 0, tier.cost.executed_ratio or 0]
         assert line[:3] == [tier.cost.tier, *(f"{100 * ratio:.1f} %" for ratio in ratios)]
+    assert re.fullmatch(
+        r"Warmed first, in \d+\.\d s: 100%, 34%, 34% split at batch 1 and 8; no graphs compiled\.", warmed
+    )
     assert "bit for bit" in last
     assert "bit for bit" not in str(replace(result, exact=False))
 

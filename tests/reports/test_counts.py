@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import transformers as hf
 
 from dop_compile import Policy, dop_compile, executed_flops, explain, prefill_flops
-from dop_compile.reports.counts import assumed_counts, is_text_only, picture_tokens
+from dop_compile.hf.pictures import is_text_only, picture_tokens
+from dop_compile.reports.counts import assumed_counts
 from dop_compile.reports.picture import explain_figure
 from tests.families import FAMILIES, LAYERS
-from tests.support import make_batch, shared_model
+from tests.support import shared_model
 
-FIXED = ("llava", "video_llava", "gemma3")
 ANY_SIZE = ("llava_next", "qwen2_5_vl", "qwen3_vl", "internvl", "mistral3", "smolvlm", "cohere2_vision")
-
-
-@pytest.mark.parametrize("name", FIXED)
-def test_a_fixed_number_is_that_of_the_placeholders(name: str) -> None:
-    batch = make_batch(name, [[("text", 2), ("image",), ("text", 3)]])
-    found = picture_tokens(batch.model.config)
-    assert found is not None
-    assert found.count == int((batch.inputs["input_ids"] == batch.model.config.image_token_id).sum())
 
 
 @pytest.mark.parametrize("name", ANY_SIZE)
@@ -32,34 +22,6 @@ def test_pictures_of_any_size_have_no_fixed_number(name: str) -> None:
     with pytest.raises(ValueError, match=r"depends on the picture: give visual="):
         assumed_counts(config, {"full": Policy.full(LAYERS)})
     assert assumed_counts(config, {"full": Policy.full(LAYERS)}, visual=7).visual == 7
-
-
-@pytest.mark.parametrize(
-    ("config", "count"),
-    [
-        (hf.LlavaConfig, 576),
-        (hf.PaliGemmaConfig, 256),
-        (hf.Gemma3Config, 256),
-        (hf.Blip2Config, 32),
-        (hf.InstructBlipVideoConfig, None),  # of a frame, and a video has several
-        (hf.LlavaNextConfig, None),
-        (hf.AyaVisionConfig, None),
-    ],
-)
-def test_published_configurations(config: Any, count: int | None) -> None:
-    found = picture_tokens(config())
-    assert (None if found is None else found.count) == count
-
-
-def test_a_tower_without_cls_loses_a_patch_to_the_default_strategy() -> None:
-    tower = hf.SiglipVisionConfig(image_size=48, patch_size=16)
-    for strategy, count in (("full", 9), ("default", 8)):
-        found = picture_tokens(hf.LlavaConfig(vision_config=tower, vision_feature_select_strategy=strategy))
-        assert found is not None
-        assert found.count == count
-    found = picture_tokens(hf.LlavaConfig(vision_feature_select_strategy="full"))
-    assert found is not None
-    assert found.count == 577
 
 
 def test_explain_counts_the_models_own_picture() -> None:

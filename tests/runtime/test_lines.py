@@ -78,3 +78,28 @@ def test_tracebacks_show_the_line() -> None:
     with pytest.raises(RuntimeError) as caught:
         run([Step(fail, (Value(0),), {}, (y,))], y, x=0)
     assert "v1 = c0(v0)" in "".join(traceback.format_exception(caught.value))
+
+
+class Held:
+    """Something whose end can be seen."""
+
+
+@pytest.mark.parametrize("handed_over", [True, False])
+def test_arguments_are_handed_over_at_their_last_use(handed_over: bool) -> None:
+    x, y, other, result = (Value(number) for number in range(4))
+    ends: list[bool] = []
+
+    def uses(value: Any, *_: Any) -> Any:
+        seen = weakref.ref(value)
+        value = None
+        ends.append(seen() is None)
+        return result
+
+    def step(*args: Any) -> Step:
+        return Step(uses, args, {}, (result,), handed_over=handed_over)
+
+    made = [Step(Held, (), {}, (value,)) for value in (x, y)]
+    steps = [*made, step(x, [1], other), step(x), step(y, y)]
+    assert run([Step(Held, (), {}, (other,)), *steps], result) is result
+    # Not while it is used again, and not where it is two arguments
+    assert ends == [False, handed_over, False]

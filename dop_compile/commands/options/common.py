@@ -49,7 +49,8 @@ def samples_options(required: bool) -> argparse.ArgumentParser:
     return parser
 
 
-def policy_options() -> argparse.ArgumentParser:
+def policy_options(*, one_tier: bool = True) -> argparse.ArgumentParser:
+    """Options that describe tiers, and choose one of them where the command is about `one_tier`."""
     parser = argparse.ArgumentParser(add_help=False)
     group = parser.add_argument_group("policy")
     group.add_argument(
@@ -60,7 +61,8 @@ def policy_options() -> argparse.ArgumentParser:
         help="a policy saved as JSON; repeat for several tiers (the name is the file's unless given); instead of those "
         "that were saved with the model",
     )
-    group.add_argument("--tier", metavar="NAME", help="which of the tiers to use; the first unless given")
+    if one_tier:
+        group.add_argument("--tier", metavar="NAME", help="which of the tiers to use; the first unless given")
     for flag, text in (
         ("--mha-depth", "layers in which visual tokens take part in attention"),
         ("--mha-query-depth", "layers in which attention updates visual tokens (overrides --mha-depth)"),

@@ -1,17 +1,18 @@
-"""Options of the commands that show a policy at work: ``dop-compile explain|run|demo``."""
+"""Options of the commands that show a policy at work: ``dop-compile explain|run|warmup|demo``."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
 
-from dop_compile.commands.options.common import BACKEND, DTYPES, count, positive
+from dop_compile.commands.options.common import BACKEND, DTYPES, count, policy_options, positive
 
 __all__ = ["ACTIONS", "add_model_commands"]
 
 ACTIONS = {
     "explain": "dop_compile.commands.explain:explain_command",
     "run": "dop_compile.commands.run:run_command",
+    "warmup": "dop_compile.commands.warmup:warmup_command",
     "demo": "dop_compile.commands.demo:demo_command",
 }
 
@@ -32,6 +33,17 @@ Answer a prompt about an image with a pruned model. The chat template of the mod
 where there is one; else the image token is put before the prompt, unless the prompt holds it.
 Several policies are tiers of one compiled model; the first is used unless --tier names another. A model that
 was saved with its tiers (dop_compile.json) needs no policies.
+"""
+WARMUP = """\
+Compile ahead of time what answers with these tiers need: for each tier, batch size and text length a prompt
+is read and three tokens are generated with the inductor backend. What is compiled is kept in torch's cache
+folder, and a later process that runs with TORCHINDUCTOR_CACHE_DIR set to it starts with that: on the same
+kind of machine and with the same versions of torch, transformers and dop_compile.
+
+One text length stands for all, and two batch sizes, 1 and a larger one, for all batch sizes. Without --image
+a picture of noise is asked about.
+
+The folder holds code that torch runs. Use one that nobody else can write to.
 """
 DEMO = """\
 A small trained LLaVA reads handwritten digits. An image is composed of scans that it was not trained on,
@@ -71,6 +83,22 @@ def add_model_commands(command: Callable[..., argparse.ArgumentParser], policy: 
     two.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
     two.add_argument("--max-new-tokens", type=positive, default=64, metavar="N", help="length of the answer (64)")
     two.add_argument("--compare", action="store_true", help="also the original's answer, and times")
+
+    four = command("warmup", "compile ahead of time", WARMUP, policy_options(one_tier=False))
+    four.add_argument("model", metavar="MODEL", help="model directory or hub id")
+    four.add_argument("--tiers", nargs="+", metavar="NAME", help="which of the tiers to warm; all unless given")
+    four.add_argument("--batch-sizes", nargs="+", type=positive, default=[1], metavar="N", help="rows (1)")
+    four.add_argument(
+        "--text-lengths", nargs="+", type=positive, metavar="N", help="text tokens behind the picture; the prompt's"
+    )
+    four.add_argument("--padded", action="store_true", help="also batches of prompts of different lengths")
+    four.add_argument("--image", action="append", default=[], metavar="PATH", help="an image; repeat for several")
+    four.add_argument("--prompt", default="Describe the picture.", metavar="TEXT", help="what to ask")
+    four.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights; auto: as saved")
+    four.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
+    four.add_argument(
+        "--cache", metavar="DIR", help="where compiled code is kept; TORCHINDUCTOR_CACHE_DIR, or torch's own folder"
+    )
 
     three = command("demo", "a small trained model reads digits, in full and pruned; no downloads", DEMO)
     three.add_argument("--checkpoint", metavar="DIR", help="another checkpoint of examples/digits_vlm")
