@@ -1,4 +1,4 @@
-"""The command line: ``dop-compile explain|run|bench|demo|profile|search|greedy|report|eval|export|verify|trtexec``.
+"""The command line: ``dop-compile explain|run|bench|demo|profile|search|greedy|report|eval|export|verify|trtexec|zoo``.
 
 Exit codes: 0 done; 2 wrong usage or bad input, with one line on stderr that says what; 1 any other failure. `verify`
 adds 1 for a tier that differs, and 3 for graphs that cannot run here. 130: stopped by Ctrl-C.
@@ -14,14 +14,14 @@ import sys
 from collections.abc import Callable, Sequence
 
 from dop_compile import __version__
-from dop_compile.commands.options import bench, evaluate, model, onnx, search
+from dop_compile.commands.options import bench, evaluate, model, onnx, search, zoo
 from dop_compile.commands.options.common import policy_options
 from dop_compile.commands.unused import check_unused, given_options
 from dop_compile.commands.usage import UsageError
 
 __all__ = ["main"]
 
-ACTIONS = {**model.ACTIONS, **bench.ACTIONS, **search.ACTIONS, **evaluate.ACTIONS, **onnx.ACTIONS}
+ACTIONS = {**model.ACTIONS, **bench.ACTIONS, **search.ACTIONS, **evaluate.ACTIONS, **onnx.ACTIONS, **zoo.ACTIONS}
 """What does what a command says: loaded once it is run, since torch takes seconds."""
 
 DESCRIPTION = """\
@@ -52,6 +52,7 @@ examples:
   dop-compile eval ./my-model --samples samples.jsonl --method random --budget 0.28 --out comparison
   dop-compile export ./my-model --policy 28%=policies/28.json --out exported
   dop-compile verify exported --samples samples.jsonl
+  dop-compile zoo show llava-1.5-7b 28%
 """
 INTERRUPTED = 130
 STOPPED = {
@@ -81,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     search.add_search_commands(command)
     evaluate.add_eval_command(command)
     onnx.add_onnx_commands(command, policy)
+    zoo.add_zoo_command(command)
     return parser
 
 

@@ -14,7 +14,7 @@ import dataclasses
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from dop_compile.checks import choice, finite, integer, pairs, store
 from dop_compile.documents import write_atomic
@@ -23,6 +23,10 @@ from dop_compile.policy import text as policy_text
 from dop_compile.policy.operations import MODULE_SHORTHAND, MODULES, PROMPT_GROUPS, SPLIT_VISUAL_GROUPS, Operation
 from dop_compile.policy.provenance import Provenance
 from dop_compile.policy.ranking import Ranking
+from dop_compile.zoo import lookup as zoo
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 __all__ = ["JsonScalar", "Policy", "Positions"]
 
@@ -153,6 +157,19 @@ class Policy:
             salient_fraction,
             provenance,
         )
+
+    @classmethod
+    def published(cls, name: str, budget: str, config: PreTrainedConfig | None = None) -> Policy:
+        """The policy that was published for a model at a budget: `Policy.published("llava-1.5-7b", "28%")`.
+
+        `dop_compile.zoo.published_policies()` lists them, with sources and what they assume; `dop-compile zoo` too.
+        `config`: of the model that it is for. ValueError where there is no such policy, or the model is another.
+        """
+        entry = zoo.find(name, budget)
+        if config is not None:
+            entry.check(config)
+        found: Policy = policy_text.decode(entry.document, entry.reference, cls)
+        return found
 
     @property
     def groups(self) -> tuple[str, ...]:
