@@ -28,8 +28,8 @@ HEAD = ("name", "budget", POLICY_FLOPS, "published", "accuracy", "method", "sour
 COUNTED = (
     f"{POLICY_FLOPS}: of the original's, by eq. 11 of DOP and this package, for {SYSTEM} system tokens, the visual "
     f"tokens of the published picture and {TEXT} text tokens. published, accuracy: what the papers say of their own "
-    "FLOPs, and of the mean of their benchmarks relative to the original; - where it is not known. Nothing was measured "
-    "again here."
+    "FLOPs, and of the mean of their benchmarks relative to the original; - where it is not known. Nothing was "
+    "measured again here."
 )
 
 
@@ -139,6 +139,6 @@ def _hub() -> None:
     rows = [("repository", "downloads", "changed"), *((one.name, str(one.downloads), one.changed) for one in found)]
     print("\n".join(columns(rows, left=(0, 2))))
     print(
-        "\nload_policies(NAME) reads their tiers. They are their authors': nothing is known here of how they were found, "
-        "and nothing was measured."
+        "\nload_policies(NAME) reads their tiers. They are their authors': how they were found is not known here, and "
+        "nothing was measured."
     )

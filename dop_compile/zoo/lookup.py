@@ -33,7 +33,7 @@ def find(name: str, budget: str) -> PublishedPolicy:
         TypeError, ValueError: there is none; the message lists what there is.
     """
     by_budget = {policy.budget: policy for policy in published_policies(name)}
-    if reason := LEFT_OUT.get((name, budget)):
+    if isinstance(budget, str) and (reason := LEFT_OUT.get((name, budget))):
         raise ValueError(f"budget: {name} has no {budget!r}: {reason}; expected one of {', '.join(by_budget)}")
     return by_budget[choice(f"budget of {name}", budget, by_budget)]
 
