@@ -55,6 +55,11 @@ def test_all_of_them_are_listed_with_costs_and_sources(capsys: pytest.CaptureFix
         assert said in text
 
 
+def test_the_pages_table_is_todays(capsys: pytest.CaptureFixture[str]) -> None:
+    table = run(capsys, "zoo")[1].partition("\n\n")[0]
+    assert f"```text\n{table}\n```" in (Path(__file__).parents[2] / "docs" / "published.md").read_text()
+
+
 def test_those_that_fit_a_configuration(capsys: pytest.CaptureFixture[str], llava: str, small: str) -> None:
     for where in (llava, f"{llava}/config.json"):
         code, out, _ = run(capsys, "zoo", "--model", where)
