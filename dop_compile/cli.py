@@ -14,14 +14,14 @@ import sys
 from collections.abc import Callable, Sequence
 
 from dop_compile import __version__
-from dop_compile.commands.options import bench, evaluate, model, onnx, search
+from dop_compile.commands.options import bench, evaluate, model, onnx, search, zoo
 from dop_compile.commands.options.common import policy_options
 from dop_compile.commands.unused import check_unused, given_options
 from dop_compile.commands.usage import UsageError
 
 __all__ = ["main"]
 
-ACTIONS = {**model.ACTIONS, **bench.ACTIONS, **search.ACTIONS, **evaluate.ACTIONS, **onnx.ACTIONS}
+ACTIONS = {**model.ACTIONS, **bench.ACTIONS, **search.ACTIONS, **evaluate.ACTIONS, **onnx.ACTIONS, **zoo.ACTIONS}
 """What does what a command says: loaded once it is run, since torch takes seconds."""
 
 DESCRIPTION = """\
@@ -53,6 +53,7 @@ examples:
   dop-compile eval ./my-model --samples samples.jsonl --method random --budget 0.28 --out comparison
   dop-compile export ./my-model --policy 28%=policies/28.json --out exported
   dop-compile verify exported --samples samples.jsonl
+  dop-compile zoo show llava-1.5-7b 28%
 """
 INTERRUPTED = 130
 STOPPED = {
@@ -83,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     search.add_search_commands(command)
     evaluate.add_eval_command(command)
     onnx.add_onnx_commands(command, policy)
+    zoo.add_zoo_command(command)
     return parser
 
 

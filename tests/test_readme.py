@@ -32,6 +32,7 @@ README = (ROOT / "README.md").read_text()
 IN_ORDER = (
     "quickstart",
     "use",
+    "published",
     "search",
     "evaluation",
     "concepts",

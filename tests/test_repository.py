@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 import dop_compile
+from dop_compile.zoo import published_policies
 
 ROOT = Path(__file__).parents[1]
 MAKEFILE = (ROOT / "Makefile").read_text()
@@ -60,6 +61,13 @@ def test_the_wheel_has_every_module(built: tuple[Path, Path]) -> None:
     assert found == {path.relative_to(ROOT).as_posix() for path in paths} | {"dop_compile/py.typed"}
 
 
+def test_the_wheel_has_the_published_policies(built: tuple[Path, Path]) -> None:
+    found = {name for name in zipfile.ZipFile(built[1]).namelist() if name.endswith(".json")}
+    there = {path.relative_to(ROOT).as_posix() for path in (ROOT / "dop_compile" / "zoo").rglob("*.json")}
+    assert found == there
+    assert len(there) == len(published_policies())
+
+
 def test_the_source_distribution_is_complete(built: tuple[Path, Path]) -> None:
     """What the tests and the two commands need is in it."""
     with tarfile.open(built[0]) as archive:
@@ -73,10 +81,11 @@ def test_the_source_distribution_is_complete(built: tuple[Path, Path]) -> None:
 def test_what_is_built_is_one_package_elsewhere(built: tuple[Path, Path], tmp_path: Path) -> None:
     zipfile.ZipFile(built[1]).extractall(tmp_path)
     code = (
-        "import importlib.util as u, dop_compile; "
+        "import importlib.util as u, dop_compile; from dop_compile import zoo; "
         "from dop_compile.passes import report; from dop_compile.search import axes; "
+        "published = [dop_compile.Policy.published(p.name, p.budget) for p in zoo.published_policies()]; "
         "print(dop_compile.__file__, axes.__file__, report.__file__, u.find_spec('passes'), u.find_spec('search'), "
-        "dop_compile.__version__)"
+        "len(published), dop_compile.__version__)"
     )
     command = [
         sys.executable,
@@ -87,9 +96,10 @@ def test_what_is_built_is_one_package_elsewhere(built: tuple[Path, Path], tmp_pa
     ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr
-    *files, passes, search, version = done.stdout.split()
+    *files, passes, search, published, version = done.stdout.split()
     assert all(file.startswith(str(tmp_path)) for file in files)
     assert (passes, search, version) == ("None", "None", dop_compile.__version__)
+    assert int(published) == len(published_policies())
 
 
 def _site() -> list[str]:

@@ -12,7 +12,7 @@ from dop_compile.commands.inputs import check_backend, write_file
 from dop_compile.commands.measuring import decoder_of, model_and_samples, processes
 from dop_compile.commands.named_files import named_files, read_file
 from dop_compile.commands.outputs import output_directory
-from dop_compile.commands.policies import replacing
+from dop_compile.commands.policies import load_policy, replacing
 from dop_compile.commands.usage import UsageError, usage_errors
 from dop_compile.evaluation.in_decoder import FITPRUNE
 from dop_compile.evaluation.measuring import check_tasks, count_tokens, evaluate
@@ -36,9 +36,8 @@ FIT_SAMPLES = 25
 def eval_command(arguments: Namespace) -> None:
     """Compare methods on samples; write JSON, Markdown and a picture."""
     check_backend(arguments.backend)
-    policies = replacing(
-        dict(named_files("--policy", arguments.policy, Policy.load)), arguments.model, (ORIGINAL, FULL)
-    )
+    load = functools.partial(load_policy, arguments.model)
+    policies = replacing(dict(named_files("--policy", arguments.policy, load)), arguments.model, (ORIGINAL, FULL))
     orders = dict(named_files("--order", arguments.order, OperationOrder.load))
     divergences = None
     if arguments.divergences is not None:

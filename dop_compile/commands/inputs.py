@@ -26,6 +26,7 @@ hf: Any = transformers
 __all__ = [
     "check_backend",
     "compile_model",
+    "load_config",
     "load_model_on_meta",
     "load_processor",
     "load_vision_config",
@@ -58,9 +59,14 @@ def load(kind: Any, model: str, **settings: Any) -> Any:
         raise UsageError(f"model {model!r}: {one_line(error)}") from error
 
 
+def load_config(model: str) -> Any:
+    """The model's configuration."""
+    return load(hf.AutoConfig, located(model))
+
+
 def load_model_on_meta(model: str, dtype: str) -> Any:
     """The model without its weights, from its configuration alone."""
-    config = load(hf.AutoConfig, located(model))
+    config = load_config(model)
     for kind in (hf.AutoModelForImageTextToText, hf.AutoModelForCausalLM):
         if type(config) in kind._model_mapping:
             with torch.device("meta"):
@@ -114,7 +120,7 @@ def load_device(name: str) -> torch.device:
 
 def load_vision_config(model: str) -> Any:
     """The configuration of a vision-language model."""
-    config = load(hf.AutoConfig, located(model))
+    config = load_config(model)
     if type(config) not in hf.AutoModelForImageTextToText._model_mapping:
         raise UsageError(f"model {model!r}: {type(config).__name__} is not of a vision-language model")
     return config

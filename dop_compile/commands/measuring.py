@@ -27,6 +27,7 @@ from dop_compile.search.greedy import greedy_order
 from dop_compile.search.joint import measure_accuracy, measure_policies
 from dop_compile.search.measure import measure_divergences
 from dop_compile.search.samples import Row, Samples, check_images, choose, read_data_set, read_jsonl
+from dop_compile.zoo import PREFIX, find, split_reference
 
 __all__ = [
     "decoder_of",
@@ -224,6 +225,11 @@ def report_command(arguments: Namespace) -> None:
 
 def _policy_of(divergences: Divergences, file: str) -> Policy:
     """A policy from its file, if it is for the model that the divergences are of."""
+    if file.startswith(PREFIX):
+        entry = find(*split_reference(file))
+        if entry.model.geometry.dims != divergences.dims:
+            raise ValueError(f"published for {entry.model.checkpoint}, and the divergences are of another decoder")
+        return Policy.published(entry.name, entry.budget)
     policy = Policy.load(file)
     policy.check_model(divergences.num_layers, divergences.model_fingerprint)
     return policy

@@ -1,6 +1,7 @@
 """The tiers that a command works with: from its options, else those that were saved with the model.
 
 1. `--policy FILE` and options such as `--mha-depth` describe them; they replace saved ones, which is said on stderr.
+   A FILE may be a published policy (`dop_compile.zoo`) of a model with the same sizes: zoo:NAME/BUDGET.
 2. Otherwise they are those of the model's `dop_compile.json`, which `save_pretrained` of a compiled model writes.
 3. `--tier NAME` is one of them.
 """
@@ -14,12 +15,13 @@ from pathlib import Path
 
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-from dop_compile.commands.inputs import located
+from dop_compile.commands.inputs import load_config, located
 from dop_compile.commands.usage import UsageError, one_line
 from dop_compile.policy.policy import Policy
 from dop_compile.policy.tiers import TIERS_FILE, load_policies
+from dop_compile.zoo import PREFIX, find, split_reference
 
-__all__ = ["NO_POLICY", "read_policies", "replacing", "saved_policies"]
+__all__ = ["NO_POLICY", "load_policy", "read_policies", "replacing", "saved_policies"]
 
 NO_POLICY = (
     "no policy: give --policy FILE, or options such as --mha-depth and --visual-tokens; the model has no tiers of its "
@@ -57,6 +59,20 @@ def replacing(given: Mapping[str, Policy], model: str, taken: Collection[str] = 
         names = ", ".join(saved)
         print(f"the policies given replace the tiers saved with {model} ({names})", file=sys.stderr)
     return dict(given) or {f"{name} (saved)" if name in taken else name: tier for name, tier in saved.items()}
+
+
+def load_policy(model: str, file: str) -> Policy:
+    """The policy in a file, or the published one that is named in its place, if it is for such a model.
+
+    Raises:
+        OSError, TypeError, ValueError: there is no such policy, or it is for another model.
+        UsageError: the model's configuration cannot be read.
+    """
+    if not file.startswith(PREFIX):
+        return Policy.load(file)
+    name, budget = split_reference(file)
+    find(name, budget)  # a wrong name is said before the configuration is looked for
+    return Policy.published(name, budget, load_config(model))
 
 
 def saved_policies(model: str) -> dict[str, Policy]:
@@ -102,7 +118,7 @@ def _given(arguments: Namespace, layers: int) -> dict[str, Policy]:
         if name in tiers:
             raise UsageError(f"--policy: the name {name!r} is given twice; name policies apart with NAME=FILE")
         try:
-            tiers[name] = Policy.load(file)
+            tiers[name] = load_policy(arguments.model, file)
         except (OSError, ValueError, TypeError) as error:
             raise UsageError(f"policy {file!r}: {one_line(error)}") from error
     return tiers

@@ -11,19 +11,22 @@ Sources: DOP eq. 3-4 and 14 (depths), GSOP section 3 (query and key-value apart,
 from __future__ import annotations
 
 import dataclasses
-import html
-import itertools
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from dop_compile.checks import choice, finite, integer, pairs, store
 from dop_compile.documents import write_atomic
+from dop_compile.policy import shown
 from dop_compile.policy import text as policy_text
 from dop_compile.policy.operations import MODULE_SHORTHAND, MODULES, PROMPT_GROUPS, SPLIT_VISUAL_GROUPS, Operation
 from dop_compile.policy.provenance import Provenance
 from dop_compile.policy.ranking import Ranking
+from dop_compile.zoo import lookup as zoo
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 __all__ = ["JsonScalar", "Policy", "Positions"]
 
@@ -155,6 +158,19 @@ class Policy:
             provenance,
         )
 
+    @classmethod
+    def published(cls, name: str, budget: str, config: PreTrainedConfig | None = None) -> Policy:
+        """The policy that was published for a model at a budget: `Policy.published("llava-1.5-7b", "28%")`.
+
+        `dop_compile.zoo.published_policies()` lists them, with sources and what they assume; `dop-compile zoo` too.
+        `config`: of the model that it is for. ValueError where there is no such policy, or the model is another.
+        """
+        entry = zoo.find(name, budget)
+        if config is not None:
+            entry.check(config)
+        found: Policy = policy_text.decode(entry.document, entry.reference, cls)
+        return found
+
     @property
     def groups(self) -> tuple[str, ...]:
         """The prompt groups of this policy: system, visual (or its parts), text."""
@@ -235,32 +251,10 @@ class Policy:
         return found
 
     def __repr__(self) -> str:
-        shown: dict[str, object] = {"reducer": self.reducer, "reducer_options": self.options or None}
-        shown |= {"positions": self.positions, "salient_fraction": self.salient_fraction}
-        shown["budget"] = self.provenance and self.provenance.budget
-        shown["ranking"] = self.ranking and str(self.ranking)
-        tail = [f"visual_tokens={'all' if self.visual_tokens is None else self.visual_tokens}"]
-        tail += [f"{name}={value!r}" for name, value in shown.items() if value is not None]
-        kept = [text for group in self.prunable_groups if (text := self._describe(group))] or ["nothing pruned"]
-        return f"Policy({self.num_layers} layers, {'; '.join(kept)}; {', '.join(tail)})"
+        return shown.as_text(self)
 
     def _repr_html_(self) -> str:
-        """A table for notebooks: the layers that each group keeps, per module."""
-        rows = []
-        for group in self.prunable_groups:
-            cells = (_runs(self.pruned_layers(group, module), self.num_layers) for module in MODULES)
-            rows.append(f"<tr><th>{group}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
-        head = "".join(f"<th>{name}</th>" for name in ("", *MODULES))
-        return f"<p>{html.escape(repr(self))}</p><table><tr>{head}</tr>{''.join(rows)}</table>"
-
-    def _describe(self, group: str) -> str:
-        """The kept layers of the modules that the group prunes, as ranges; "" when it prunes none."""
-        pruned = {module: layers for module in MODULES if (layers := self.pruned_layers(group, module))}
-        if "mha_query" in pruned and pruned["mha_query"] == pruned.get("mha_key_value"):
-            pruned = {"mha": pruned["mha_query"]} | {m: pruned[m] for m in pruned if m == "mlp"}
-        kept = []
-        kept += [f"{module} {_runs(layers, self.num_layers)}" for module, layers in pruned.items()]
-        return f"{group} keeps {', '.join(kept)}" if kept else ""
+        return shown.as_html(self)
 
     def _check(self, group: str, module: str) -> None:
         choice("module", module, MODULES)
@@ -298,10 +292,3 @@ class Policy:
             for part in SPLIT_VISUAL_GROUPS if split and group == "visual" else (group,):
                 for name in MODULE_SHORTHAND.get(module, (module,)):
                     yield Operation(part, layer, name)
-
-
-def _runs(pruned: Sequence[int], num_layers: int) -> str:
-    """The layers that are not pruned, as ranges."""
-    bounds = itertools.pairwise((-1, *pruned, num_layers))
-    runs = [f"{a + 1}-{b - 1}" if b - a > 2 else f"{a + 1}" for a, b in bounds if b - a > 1]
-    return ",".join(runs) or "none"

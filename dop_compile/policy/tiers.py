@@ -19,11 +19,11 @@ from typing import Any
 import transformers
 
 from dop_compile.documents import Format, parse, write_atomic
+from dop_compile.policy.hub import TIERS_FILE, add_tag
 from dop_compile.policy.policy import Policy
 
 __all__ = ["TIERS_FILE", "load_policies", "push_policies", "save_policies"]
 
-TIERS_FILE = "dop_compile.json"
 FORMAT = Format("dop_compile.tiers", (1,), "a file of tiers", "save the tiers again")
 
 hf: Any = transformers
@@ -43,18 +43,23 @@ def save_policies(tiers: Mapping[str, Policy] | Policy, directory: str | os.Path
     return path
 
 
-def push_policies(tiers: Mapping[str, Policy] | Policy, repo_id: str, **settings: Any) -> Any:
+def push_policies(tiers: Mapping[str, Policy] | Policy, repo_id: str, *, tag: bool = False, **settings: Any) -> Any:
     """Upload tiers as `dop_compile.json` to a hub repository; returns huggingface_hub's commit.
 
     Args:
         repo_id: "owner/name" of an existing model repository, which may hold a model.
+        tag: add the tag `dop_compile` to its model card, in a commit of its own, so that `dop-compile zoo --hub`
+            finds it.
         settings: of `huggingface_hub.HfApi.upload_file`, for example `token`, `revision` or `create_pr`.
     """
     from huggingface_hub import HfApi
 
     content = io.BytesIO(_encode(tiers).encode())
     settings = {"commit_message": "Policies of dop_compile", **settings}
-    return HfApi().upload_file(path_or_fileobj=content, path_in_repo=TIERS_FILE, repo_id=repo_id, **settings)
+    commit = HfApi().upload_file(path_or_fileobj=content, path_in_repo=TIERS_FILE, repo_id=repo_id, **settings)
+    if tag:
+        add_tag(repo_id, settings.get("token"))
+    return commit
 
 
 def load_policies(name_or_directory: str | os.PathLike[str], **settings: Any) -> dict[str, Policy]:

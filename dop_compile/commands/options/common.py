@@ -59,7 +59,7 @@ def policy_options(*, one_tier: bool = True) -> argparse.ArgumentParser:
         default=[],
         metavar="[NAME=]FILE",
         help="a policy saved as JSON; repeat for several tiers (the name is the file's unless given); instead of those "
-        "that were saved with the model",
+        "that were saved with the model. A published one: zoo:NAME/BUDGET (dop-compile zoo)",
     )
     if one_tier:
         group.add_argument("--tier", metavar="NAME", help="which of the tiers to use; the first unless given")
