@@ -112,6 +112,7 @@ def test_nothing_is_warmed_that_would_not_be_kept(
 
 SECOND = """
 import sys
+import torch
 from dop_compile import from_pretrained
 from torch._dynamo.utils import counters
 from tests.local_llava import PROMPT, local_processor, picture
