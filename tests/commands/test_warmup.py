@@ -137,4 +137,4 @@ def test_a_second_process_compiles_nothing(model: str, tmp_path: Path) -> None:
     command = [sys.executable, "-c", SECOND, model]
     second = subprocess.run(command, env=variables, capture_output=True, text=True, check=True).stdout
     assert second.split()[-2:] == ["0", compiled]
-    assert not (tmp_path / "other").exists()
+    assert not (tmp_path / "other" / "fxgraph").exists(), "torch makes the folder itself when it is imported"
