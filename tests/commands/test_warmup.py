@@ -112,9 +112,7 @@ def test_nothing_is_warmed_that_would_not_be_kept(
 
 SECOND = """
 import sys
-
 import torch
-
 from dop_compile import from_pretrained
 from torch._dynamo.utils import counters
 from tests.local_llava import PROMPT, local_processor, picture
@@ -139,4 +137,4 @@ def test_a_second_process_compiles_nothing(model: str, tmp_path: Path) -> None:
     command = [sys.executable, "-c", SECOND, model]
     second = subprocess.run(command, env=variables, capture_output=True, text=True, check=True).stdout
     assert second.split()[-2:] == ["0", compiled]
-    assert not (tmp_path / "other").exists()
+    assert not (tmp_path / "other" / "fxgraph").exists(), "torch makes the folder itself when it is imported"
