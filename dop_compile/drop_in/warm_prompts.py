@@ -40,7 +40,7 @@ class WarmPrompt:
 
     Args:
         inputs: what `generate` takes for a prompt of one row.
-        visual: (1, tokens) bool.
+        placeholders: ids of visual tokens.
 
     Raises:
         TypeError, ValueError: it is not such a row.
