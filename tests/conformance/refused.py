@@ -29,7 +29,7 @@ class Refusal:
     with_groups: bool = True  # refused even if the caller says which tokens are visual
 
 
-_RECURRENT = "a recurrence over all tokens in some layers"
+_RECURRENT = "a recurrence that keeps its state elsewhere than in the cache, in some layers"
 _MIXED = r"layer \d+ of .* mixes tokens by .*{}.*needs every token"
 _OWN = "attention that does not go through the attention interface, so that its parts cannot be told apart"
 _NOT_REGISTERED = r"layer 0 of .* mixes tokens by .*{}.*attention interface"
@@ -202,13 +202,16 @@ _ALL = (
     Refusal(text("diffllama", "DiffLlamaForCausalLM"), "holds 2 attention kernels",
             "two attentions per layer, subtracted from each other"),
     *(
+        Refusal(text(name, model, state_size=4), "residual stream is replaced by other means",
+                "layers of state spaces alone, on a residual stream that each casts to float32")
+        for name, model in (("mamba", "MambaForCausalLM"), ("falcon_mamba", "FalconMambaForCausalLM"))
+    ),
+    *(
         Refusal(text(name, model, **settings), _MIXED.format(mixer), _RECURRENT)
         for name, model, mixer, settings in (
-            ("mamba", "MambaForCausalLM", "MambaMixer", {"state_size": 4}),
             ("recurrent_gemma", "RecurrentGemmaForCausalLM", "RecurrentBlock", {}),
             ("minimax", "MiniMaxForCausalLM", "LightningAttention",
              {"layer_types": ["linear_attention", "full_attention"] * 2}),
-            ("falcon_mamba", "FalconMambaForCausalLM", "FalconMambaMixer", {}),
         )
     ),
     Refusal(
