@@ -14,7 +14,7 @@ from tests.conformance.documents import SAM
 from tests.conformance.images import fitted, pixels
 from tests.conformance.llava_like import vlm
 from tests.conformance.text_only import text
-from tests.families import HEADS, HIDDEN, IMAGE, VIDEO, VOCAB, Family
+from tests.families import HEADS, HIDDEN, VOCAB, Family
 
 __all__ = ["REFUSED", "Refusal"]
 
@@ -41,21 +41,9 @@ _LINEAR: dict[str, Any] = {
     "linear_num_value_heads": 4,
     "layer_types": ["linear_attention", "full_attention"] * 2,
 }
-_MROPE = {
-    "rope_type": "default",
-    "rope_theta": 10000.0,
-    "mrope_section": [2, 3, 3],
-    "mrope_interleaved": True,
-    "partial_rotary_factor": 1.0,
-}
 _QWEN_TOWER = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 4,
                "out_hidden_size": HIDDEN, "num_position_embeddings": 36}  # fmt: skip
 _ALTERNATING: dict[str, Any] = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2}
-_MINICPM_TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2,
-                  "patch_size": 4, "image_size": 24, "insert_layer_id": 1}  # fmt: skip
-_IDS = {"image_token_id": IMAGE, "video_token_id": VIDEO}
-_LFM_TOWER = functools.partial(tiny_tower, hf.Siglip2VisionConfig, num_patches=36)
-_CONVOLUTIONS = {"layer_types": ["conv", "full_attention"] * 2}
 _TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
           "patch_size": 4}  # fmt: skip
 _RANKED = r"layer \d+ of .* holds self_attn.indexer .* ranks all tokens"
