@@ -112,7 +112,7 @@ class Divergences:
         document = FORMAT.header()
         for field in dataclasses.fields(self):
             document[field.name] = getattr(self, field.name)
-        document["dims"] = dataclasses.asdict(self.dims)
+        document["dims"] = self.dims.as_document()
         document["base"] = json.loads(self.base.to_json())
         document["metric_options"], document["versions"] = dict(self.metric_options), dict(self.versions)
         return json.dumps(document | kept(self), indent=1, allow_nan=False)

@@ -208,7 +208,7 @@ class OperationOrder:
         document = FORMAT.header()
         for field in dataclasses.fields(self):
             document[field.name] = getattr(self, field.name)
-        document["dims"] = dataclasses.asdict(self.dims)
+        document["dims"] = self.dims.as_document()
         document["base"] = json.loads(self.base.to_json())
         for name in ("metric_options", "settings", "versions"):
             document[name] = dict(document[name])

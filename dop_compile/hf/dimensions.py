@@ -10,6 +10,7 @@ between layers, mixtures whose configuration is not recognised. Build `DecoderDi
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 __all__ = ["DecoderDims"]
+
+
+_OF_MIXERS = ("attends", "mixer_flops", "window_numbers", "state_numbers")
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,16 @@ class DecoderDims:
                 raise ValueError(f"{field}: expected one per layer ({self.num_layers}), got {len(sizes)}")
             kind = bool if field == "attends" else int
             store(self, field, tuple(kind(integer(field, int(size), low=low)) for size in sizes))
+
+    def as_document(self) -> dict[str, Any]:
+        """The fields by name, for JSON; those of other token mixers only where there are some."""
+        without: dict[str, Any] = {**dict.fromkeys(_OF_MIXERS, ()), "gated_attention": False}
+        plain = dataclasses.replace(self, **without)
+        fields = dataclasses.asdict(self)
+        if plain == self:
+            for name in without:
+                del fields[name]
+        return fields
 
     @cached_property
     def mlp_widths(self) -> tuple[int, ...]:

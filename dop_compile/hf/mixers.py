@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from dop_compile.hf.names import CHANNEL_MIXERS
 from dop_compile.hf.rebuilt import names_in
 
 __all__ = ["is_mixer", "mixes_no_tokens", "with_padding_mask"]
@@ -36,8 +37,13 @@ def is_mixer(module: nn.Module) -> bool:
 
 
 def mixes_no_tokens(layer: nn.Module) -> bool:
-    """Whether no part of a layer is given a cache, a mask or positions (the MLP layers of Nemotron-H)."""
-    parts = (module for child in layer.children() for module in child.modules())
+    """Whether a layer is made of norms and MLPs alone, by their names, and none of their parts is given a cache, a mask
+    or positions (the MLP layers of Nemotron-H)."""
+    children = dict(layer.named_children())
+    names = (f"{name} {type(child).__name__}".lower() for name, child in children.items())
+    if not all(any(word in name for word in CHANNEL_MIXERS) for name in names):
+        return False
+    parts = (module for child in children.values() for module in child.modules())
     return not any(name in _MIXED_BY for module in parts for name in _arguments(module))
 
 

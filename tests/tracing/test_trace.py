@@ -18,6 +18,7 @@ from transformers.masking_utils import create_causal_mask
 from dop_compile import Policy, ops
 from dop_compile.compiler import build_graph
 from dop_compile.errors import PassError, UnsupportedModelError
+from dop_compile.hf.mixers import mixes_no_tokens
 from dop_compile.policy.keep import KeepTable
 from dop_compile.tokens import Universe
 from dop_compile.tracing.module_tracer import ModuleTracer
@@ -230,6 +231,15 @@ def test_a_layer_that_mixes_tokens_by_other_means_is_refused_by_number() -> None
     model.layers[2].self_attn = nn.Linear(64, 64)
     with pytest.raises(UnsupportedModelError, match=r"layer 2 of LlamaModel .*instead of attention"):
         trace_decoder(model)
+
+
+def test_a_layer_without_attention_is_an_mlp_only_where_its_parts_are_called_so() -> None:
+    """What else it holds may mix tokens, whatever it is given."""
+    model = _llama()
+    del model.layers[2].self_attn
+    assert mixes_no_tokens(model.layers[2])
+    model.layers[2].fourier = nn.Identity()
+    assert not mixes_no_tokens(model.layers[2])
 
 
 def test_a_layer_that_ends_with_a_norm_is_refused_by_name() -> None:
