@@ -14,13 +14,13 @@ from dop_compile.commands.inputs import (
     load_vision_model,
     noise_picture,
     read_images,
+    read_prompt,
     resized_processor,
     write_file,
 )
 from dop_compile.commands.outputs import check_new, output_directory
 from dop_compile.commands.policies import NO_POLICY, read_policies
 from dop_compile.commands.usage import UsageError, one_line
-from dop_compile.hf.prompts import prompt_inputs
 from dop_compile.timing.measuring import bench
 from dop_compile.timing.report import markdown
 from dop_compile.timing.result import AGAIN, FULL, ORIGINAL
@@ -51,10 +51,7 @@ def bench_command(arguments: Namespace) -> None:
     model = load_vision_model(arguments.model, arguments.device, arguments.dtype)
 
     def read(given: Any) -> dict[str, Any]:
-        try:
-            return dict(prompt_inputs(given, arguments.prompt, images).to(model.device, model.dtype))
-        except ValueError as error:
-            raise UsageError(f"--prompt: {one_line(error)}") from error
+        return dict(read_prompt(given, model, arguments.prompt, images))
 
     small = {name: resized_processor(processor, policy, len(images)) for name, policy in tiers.items()}
     try:

@@ -16,6 +16,7 @@ from dop_compile.commands.usage import UsageError, one_line
 from dop_compile.compiler import dop_compile
 from dop_compile.hf import processors
 from dop_compile.hf.images import load_image
+from dop_compile.hf.prompts import prompt_inputs
 from dop_compile.policy.policy import Policy
 from dop_compile.reducers import ResizeReducer, resize_processor
 from dop_compile.runtime import pieces
@@ -34,6 +35,7 @@ __all__ = [
     "located",
     "noise_picture",
     "read_images",
+    "read_prompt",
     "resized_processor",
     "write_file",
 ]
@@ -146,6 +148,14 @@ def load_vision_model(model: str, device: str, dtype: str, *, tensor_parallel: b
         plan = hf.distributed.DistributedConfig(tp_plan="auto", tp_size=torch.distributed.get_world_size())
         return load(hf.AutoModelForImageTextToText, located(model), dtype=kind, distributed_config=plan).eval()
     return load(hf.AutoModelForImageTextToText, located(model), dtype=kind).to(where).eval()
+
+
+def read_prompt(processor: Any, model: Any, prompt: str, images: list[Image.Image]) -> Any:
+    """What a processor makes of a prompt, where the model is and in its dtype."""
+    try:
+        return prompt_inputs(processor, prompt, images).to(model.device, model.dtype)
+    except ValueError as error:
+        raise UsageError(f"--prompt: {one_line(error)}") from error
 
 
 def resized_processor(processor: Any, policy: Policy, images: int) -> Any:

@@ -16,11 +16,11 @@ from dop_compile.commands.inputs import (
     load_vision_config,
     load_vision_model,
     read_images,
+    read_prompt,
     resized_processor,
 )
 from dop_compile.commands.policies import NO_POLICY, read_policies
-from dop_compile.commands.usage import UsageError, one_line
-from dop_compile.hf.prompts import prompt_inputs
+from dop_compile.commands.usage import UsageError
 
 __all__ = ["run_command"]
 
@@ -71,14 +71,9 @@ def run_command(arguments: Namespace) -> None:
     compiled = compile_model(model, tiers, arguments.backend)
     tier = arguments.tier or next(iter(tiers))
 
-    def read(given: Any) -> Any:
-        try:
-            return prompt_inputs(given, arguments.prompt, images).to(model.device, model.dtype)
-        except ValueError as error:
-            raise UsageError(f"--prompt: {one_line(error)}") from error
-
-    inputs, small = read(processor), resized_processor(processor, tiers[tier], len(images))
-    reduced = inputs if small is processor else read(small)
+    inputs = read_prompt(processor, model, arguments.prompt, images)
+    small = resized_processor(processor, tiers[tier], len(images))
+    reduced = inputs if small is processor else read_prompt(small, model, arguments.prompt, images)
     print(_answer(compiled, processor, reduced, tier, arguments.max_new_tokens, tier=tier))
     if arguments.compare:
         original = _answer(model, processor, inputs, "original", arguments.max_new_tokens)

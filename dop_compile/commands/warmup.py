@@ -21,13 +21,13 @@ from dop_compile.commands.inputs import (
     load_vision_model,
     noise_picture,
     read_images,
+    read_prompt,
     resized_processor,
 )
 from dop_compile.commands.outputs import output_directory
 from dop_compile.commands.policies import NO_POLICY, read_policies
-from dop_compile.commands.usage import UsageError, one_line, usage_errors
+from dop_compile.commands.usage import UsageError, usage_errors
 from dop_compile.drop_in.warmup import Warmup
-from dop_compile.hf.prompts import prompt_inputs
 from dop_compile.policy.policy import Policy
 
 __all__ = ["warmup_command"]
@@ -49,11 +49,8 @@ def warmup_command(arguments: Namespace) -> None:
     compiled = compile_model(model, tiers, BACKEND)
 
     def read(policy: Policy) -> dict[str, Any]:
-        try:
-            small = resized_processor(processor, policy, len(images))
-            return dict(prompt_inputs(small, arguments.prompt, images).to(model.device, model.dtype))
-        except ValueError as error:
-            raise UsageError(f"--prompt: {one_line(error)}") from error
+        small = resized_processor(processor, policy, len(images))
+        return dict(read_prompt(small, model, arguments.prompt, images))
 
     own = {tier: read(policy) for tier, policy in tiers.items()}
     with usage_errors():
