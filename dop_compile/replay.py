@@ -26,7 +26,7 @@ from dop_compile.errors import UnsupportedUsageError
 from dop_compile.hf.copies import copy_path, own_forward, shallow_copy
 from dop_compile.hf.dimensions import DecoderDims
 from dop_compile.hf.merging import merge_images
-from dop_compile.hf.model_path import placeholder_ids
+from dop_compile.hf.model_path import find_layers, placeholder_ids
 from dop_compile.hf.spellings import CACHE, canonical, parameters, spelled
 from dop_compile.policy.costs import prefill_flops
 from dop_compile.policy.policy import Policy
@@ -36,7 +36,6 @@ from dop_compile.runtime.decoder import run_decoder
 from dop_compile.runtime.outer_masks import deferred
 from dop_compile.runtime.token_kinds import token_counts
 from dop_compile.tracing.side_inputs import embed_ids
-from dop_compile.tracing.trace import find_layers
 from dop_compile.vision.prompt import vision_fields
 
 __all__ = ["Replay"]

@@ -145,18 +145,14 @@ class _StreamFinder:
         layer = next(iter(layers))
         assert layer is not None
         updates = [node for node in inside if node.target is ops.update_cache]
-        universe, row = self.target.universe, self.target.keep.layers[layer]
+        kind = MHA if kernels else MLP
         mixer = next((node for node in kernels if node.meta.get("mixer")), None)
-        if kernels:
-            sets = block_sets(universe, row, mixes=mixer is not None)
-        else:
-            sets = universe.groups_set(row.mlp), universe.none
         return Block(
-            MHA if kernels else MLP,
+            kind,
             layer,
             branch,
             tuple(inside),
-            *sets,
+            *block_sets(self.target.universe, self.target.keep.layers[layer], kind, mixes=mixer is not None),
             attention=kernels[0] if kernels and mixer is None else None,
             mixer=mixer,
             mixes=mixer is not None,

@@ -63,6 +63,10 @@ class Block:
         return f"L{self.layer:02d}_{self.kind}{self.part + 1 if self.part else ''}"
 
     @property
+    def attends(self) -> bool:
+        return self.kind == MHA and not self.mixes
+
+    @property
     def reads(self) -> TokenSet:
         return self.tokens | self.keys
 
@@ -72,11 +76,13 @@ class Block:
         return self.tokens.is_all and (self.kind != MHA or self.keys.is_all)
 
 
-def block_sets(universe: Universe, row: LayerKeep, *, mixes: bool) -> tuple[TokenSet, TokenSet]:
-    """Queries and keys that a layer's row of the keep table gives an attention, or a mixer.
+def block_sets(universe: Universe, row: LayerKeep, kind: str, *, mixes: bool) -> tuple[TokenSet, TokenSet]:
+    """The `tokens` and `keys` that a layer's row of the keep table gives a block.
 
     Who is not in a mixer's sequence has nothing to read there: its queries are those that are also keys.
     """
+    if kind == MLP:
+        return universe.groups_set(row.mlp), universe.none
     queries, keys = universe.groups_set(row.query), universe.groups_set(row.key_value)
     return (queries & keys, keys) if mixes else (queries, keys)
 

@@ -23,7 +23,7 @@ from dop_compile import ops
 from dop_compile.errors import PassError
 from dop_compile.hf.kernels import eager_attention
 from dop_compile.passes.block_view import BlockView, ancestors_inside, attention_arguments, select_mask, sides
-from dop_compile.passes.blocks import MHA, Block, Junction
+from dop_compile.passes.blocks import Block, Junction
 from dop_compile.passes.graph import DecoderGraph
 
 __all__ = ["rank_in_layer"]
@@ -84,7 +84,7 @@ def _preview(graph: DecoderGraph, block: Block, update: fx.Node, key: fx.Node, v
 
 
 def _attention_block(graph: DecoderGraph, layer: int) -> Block:
-    attentions = {block.layer: block for block in graph.blocks if block.kind == MHA and not block.mixes}
+    attentions = {block.layer: block for block in graph.blocks if block.attends}
     if layer not in attentions:
         raise PassError(
             "slice_operations",

@@ -37,8 +37,7 @@ def find_live(graph: DecoderGraph, sets: dict[str, tuple[TokenSet, TokenSet]]) -
         after = needed
         for block in junction.blocks:
             tokens, keys = sets[block.name]
-            attends = block.kind == MHA and not block.mixes
-            rated = stages.rated(stage) if attends and stage is not None else graph.universe.none
+            rated = stages.rated(stage) if block.attends and stage is not None else graph.universe.none
             tokens = tokens & (after | rated)
             if block.kind == MHA and not graph.cached and not tokens:
                 keys = graph.universe.none

@@ -82,7 +82,6 @@ def _emit_mixer(graph: DecoderGraph, block: Block, stream: fx.Node) -> fx.Node |
         mask = graph.call(ops.select_padding_mask, arguments, name=f"{block.name}_padding_mask", layer=block.layer)
         module = graph.traced.root.get_submodule(str(mixer.target))
         args, kwargs = with_padding_mask(module, args, kwargs, mask)
-        view.known[mask] = mask
     args, kwargs = fx.map_arg((args, kwargs), view.get)
     copy = graph.graph.create_node(mixer.op, mixer.target, args, kwargs)
     copy.meta = {**mixer.meta, "tokens": block.keys, "layer": block.layer, "effect": graph.cached}

@@ -24,7 +24,7 @@ from torch import fx
 from dop_compile import ops
 from dop_compile.errors import PassError
 from dop_compile.hf.kernels import MASK_BUILDERS
-from dop_compile.passes.blocks import MHA, Block, IndexSpec, block_sets
+from dop_compile.passes.blocks import Block, IndexSpec, block_sets
 from dop_compile.passes.graph import DecoderGraph, has_tokens
 from dop_compile.passes.infra import Pass
 from dop_compile.passes.remove_dead import find_live
@@ -116,14 +116,11 @@ class _Verifier:
     # --- 2. blocks ------------------------------------------------------------------------------------------------
 
     def check_blocks(self) -> None:
-        graph, universe = self.graph, self.graph.universe
+        graph = self.graph
         sets: dict[str, tuple[TokenSet, TokenSet]] = {}
         for block in graph.blocks:
             row = graph.keep.layers[block.layer]
-            if block.kind == MHA:
-                sets[block.name] = block_sets(universe, row, mixes=block.mixes)
-            else:
-                sets[block.name] = universe.groups_set(row.mlp), universe.none
+            sets[block.name] = block_sets(graph.universe, row, block.kind, mixes=block.mixes)
         if graph.has_run("remove_dead"):
             sets = find_live(graph, sets)
         for block in graph.blocks:
@@ -137,7 +134,7 @@ class _Verifier:
                 self.fail(f"computes the tokens {held} instead of {block.tokens}", block.branch, block)
             if block.mixes:
                 self._check_mixer(block)
-            elif block.kind == MHA:
+            elif block.attends:
                 self._check_attention(block)
 
     def _check_mixer(self, block: Block) -> None:

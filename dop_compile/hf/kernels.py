@@ -16,6 +16,7 @@ from transformers.modeling_flash_attention_utils import flash_attn_supports_top_
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dop_compile.errors import UnsupportedModelError
+from dop_compile.hf.rebuilt import names_in
 
 __all__ = [
     "ATTENTION_REGISTRY",
@@ -23,6 +24,7 @@ __all__ = [
     "KernelMask",
     "eager_attention",
     "following_runs",
+    "is_attention",
     "is_flash",
 ]
 
@@ -34,6 +36,11 @@ MASK_BUILDERS = frozenset(
     if name.startswith("create_") and inspect.isfunction(function)
 )
 """What a decoder makes its masks with: one node of the graph each."""
+
+
+def is_attention(module: nn.Module) -> bool:
+    """Whether a module's forward looks its kernel up in the registry."""
+    return ATTENTION_REGISTRY in names_in(type(module).forward)
 
 
 def eager_attention(module: nn.Module) -> Callable[..., Any] | None:

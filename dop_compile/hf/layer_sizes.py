@@ -7,7 +7,6 @@ mixer to see the state that it keeps.
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -17,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, DynamicCache
 
-from dop_compile.hf.kernels import ATTENTION_REGISTRY
+from dop_compile.hf.kernels import is_attention
 from dop_compile.hf.mixers import is_mixer
+from dop_compile.hf.model_path import find_layers
 from dop_compile.hf.rebuilt import names_in
 from dop_compile.hf.spellings import CACHE, spelled
 
@@ -49,37 +49,27 @@ class LayerSizes:
 
 def layer_sizes(text: Any) -> tuple[LayerSizes, ...]:
     """Of each layer of a text decoder's configuration; ValueError where transformers has no such decoder."""
-    return _layer_sizes(f"{type(text)} {json.dumps(text.to_dict(), sort_keys=True, default=str)}", _Held(text))
+    key = f"{type(text)} {json.dumps(text.to_dict(), sort_keys=True, default=str)}"
+    if key not in _KNOWN:
+        _KNOWN[key] = _read(text)
+    return _KNOWN[key]
 
 
-class _Held:
-    """A configuration, equal to any other: the cache below tells them by their text."""
-
-    def __init__(self, config: Any):
-        self.config = config
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Held)
-
-    def __hash__(self) -> int:
-        return 0
+_KNOWN: dict[str, tuple[LayerSizes, ...]] = {}
+"""By a configuration's text, since costs are asked for policy by policy."""
 
 
-@functools.lru_cache(maxsize=8)
-def _layer_sizes(text: str, held: _Held) -> tuple[LayerSizes, ...]:
-    config = held.config
+def _read(config: Any) -> tuple[LayerSizes, ...]:
     if type(config) not in AutoModel._model_mapping:
         raise ValueError(f"{config.model_type}: transformers has no decoder of this configuration to read sizes off")
     with torch.device("meta"), torch.no_grad():
         decoder: nn.Module = AutoModel.from_config(config, dtype=torch.bfloat16)  # type: ignore[no-untyped-call]
-        count = config.num_hidden_layers
-        layers = next(m for m in decoder.modules() if isinstance(m, nn.ModuleList) and len(m) == count)
-        return tuple(_of_layer(layer, number, config) for number, layer in enumerate(layers))
+        return tuple(_of_layer(layer, number, config) for number, layer in enumerate(find_layers(decoder)[1]))
 
 
 def _of_layer(layer: nn.Module, number: int, config: Any) -> LayerSizes:
-    attentions = [m for m in layer.modules() if ATTENTION_REGISTRY in names_in(type(m).forward)]
-    mixers = [m for m in layer.modules() if is_mixer(m)]
+    attentions = list(filter(is_attention, layer.modules()))
+    mixers = list(filter(is_mixer, layer.modules()))
     mixed = {id(part) for module in (*attentions, *mixers) for part in module.modules()}
     queries = [q.out_features for m in attentions if isinstance(q := getattr(m, "q_proj", None), nn.Linear)]
     found = [_of_mixer(mixer, number, config) for mixer in mixers]

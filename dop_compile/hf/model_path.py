@@ -11,13 +11,14 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from dop_compile.errors import UnsupportedUsageError
+from dop_compile.errors import UnsupportedModelError, UnsupportedUsageError
 from dop_compile.hf.copies import own, shallow_copy
 from dop_compile.hf.names import PLACEHOLDER_IDS
 
 __all__ = [
     "block_path",
     "decoder_path",
+    "find_layers",
     "path_modules",
     "placeholder_ids",
     "unblocked",
@@ -94,3 +95,15 @@ def unblocked(module: nn.Module) -> Any:
     copy = shallow_copy(module, own_children=False)
     vars(copy).pop("forward", None)
     return copy
+
+
+def find_layers(decoder: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The decoder's list of layers and its path, by structure: the first list as long as the configuration says."""
+    count = getattr(decoder.config, "num_hidden_layers", None)
+    for path, module in decoder.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return path, module
+    raise UnsupportedModelError(
+        f"{type(decoder).__name__} has no list of {count} layers; dop_compile needs a decoder whose layers stand in "
+        "one nn.ModuleList"
+    )

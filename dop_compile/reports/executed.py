@@ -145,7 +145,7 @@ class _Run:
         if self.dims is not None:
             flops = sum(self._mixing_flops(self.dims, layer, block) for block in mixing)
             flops += sum(self._mlp_flops(self.dims, layer, block) for block in mlps if block.tokens)
-            flops += sum(self._ranking_flops(self.dims, layer, block) for block in mixing if not block.mixes)
+            flops += sum(self._ranking_flops(self.dims, layer, block) for block in mixing if block.attends)
             stored = sum(self.counter.width(block.keys) for block in mixing if block.update is not None)
             kv_bytes = 2 * stored * self.dims.num_key_value_heads * self.dims.head_dim * self.dtype_bytes
             if self.cached and any(block.mixer is not None for block in mixing):

@@ -82,8 +82,12 @@ class MaskSelector:
 
     def padding(self, tokens: TokenSet) -> Tensor | None:
         """(batch, count) of 0 and 1: which positions of a mixer's sequence hold a token; None where all do."""
-        _, valid = self._layout.device_slots(tokens)
-        return None if valid is None else valid.long()
+        key = ("padding", tokens)
+        if key not in self._memo:
+            _, valid = self._layout.device_slots(tokens)
+            self._memo[key] = None if valid is None else valid.long()
+        result: Tensor | None = self._memo[key]
+        return result
 
     def select(self, mask: Any, layer: int, queries: TokenSet, keys: TokenSet) -> tuple[Any, Tensor | None]:
         """The layer's mask (batch, 1, queries, entries), and which queries see a key (batch, queries).

@@ -23,8 +23,9 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from dop_compile import ops
 from dop_compile.errors import UnsupportedModelError
-from dop_compile.hf.kernels import ATTENTION_REGISTRY, MASK_BUILDERS
+from dop_compile.hf.kernels import ATTENTION_REGISTRY, MASK_BUILDERS, is_attention
 from dop_compile.hf.mixers import is_mixer, mixes_no_tokens
+from dop_compile.hf.model_path import find_layers
 from dop_compile.hf.names import CHANNEL_MIXERS, PACKED_FEATURES, UNPRUNABLE_LAYERS, UNPRUNABLE_SETTINGS
 from dop_compile.hf.rebuilt import names_in
 from dop_compile.tracing.decoder_inputs import DecoderInputs
@@ -40,7 +41,6 @@ __all__ = [
     "TOKENS",
     "DecoderInputs",
     "TracedDecoder",
-    "find_layers",
     "is_length",
     "is_packed",
     "trace_decoder",
@@ -97,25 +97,9 @@ def is_length(node: fx.Node) -> bool:
     return node.op == "call_method" and node.target == "get_seq_length"
 
 
-def find_layers(decoder: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The decoder's list of layers and its path, by structure: the first list as long as the configuration says."""
-    count = getattr(decoder.config, "num_hidden_layers", None)
-    for path, module in decoder.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return path, module
-    raise UnsupportedModelError(
-        f"{type(decoder).__name__} has no list of {count} layers; dop_compile needs a decoder whose layers stand in "
-        "one nn.ModuleList"
-    )
-
-
-def _is_attention(module: nn.Module) -> bool:
-    return ATTENTION_REGISTRY in names_in(type(module).forward)
-
-
 def _count_mixing(layer: nn.Module) -> int:
     modules = list(layer.modules())
-    return any(map(_is_attention, modules)) + sum(map(is_mixer, modules))
+    return any(map(is_attention, modules)) + sum(map(is_mixer, modules))
 
 
 def _check_openable(path: str, module: nn.Module) -> None:
@@ -190,7 +174,7 @@ def _opened(decoder: nn.Module, layers: nn.ModuleList) -> set[int]:
     """Ids of the modules that contain attention or another token mixer, and of layers that mix no tokens."""
     found: set[int] = set()
     for path, module in decoder.named_modules():
-        if not is_mixer(module) and any(_is_attention(child) or is_mixer(child) for child in module.modules()):
+        if not is_mixer(module) and any(is_attention(child) or is_mixer(child) for child in module.modules()):
             _check_openable(path, module)
             found.add(id(module))
     for number, layer in enumerate(layers):

@@ -19,11 +19,12 @@ from dop_compile import Policy, ops
 from dop_compile.compiler import build_graph
 from dop_compile.errors import PassError, UnsupportedModelError
 from dop_compile.hf.mixers import mixes_no_tokens
+from dop_compile.hf.model_path import find_layers
 from dop_compile.policy.keep import KeepTable
 from dop_compile.tokens import Universe
 from dop_compile.tracing.module_tracer import ModuleTracer
 from dop_compile.tracing.proxies import BATCH, PACKED, TOKENS, Refused, ValueProxy
-from dop_compile.tracing.trace import DecoderInputs, TracedDecoder, find_layers, is_packed, trace_decoder
+from dop_compile.tracing.trace import DecoderInputs, TracedDecoder, is_packed, trace_decoder
 from tests.families import FAMILIES
 
 LAYERS = 4
