@@ -65,6 +65,8 @@ class DecoderDims:
             )
         if not isinstance(self.gated, bool):
             raise TypeError(f"gated: expected True (3 matrices) or False (2), got {self.gated!r}")
+        if not isinstance(self.gated_attention, bool):
+            raise TypeError(f"gated_attention: expected True or False, got {self.gated_attention!r}")
         for field, low, default in (
             ("intermediate_sizes", 0, None),
             ("active_experts", 1, 1),
@@ -72,15 +74,21 @@ class DecoderDims:
             ("mixer_flops", 0, 0),
             ("window_numbers", 0, 0),
             ("state_numbers", 0, 0),
-            ("attends", 0, 1),
         ):
-            sizes = tuple(getattr(self, field))
-            if not sizes and default is not None:
-                sizes = (default,) * self.num_layers
-            if len(sizes) != self.num_layers:
-                raise ValueError(f"{field}: expected one per layer ({self.num_layers}), got {len(sizes)}")
-            kind = bool if field == "attends" else int
-            store(self, field, tuple(kind(integer(field, int(size), low=low)) for size in sizes))
+            store(self, field, tuple(integer(field, size, low=low) for size in self._per_layer(field, default)))
+        attends = self._per_layer("attends", True)
+        if not all(isinstance(own, bool) for own in attends):
+            raise TypeError(f"attends: expected True or False for each layer, got {attends!r}")
+        store(self, "attends", attends)
+
+    def _per_layer(self, field: str, default: Any) -> tuple[Any, ...]:
+        """A field's values; where there are none the default for each layer, if it has one."""
+        values = tuple(getattr(self, field))
+        if not values and default is not None:
+            values = (default,) * self.num_layers
+        if len(values) != self.num_layers:
+            raise ValueError(f"{field}: expected one per layer ({self.num_layers}), got {len(values)}")
+        return values
 
     def as_document(self) -> dict[str, Any]:
         """The fields by name, for JSON; those of other token mixers only where there are some."""

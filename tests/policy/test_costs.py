@@ -248,6 +248,22 @@ def test_a_pruned_token_costs_a_mixer_nothing_and_a_frozen_one_all() -> None:
 # --- configurations
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("intermediate_sizes", (80.5, 80), "intermediate_sizes: expected an integer"),
+        ("mixer_flops", ("7", 0), "mixer_flops: expected an integer"),
+        ("state_numbers", (True, 0), "state_numbers: expected an integer"),
+        ("attends", (1, 0), "attends: expected True or False for each layer"),
+        ("gated_attention", "yes", "gated_attention: expected True or False"),
+    ],
+)
+def test_sizes_of_another_type_are_refused(field: str, value: Any, message: str) -> None:
+    sizes: dict[str, Any] = {"num_layers": 2, "hidden_size": 8, "num_heads": 2, "head_dim": 4, "num_key_value_heads": 2}
+    with pytest.raises(TypeError, match=message):
+        DecoderDims(**{**sizes, "intermediate_sizes": (80, 80), field: value})
+
+
 def test_a_composite_configuration_is_read_through_its_text_decoder() -> None:
     text = hf.LlamaConfig(**OWN_HEADS)
     assert DecoderDims.from_config(hf.LlavaConfig(text_config=text)) == DecoderDims.from_config(text)
