@@ -17,7 +17,7 @@ from torch import nn
 from dop_compile.hf.names import CHANNEL_MIXERS
 from dop_compile.hf.rebuilt import names_in
 
-__all__ = ["is_mixer", "mixes_no_tokens", "with_padding_mask"]
+__all__ = ["ignores_padding", "is_mixer", "mixes_no_tokens", "with_padding_mask"]
 
 _STATE_UPDATES = frozenset({"update_conv_state", "update_recurrent_state"})
 """The cache's methods by which a forward keeps a state."""
@@ -45,6 +45,16 @@ def mixes_no_tokens(layer: nn.Module) -> bool:
         return False
     parts = (module for child in children.values() for module in child.modules())
     return not any(name in _MIXED_BY for module in parts for name in _arguments(module))
+
+
+def ignores_padding(module: nn.Module, hidden_size: int) -> bool:
+    """Whether a padding mask leaves no trace of what it hides.
+
+    Mixers multiply what they are given by it. A projection with a bias makes something of these zeros, which windows
+    and states then take in (transformers' own batches with padding on the left are inexact there too).
+    """
+    projections = (m for m in module.modules() if isinstance(m, nn.Linear) and m.in_features == hidden_size)
+    return all(projection.bias is None for projection in projections)
 
 
 def with_padding_mask(

@@ -151,10 +151,20 @@ def _gaps(slots: Slots) -> bool:
 
 
 def _check_sequences(program: Program, slots: Slots, layout: TokenLayout) -> None:
-    """A state decays over padding, and a window counts it: none may come between two turns of a conversation."""
-    if slots.cache is None or not slots.cache.columns_seen:
+    """A state decays over padding, and a window counts it: none may come between two turns of a conversation.
+
+    At the beginning of one it leaves no trace, unless the mixers make something of it.
+    """
+    is_later = slots.cache is not None and slots.cache.columns_seen > 0
+    if not is_later and program.ignores_padding:
         return
     padded = any(not bool(layout.slots(tokens)[1].all()) for tokens in program.sequences if not tokens.is_all)
+    if not is_later and (padded or slots.has_gaps):
+        raise UnsupportedUsageError(
+            "the rows of this batch keep different numbers of tokens, and the recurrent or convolutional layers of "
+            "this model project with a bias, which makes something of the padding that their mask hides; run the rows "
+            "one at a time"
+        )
     if padded or _gaps(slots):
         raise UnsupportedUsageError(
             "the rows of this batch keep different numbers of tokens in a later turn of a conversation, and the "

@@ -16,6 +16,7 @@ from torch import fx, nn
 
 from dop_compile import ops
 from dop_compile.hf.kernels import MASK_BUILDERS
+from dop_compile.hf.mixers import ignores_padding
 from dop_compile.passes.blocks import IndexSpec
 from dop_compile.passes.graph import DecoderGraph
 from dop_compile.runtime.direct import Site, canonical, torch_state
@@ -56,8 +57,11 @@ class Program:
         if graph.keep.ranking is None:
             mixing = [*attentions, *(block for block in self.blocks if block.mixer is not None)]
             self.grids = tuple(partial | {block.keys for block in mixing if not block.keys.is_all})
-        self.sequences: frozenset[TokenSet] = frozenset(b.keys for b in self.blocks if b.mixer is not None)
+        mixers = [(block.mixer, block.keys) for block in self.blocks if block.mixer is not None]
+        self.sequences: frozenset[TokenSet] = frozenset(keys for _, keys in mixers)
         """The sequences of its mixers, which keep a state of them."""
+        root, hidden = graph.traced.root, int(graph.traced.root.decoder.config.hidden_size)  # type: ignore[union-attr, arg-type]
+        self.ignores_padding = all(ignores_padding(root.get_submodule(str(node.target)), hidden) for node, _ in mixers)
         self.needs_mask = any(
             user.target not in MASK_BUILDERS
             for node in graph.graph.find_nodes(op="placeholder", target="attention_mask")

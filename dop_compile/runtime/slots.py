@@ -66,6 +66,12 @@ class Slots:
         if self.count == 0:
             raise ValueError("every token of the prompt was removed: a prompt needs text besides its images")
 
+    @property
+    def has_gaps(self) -> bool:
+        """Whether the reduction has left rows of different lengths."""
+        columns = self.reduction.columns if self.reduction is not None else None
+        return columns is not None and bool((columns < 0).any())
+
     @classmethod
     def of(cls, call: Call, arguments: Arguments) -> Slots:
         """Group the tokens of a call and reduce the visual ones."""

@@ -170,6 +170,31 @@ def test_packed_rows_are_refused_where_states_go_on_over_borders() -> None:
     assert torch.equal(full, model(**packed, use_cache=False).logits)
 
 
+@torch.no_grad()
+def test_padding_that_a_bias_makes_something_of_is_refused() -> None:
+    """Transformers' own padded rows differ from the rows alone there."""
+
+    def config() -> Any:
+        made = STATE_SPACE.config()
+        made.mamba_proj_bias = True
+        return made
+
+    family = replace(STATE_SPACE, config=config)
+    batch = make_batch(family, model=family.build())
+    arguments = batch.inputs | batch.call_arguments()
+    compiled = compile_eagerly(batch.model, {"full": Policy.full(4), "joint": Policy.depthwise(4, mha_depth=1)})
+    own = batch.model(**batch.inputs).logits
+    assert torch.equal(compiled(**arguments, tier="full").logits, own)
+    alone = batch.model(input_ids=batch.inputs["input_ids"][:1, batch.mask[0]]).logits[0]
+    assert (own[0, batch.mask[0]] - alone).abs().max() > 1e-2
+    with pytest.raises(UnsupportedUsageError, match="project with a bias"):
+        compiled(**arguments, tier="joint")
+    expected = reference(batch, Policy.depthwise(4, mha_depth=1))
+    for row, mask in enumerate(batch.mask):
+        one = {name: value[row : row + 1, mask] for name, value in arguments.items()}
+        assert_close(compiled(**one, tier="joint").logits[0], expected[row, mask])
+
+
 # --- the cache
 
 
