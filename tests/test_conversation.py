@@ -17,9 +17,10 @@ from transformers import DynamicCache
 from dop_compile import Policy
 from dop_compile.errors import UnsupportedUsageError
 from dop_compile.runtime.cache import PrunedCache
-from tests.families import FAMILIES, FIRST_ORDINARY_ID
+from tests.conversation import Conversation, assert_original_over_two_turns, conversation_batch, joined
+from tests.families import FAMILIES
 from tests.reference import reference_generate
-from tests.support import Batch, Rows, assert_close, compile_eagerly, extended, make_batch, operations, reference
+from tests.support import Rows, assert_close, compile_eagerly, extended, make_batch, operations, reference
 
 NAMES = ("llava", "qwen2_5_vl", "gemma3")
 PROMPT: Rows = [[("text", 4), ("image",), ("text", 3)]]
@@ -31,77 +32,6 @@ def policy_for(name: str) -> Policy:
     pruned = operations(layers, ("visual",), ("mha_query", "mlp"), 1) + operations(layers, ("visual",), ("mha",), 3)
     pruned += operations(layers, ("system",), ("mha_key_value",), 2)
     return Policy.from_operations(layers, pruned, visual_tokens=4, reducer="given")
-
-
-def conversation_batch(name: str, rows: Rows) -> Batch:
-    """With a model that does not answer with a special id, which a later turn would take for an image."""
-    model = FAMILIES[name].build()
-    with torch.no_grad():
-        model.get_output_embeddings().weight[:FIRST_ORDINARY_ID] = 0
-    return make_batch(name, rows, model=model)
-
-
-class Conversation:
-    """Turns of `generate` on one cache, and beside it the batch that holds all of them as one prompt."""
-
-    def __init__(self, model: Any, batch: Batch, cache: Any = None):
-        self.model = model
-        self.batch: Batch | None = None
-        self.turn, self.cache = batch, cache
-        self.kept: list[list[int]] = [[] for _ in batch.counts]
-
-    def ask(self, kept: list[list[int]] | None = None, tokens: int = 3) -> list[list[int]]:
-        """Generate after the current turn; returns the new tokens."""
-        if kept is not None:
-            before = [0] * len(kept) if self.batch is None else self.batch.counts
-            self.kept = [
-                old + [n + index for index in new] for old, new, n in zip(self.kept, kept, before, strict=True)
-            ]
-        self.batch = self.turn if self.batch is None else joined(self.batch, self.turn)
-        inputs = self.batch.inputs | {
-            n: v for n, v in self.turn.inputs.items() if n.startswith(("pixel", "image", "spatial"))
-        }
-        inputs = {n: v for n, v in inputs.items() if n in self.turn.inputs}
-        out = self.model.generate(
-            **inputs,
-            **({} if kept is None else {"visual_indices": kept}),
-            past_key_values=self.cache,
-            max_new_tokens=tokens,
-            do_sample=False,
-            return_dict_in_generate=True,
-        )
-        self.cache = out.past_key_values
-        new = out.sequences[:, inputs["input_ids"].shape[1] :]
-        assert (new >= FIRST_ORDINARY_ID).all()
-        self.asked, self.batch = self.batch, extended(self.batch, new)
-        return new.tolist()
-
-    def say(self, rows: Rows, padding: str = "left") -> None:
-        family = self.turn.family
-        inputs = family.make_inputs(self.turn.model, rows, padding=padding, seed=9)
-        if not any(segment[0] == "image" for row in rows for segment in row):
-            inputs.pop(family.type_ids or "", None)
-        towers = None if self.turn.towers is None else family.make_towers(self.turn.model, rows, seed=9)
-        self.turn = replace(self.turn, inputs=inputs, towers=towers)
-
-
-def joined(first: Batch, second: Batch) -> Batch:
-    inputs = second.inputs | first.inputs
-    for name, value in first.inputs.items():
-        if name in ("input_ids", "attention_mask"):
-            inputs[name] = torch.cat([value, second.inputs[name]], 1)
-        elif name == first.family.type_ids:
-            more = second.inputs.get(name, torch.zeros_like(second.inputs["input_ids"]))
-            inputs[name] = torch.cat([value, more], 1)
-        elif name in second.inputs:
-            inputs[name] = torch.cat([value, second.inputs[name]], 0)
-    towers = None
-    if first.towers is not None and second.towers is not None:
-        towers = [
-            {**old, **new, **{name: torch.cat([old[name], new[name]]) for name in old.keys() & new.keys()}}
-            for old, new in zip(first.towers, second.towers, strict=True)
-        ]
-    return replace(first, inputs=inputs, towers=towers)
 
 
 @pytest.mark.parametrize("own_cache", [False, True])
@@ -140,14 +70,7 @@ def test_second_turn_with_an_image(name: str, first: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_full_policy_is_the_original_over_two_turns(name: str) -> None:
-    batch = conversation_batch(name, PROMPT)
-    answers = []
-    for model in (batch.model, compile_eagerly(batch.model, Policy.full(batch.family.num_layers))):
-        talk = Conversation(model, batch)
-        first = talk.ask()
-        talk.say([[("text", 3)]])
-        answers.append((first, talk.ask()))
-    assert answers[0] == answers[1]
+    assert_original_over_two_turns(conversation_batch(name, PROMPT))
 
 
 @torch.no_grad()

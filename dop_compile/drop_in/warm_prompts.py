@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from dop_compile.hf.model_path import placeholder_ids
+from dop_compile.hf.names import TYPE_IDS
 from dop_compile.hf.pictures import is_text_only, picture_tokens
 
 __all__ = ["WarmPrompt", "made_prompt"]
@@ -29,8 +30,6 @@ SYSTEM = 4
 PADDING = 3
 """Columns by which the rows of a padded batch differ."""
 MASK, IDS, GROUPS = "attention_mask", "input_ids", "token_groups"
-TYPE_IDS = ("token_type_ids", "mm_token_type_ids")
-"""Arguments that mark placeholders of images with 1."""
 NOT_IDS = ("inputs_embeds", "position_ids", "past_key_values")
 ASK = "pass inputs=, what the model's processor makes of a prompt"
 
@@ -67,14 +66,11 @@ class WarmPrompt:
             text = ~visual & ((visual.cumsum(1) > 0) | ~visual.any())
         if not bool(text.any()):
             raise ValueError("inputs: the prompt has no text behind its pictures; a question is needed there")
+        self._placeholders = placeholders
         self._filler = int(text[0].nonzero().max())
         self.text_length = int(text.sum())
 
-    @property
-    def tokens(self) -> int:
-        return int(self.inputs[IDS].shape[1])
-
-    def lengthened(self, text_length: int, placeholders: list[int]) -> WarmPrompt:
+    def lengthened(self, text_length: int) -> WarmPrompt:
         """The prompt with so many text tokens.
 
         Raises:
@@ -87,7 +83,7 @@ class WarmPrompt:
                 "asked for; give a shorter prompt, or leave text_lengths out"
             )
         more = {name: torch.cat([v, self._fillers(v, missing)], 1) for name, v in self._per_token().items()}
-        return WarmPrompt({**self.inputs, **more}, placeholders)
+        return WarmPrompt({**self.inputs, **more}, self._placeholders)
 
     def batch(self, rows: int, *, padded: bool) -> dict[str, Any]:
         """The prompt so many times; where `padded`, the others are longer than the first, which is padded before it."""

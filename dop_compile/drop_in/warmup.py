@@ -142,7 +142,7 @@ def _prompts(view: Any, lengths: list[int] | None, inputs: Inputs | Sequence[Inp
         raise ValueError("inputs: expected at least one prompt, got none")
     if lengths is None:
         return given
-    return [prompt.lengthened(length, placeholders) for prompt in given for length in lengths]
+    return [prompt.lengthened(length) for prompt in given for length in lengths]
 
 
 def _numbers(name: str, values: Iterable[int]) -> list[int]:

@@ -19,6 +19,7 @@ from transformers import AutoModel, DynamicCache
 from dop_compile.hf.kernels import is_attention
 from dop_compile.hf.mixers import is_mixer
 from dop_compile.hf.model_path import find_layers
+from dop_compile.hf.names import EXPERT_COUNTS
 from dop_compile.hf.rebuilt import names_in
 from dop_compile.hf.spellings import CACHE, spelled
 
@@ -95,8 +96,7 @@ def _mlp_weights(modules: Iterable[nn.Module], config: Any) -> Iterator[int]:
 
 
 def _is_router(module: nn.Linear, config: Any) -> bool:
-    names = ("num_experts", "num_local_experts", "n_routed_experts")
-    return module.out_features in {1, *(getattr(config, name, None) for name in names)}
+    return module.out_features in {1, *(getattr(config, name, None) for name in EXPERT_COUNTS)}
 
 
 def _of_mixer(mixer: nn.Module, number: int, config: Any) -> tuple[int, int, int]:

@@ -14,17 +14,11 @@ from typing import Any
 
 from torch import nn
 
-from dop_compile.hf.names import CHANNEL_MIXERS
+from dop_compile.hf.names import CHANNEL_MIXERS, MIXED_BY, STATE_UPDATES
 from dop_compile.hf.rebuilt import names_in
+from dop_compile.hf.spellings import MASK
 
 __all__ = ["ignores_padding", "is_mixer", "mixes_no_tokens", "with_padding_mask"]
-
-_STATE_UPDATES = frozenset({"update_conv_state", "update_recurrent_state"})
-"""The cache's methods by which a forward keeps a state."""
-_PADDING_MASK = "attention_mask"
-"""What mixers call their (batch, tokens) padding mask; convolutions inside an attention (`conv_mask`) are none."""
-_MIXED_BY = ("past_key_values", "cache_params", "attention_mask", "position_ids", "position_embeddings")
-"""Arguments of modules that may look at other tokens than their own."""
 
 
 def _arguments(module: nn.Module) -> list[str]:
@@ -32,8 +26,11 @@ def _arguments(module: nn.Module) -> list[str]:
 
 
 def is_mixer(module: nn.Module) -> bool:
-    """Whether a module mixes tokens by a state that it keeps in the cache."""
-    return bool(_STATE_UPDATES & names_in(type(module).forward)) and _PADDING_MASK in _arguments(module)
+    """Whether a module mixes tokens by a state that it keeps in the cache, and takes a (batch, tokens) padding mask.
+
+    Convolutions inside an attention are none: they call theirs otherwise (`conv_mask`).
+    """
+    return bool(STATE_UPDATES & names_in(type(module).forward)) and MASK in _arguments(module)
 
 
 def mixes_no_tokens(layer: nn.Module) -> bool:
@@ -44,7 +41,7 @@ def mixes_no_tokens(layer: nn.Module) -> bool:
     if not all(any(word in name for word in CHANNEL_MIXERS) for name in names):
         return False
     parts = (module for child in children.values() for module in child.modules())
-    return not any(name in _MIXED_BY for module in parts for name in _arguments(module))
+    return not any(name in MIXED_BY for module in parts for name in _arguments(module))
 
 
 def ignores_padding(module: nn.Module, hidden_size: int) -> bool:
@@ -61,7 +58,7 @@ def with_padding_mask(
     module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], mask: Any
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of a mixer's call, with another padding mask."""
-    place = _arguments(module).index(_PADDING_MASK) - 1  # `self` is not among the arguments
+    place = _arguments(module).index(MASK) - 1  # `self` is not among the arguments
     if place < len(args):
         return (*args[:place], mask, *args[place + 1 :]), dict(kwargs)
-    return args, {**kwargs, _PADDING_MASK: mask}
+    return args, {**kwargs, MASK: mask}

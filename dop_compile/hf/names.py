@@ -9,6 +9,8 @@ from __future__ import annotations
 
 PLACEHOLDER_IDS = ("image_token_id", "video_token_id", "image_token_index", "video_token_index")
 """Where configurations name placeholder ids, for models that cannot say themselves which positions are visual."""
+TYPE_IDS = ("token_type_ids", "mm_token_type_ids")
+"""Arguments of outer models that mark placeholders of images with 1."""
 NEWLINE_EMBEDDINGS = ("image_newline",)
 """Embeddings that a model inserts inside image placeholders: visual, never dropped, not counted."""
 
@@ -52,6 +54,10 @@ NOT_OF_EAGER = ("dropout", "is_causal", "sliding_window")
 """Settings of kernels that eager attention, which is given a mask, does not take or is told otherwise."""
 CHANNEL_MIXERS = ("norm", "ln_", "mlp", "feed_forward", "moe", "dropout", "ffn", "activation", "experts")
 """Parts of the names of modules that look at one token at a time: a layer of these alone attends to nothing."""
+STATE_UPDATES = frozenset({"update_conv_state", "update_recurrent_state"})
+"""Methods of caches by which a forward keeps a convolution's window or a recurrent state."""
+MIXED_BY = ("past_key_values", "cache_params", "attention_mask", "position_ids", "position_embeddings")
+"""Arguments of modules that may look at other tokens than their own."""
 UNPRUNABLE_SETTINGS = {
     "num_kv_shared_layers": "its last {} layers read the keys and values of earlier layers, so that the tokens which "
     "supply them cannot be chosen for each layer",
@@ -79,6 +85,8 @@ ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_at
 """Types of layers that eq. 11 describes."""
 MIXER_LAYERS = frozenset({"linear_attention", "mamba", "conv", "hybrid", "hybrid_sliding", "moe", "mlp"})
 """Types of layers that have other token mixers, beside an attention or without, or none at all."""
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
+"""How many experts there are, which is how wide the matrix of their router is."""
 
 # Generation and saving.
 

@@ -14,7 +14,7 @@ import transformers
 
 from dop_compile.hf.names import FIXED_TOWERS, REARRANGED
 
-__all__ = ["PictureTokens", "is_text_only", "picture_tokens"]
+__all__ = ["PictureTokens", "is_text_only", "picture_tokens", "tower_tokens"]
 
 # Typed loosely: transformers annotates only a part of what is used here
 hf: Any = transformers
@@ -32,6 +32,11 @@ def is_text_only(config: Any) -> bool:
     return type(config) not in hf.AutoModelForImageTextToText._model_mapping and not hasattr(config, "vision_config")
 
 
+def tower_tokens(config: Any, side: int, patch: int, extra: int) -> int:
+    """Tokens of a tower's square picture: patches and `extra` ones, without the first where that is left out."""
+    return (side // patch) ** 2 + extra - (getattr(config, "vision_feature_select_strategy", None) == "default")
+
+
 def picture_tokens(config: Any) -> PictureTokens | None:
     """What a configuration says of the visual tokens of a picture; None where that depends on the picture."""
     if is_text_only(config):
@@ -43,8 +48,8 @@ def picture_tokens(config: Any) -> PictureTokens | None:
         side, patch = getattr(vision, "image_size", None), getattr(vision, "patch_size", None)
         extra = FIXED_TOWERS.get(getattr(vision, "model_type", ""))
         if isinstance(side, int) and isinstance(patch, int) and extra is not None:
-            count = (side // patch) ** 2 + extra - (strategy == "default")
-            return PictureTokens(count, f"the configuration, {side} x {side} pixels in patches of {patch} x {patch}")
+            why = f"the configuration, {side} x {side} pixels in patches of {patch} x {patch}"
+            return PictureTokens(tower_tokens(config, side, patch, extra), why)
         return None
     own = {
         "mm_tokens_per_image": getattr(config, "mm_tokens_per_image", None),

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from dop_compile.hf.dimensions import DecoderDims
 from dop_compile.hf.names import FIXED_TOWERS
+from dop_compile.hf.pictures import tower_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -80,4 +81,4 @@ def _picture_tokens(config: Any) -> int | None:
     if (ratio := getattr(config, "downsample_ratio", None)) is not None:  # InternVL
         return int((side // patch * ratio) ** 2)
     extra = FIXED_TOWERS.get(getattr(vision, "model_type", ""), 0)
-    return (side // patch) ** 2 + extra - (getattr(config, "vision_feature_select_strategy", None) == "default")
+    return tower_tokens(config, side, patch, extra)

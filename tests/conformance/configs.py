@@ -9,7 +9,19 @@ import transformers as hf
 
 from tests.families import BOS, HEAD_DIM, HEADS, HIDDEN, KV_HEADS, LAYERS, PAD, VOCAB
 
-__all__ = ["tiny", "tiny_tower"]
+__all__ = ["LINEAR", "QWEN_TOWER", "tiny", "tiny_tower"]
+
+LINEAR: dict[str, Any] = {
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "layer_types": ["linear_attention", "full_attention"] * 2,
+}
+"""Every other layer a recurrence, as Qwen3.5 and its kin name their sizes."""
+QWEN_TOWER = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 4,
+               "out_hidden_size": HIDDEN, "num_position_embeddings": 36}  # fmt: skip
+"""The tower of Qwen's newer models."""
 
 _SIZES: dict[str, Any] = {
     "vocab_size": VOCAB,

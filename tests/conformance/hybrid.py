@@ -11,21 +11,14 @@ import transformers as hf
 from torch import Tensor
 from transformers import models
 
-from tests.conformance.configs import tiny, tiny_tower
+from tests.conformance.configs import LINEAR, QWEN_TOWER, tiny, tiny_tower
 from tests.conformance.images import fitted, grid_image
 from tests.conformance.llava_like import vlm
 from tests.conformance.text_only import text
-from tests.families import HIDDEN, IMAGE, VIDEO, Family, _qwen3_video
+from tests.families import IMAGE, VIDEO, Family, _qwen3_video
 
 __all__ = ["HYBRID"]
 
-_LINEAR: dict[str, Any] = {
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 8,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "layer_types": ["linear_attention", "full_attention"] * 2,
-}
 _MROPE = {
     "rope_type": "default",
     "rope_theta": 10000.0,
@@ -33,8 +26,6 @@ _MROPE = {
     "mrope_interleaved": True,
     "partial_rotary_factor": 1.0,
 }
-_QWEN_TOWER = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 4,
-               "out_hidden_size": HIDDEN, "num_position_embeddings": 36}  # fmt: skip
 _QWEN: dict[str, Any] = {"type_ids": "mm_token_type_ids", "has_mrope": True}
 _MINICPM_TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2,
                   "patch_size": 4, "image_size": 24, "insert_layer_id": 1}  # fmt: skip
@@ -55,12 +46,12 @@ def _masked_patches(variant: int, generator: torch.Generator) -> dict[str, Tenso
 
 
 def _qwen(name: str, model: str, module: str, config: str) -> Family:
-    text_config = functools.partial(tiny, getattr(getattr(models, module), config), rope_parameters=_MROPE, **_LINEAR)
-    return vlm(name, model, text_config, lambda: _QWEN_TOWER, fitted(grid_image(96)), _QWEN, _qwen3_video)
+    text_config = functools.partial(tiny, getattr(getattr(models, module), config), rope_parameters=_MROPE, **LINEAR)
+    return vlm(name, model, text_config, lambda: QWEN_TOWER, fitted(grid_image(96)), _QWEN, _qwen3_video)
 
 
 def _minicpm(name: str, model: str, flags: dict[str, Any] | None = None, **rotary: Any) -> Family:
-    text_config = functools.partial(tiny, models.qwen3_5.Qwen3_5TextConfig, **_LINEAR, **rotary)
+    text_config = functools.partial(tiny, models.qwen3_5.Qwen3_5TextConfig, **LINEAR, **rotary)
     ids = {"image_token_id": IMAGE, "video_token_id": VIDEO}
     return vlm(
         name, model, text_config, lambda: _MINICPM_TOWER, fitted(_strip), flags, insert_layer_id=1, **ids
@@ -89,7 +80,7 @@ _ALL = (
     _minicpm("minicpm_ocr", "MiniCPMOcrForConditionalGeneration"),
     text("lfm2", "Lfm2ForCausalLM", **_CONVOLUTIONS),
     text("lfm2_moe", "Lfm2MoeForCausalLM", **_CONVOLUTIONS),
-    text("qwen3_next", "Qwen3NextForCausalLM", **_LINEAR),
+    text("qwen3_next", "Qwen3NextForCausalLM", **LINEAR),
     text("jamba", "JambaForCausalLM", attn_layer_period=2, attn_layer_offset=1),
     text("granitemoehybrid", "GraniteMoeHybridForCausalLM", layer_types=["mamba", "attention"] * 2,
          shared_intermediate_size=32, **_MAMBA),

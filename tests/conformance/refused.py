@@ -9,7 +9,7 @@ from typing import Any
 import transformers as hf
 from transformers import models
 
-from tests.conformance.configs import tiny, tiny_tower
+from tests.conformance.configs import LINEAR, QWEN_TOWER, tiny, tiny_tower
 from tests.conformance.documents import SAM
 from tests.conformance.images import fitted, pixels
 from tests.conformance.llava_like import vlm
@@ -34,15 +34,6 @@ _MIXED = r"layer \d+ of .* mixes tokens by .*{}.*needs every token"
 _OWN = "attention that does not go through the attention interface, so that its parts cannot be told apart"
 _NOT_REGISTERED = r"layer 0 of .* mixes tokens by .*{}.*attention interface"
 _IMAGE = fitted(pixels(24))
-_LINEAR: dict[str, Any] = {
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 8,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "layer_types": ["linear_attention", "full_attention"] * 2,
-}
-_QWEN_TOWER = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 4,
-               "out_hidden_size": HIDDEN, "num_position_embeddings": 36}  # fmt: skip
 _ALTERNATING: dict[str, Any] = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2}
 _TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
           "patch_size": 4}  # fmt: skip
@@ -101,7 +92,7 @@ _ALL = (
         vlm("glm5_next", "Glm5NextForConditionalGeneration",
             _text_config("glm5_next", "Glm5NextTextConfig", qk_rope_head_dim=0, linear_head_dim=16, linear_num_heads=2,
                          index_kpool=2, hc_mult=2, **_INDEXER),
-            lambda: _QWEN_TOWER | {"image_size": 24}, _IMAGE),
+            lambda: QWEN_TOWER | {"image_size": 24}, _IMAGE),
         "hc_mult=2.*residual streams",
         _STREAMS,
     ),
@@ -110,8 +101,8 @@ _ALL = (
             _text_config("qwen4_exp", "Qwen4ExpTextConfig", hc_count=2, hc_lowrank=8, ngram_vocab_size_base=50,
                          make_ngram_vocab_size_divisible_by=4, split_ngram_parts=2, heads_per_ngram=2,
                          indexer_n_heads=2, indexer_kv_heads=1, indexer_head_dim=16, indexer_budget=8,
-                         indexer_compress_ratio=4, **_LINEAR),
-            lambda: _QWEN_TOWER, _IMAGE),
+                         indexer_compress_ratio=4, **LINEAR),
+            lambda: QWEN_TOWER, _IMAGE),
         "hc_count=2.*residual streams",
         _STREAMS,
     ),

@@ -18,10 +18,10 @@ from dop_compile.errors import UnsupportedUsageError
 from dop_compile.hf.mixers import is_mixer, mixes_no_tokens, with_padding_mask
 from dop_compile.policy.ranking import Ranking, Stage
 from tests.conformance.hybrid import HYBRID
-from tests.families import FIRST_ORDINARY_ID, Family
+from tests.conversation import Conversation, assert_original_over_two_turns, conversation_batch
+from tests.families import Family
 from tests.reference import layer_parts, named_child, on_sequence, reference_generate, text_decoder
-from tests.support import Batch, Rows, assert_close, assert_forward_matches, compile_eagerly, make_batch, reference
-from tests.test_conversation import Conversation
+from tests.support import Rows, assert_close, assert_forward_matches, compile_eagerly, make_batch, reference
 
 SPLIT = {"mha_query_depth": 1, "mha_key_value_depth": 3, "mlp_depth": 2}
 DELTA, CONVOLUTION, STATE_SPACE, BESIDE = (HYBRID[n] for n in ("qwen3_5", "lfm2_vl", "bamba", "falcon_h1"))
@@ -31,14 +31,6 @@ TWO_ROWS: Rows = [*ONE_ROW, [("text", 2), ("image", 1), ("text", 2)]]
 
 def split_policy(**more: Any) -> Policy:
     return Policy.depthwise(4, **SPLIT, **more)
-
-
-def talkative(family: Family, rows: Rows | None = None) -> Batch:
-    """A batch for a model of its own that answers with ordinary ids alone."""
-    model = family.build()
-    with torch.no_grad():
-        model.get_output_embeddings().weight[:FIRST_ORDINARY_ID] = 0
-    return make_batch(family, rows, model=model)
 
 
 def first_mixer(model: nn.Module) -> Any:
@@ -140,7 +132,7 @@ def test_a_query_that_is_no_key_has_nothing_to_read_in_a_mixer() -> None:
 
 
 def test_hooks_and_replaced_forwards_of_mixers_are_honoured() -> None:
-    batch = talkative(CONVOLUTION)
+    batch = conversation_batch(CONVOLUTION, None)
     compiled = compile_eagerly(batch.model, split_policy())
     before = compiled(**batch.inputs).logits
     mixer, calls = first_mixer(batch.model), []
@@ -202,7 +194,7 @@ def test_padding_that_a_bias_makes_something_of_is_refused() -> None:
 @pytest.mark.parametrize("family", [DELTA, CONVOLUTION], ids=lambda f: f.name)
 def test_turns_of_a_conversation(family: Family, own_cache: bool) -> None:
     """A picture, a turn with another where the class numbers positions then, one of a word: all as one prompt."""
-    batch = talkative(family, ONE_ROW)
+    batch = conversation_batch(family, ONE_ROW)
     policy = split_policy(visual_tokens=4, reducer="given")
     cache = DynamicCache(config=batch.model.config.get_text_config()) if own_cache else None
     talk = Conversation(compile_eagerly(batch.model, policy), batch, cache)
@@ -223,19 +215,12 @@ def test_turns_of_a_conversation(family: Family, own_cache: bool) -> None:
 
 @pytest.mark.parametrize("family", [DELTA, CONVOLUTION], ids=lambda f: f.name)
 def test_the_original_over_two_turns(family: Family) -> None:
-    batch = talkative(family, ONE_ROW)
-    answers = []
-    for model in (batch.model, compile_eagerly(batch.model, Policy.full(4))):
-        talk = Conversation(model, batch)
-        first = talk.ask()
-        talk.say([[("text", 3)]])
-        answers.append((first, talk.ask()))
-    assert answers[0] == answers[1]
+    assert_original_over_two_turns(conversation_batch(family, ONE_ROW))
 
 
 @torch.no_grad()
 def test_a_later_turn_whose_rows_keep_different_numbers_is_refused_and_the_cache_left() -> None:
-    batch = talkative(CONVOLUTION, TWO_ROWS)
+    batch = conversation_batch(CONVOLUTION, TWO_ROWS)
     compiled = compile_eagerly(batch.model, Policy.depthwise(4, mha_depth=1))
     # A second picture in the first row alone; both rows are as long, so that nothing of the caller's is padding
     width = batch.family.item_sizes(batch.model, [[("image",)]])[0][0]
@@ -257,7 +242,7 @@ def test_a_later_turn_whose_rows_keep_different_numbers_is_refused_and_the_cache
 @pytest.mark.parametrize("family", [CONVOLUTION, STATE_SPACE], ids=lambda f: f.name)
 @torch.no_grad()
 def test_beams_and_rows_of_the_cache_take_their_states_along(family: Family) -> None:
-    batch = talkative(family, None if family.is_text_only else TWO_ROWS)
+    batch = conversation_batch(family, None if family.is_text_only else TWO_ROWS)
     policies = {"full": Policy.full(4), "split": split_policy()}
     compiled = compile_eagerly(batch.model, policies)
     settings = {"max_new_tokens": 4, "do_sample": False, "num_beams": 3}
@@ -281,7 +266,7 @@ def test_beams_and_rows_of_the_cache_take_their_states_along(family: Family) -> 
 
 
 def test_states_cannot_forget() -> None:
-    batch = talkative(CONVOLUTION, ONE_ROW)
+    batch = conversation_batch(CONVOLUTION, ONE_ROW)
     compiled = compile_eagerly(batch.model, split_policy())
     cache = compiled(**batch.inputs).past_key_values
     cache.crop(cache.get_seq_length())
@@ -290,7 +275,7 @@ def test_states_cannot_forget() -> None:
 
 
 def test_a_cache_with_the_states_of_another_model_is_refused() -> None:
-    batch = talkative(CONVOLUTION, ONE_ROW)
+    batch = conversation_batch(CONVOLUTION, ONE_ROW)
     cache = batch.model(**batch.inputs).past_key_values
     mask = torch.nn.functional.pad(batch.inputs["attention_mask"], (0, 1), value=1)
     with pytest.raises(UnsupportedUsageError, match="filled by another model"):
@@ -316,7 +301,7 @@ def test_compiled_by_inductor() -> None:
 
 @torch.no_grad()
 def test_adapters_on_mixers() -> None:
-    batch = talkative(DELTA, TWO_ROWS)
+    batch = conversation_batch(DELTA, TWO_ROWS)
     names = ["in_proj_qkv", "out_proj", "q_proj"]
     adapted = peft.get_peft_model(batch.model, peft.LoraConfig(r=4, target_modules=names, init_lora_weights=False))
     model = adapted.base_model.model.eval()
