@@ -7,17 +7,13 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
 from typing import Any
-
-import transformers
 
 from dop_compile.hf.names import FIXED_TOWERS, REARRANGED
 
 __all__ = ["PictureTokens", "is_text_only", "picture_tokens", "tower_tokens"]
-
-# Typed loosely: transformers annotates only a part of what is used here
-hf: Any = transformers
 
 
 @dataclass(frozen=True)
@@ -29,6 +25,9 @@ class PictureTokens:
 
 
 def is_text_only(config: Any) -> bool:
+    # Imported here: policies know the zoo, the zoo knows towers, and a policy is read without transformers.
+    # Typed loosely: transformers annotates only a part of what is used here.
+    hf: Any = importlib.import_module("transformers")
     return type(config) not in hf.AutoModelForImageTextToText._model_mapping and not hasattr(config, "vision_config")
 
 
