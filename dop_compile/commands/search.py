@@ -13,9 +13,10 @@ from dop_compile.commands.measuring import model_of, processes, read_divergences
 from dop_compile.commands.outputs import check_new, output_directory, output_file
 from dop_compile.commands.usage import UsageError, usage_errors
 from dop_compile.search import report
+from dop_compile.search.choices import choices_table
 from dop_compile.search.latency import LatencyModel, measure_latency
 from dop_compile.search.meter import model_inputs
-from dop_compile.search.optimize import optimize
+from dop_compile.search.optimize import Choice, choose
 from dop_compile.search.processes import barrier
 
 __all__ = ["search_command"]
@@ -75,17 +76,18 @@ def search_command(arguments: Namespace) -> None:
     out = output_directory(arguments.out)
     files = {name: out / f"{name.rstrip('%')}.json" for name in names}
     latency_file = _check_latency(arguments)
-    runs = arguments.verify_top > 1 or (latency_file is not None and not latency_file.exists())
+    verifies = bool(arguments.model) and arguments.verify_top != 1 and (arguments.verify_top or not arguments.faithful)
+    runs = verifies or (latency_file is not None and not latency_file.exists())
     if runs:  # that takes long: nothing shall then be in the way
         check_new(files.values(), arguments.force)
     with processes(arguments) if runs else nullcontext(0) as rank:
         loaded = model_of(arguments, divergences) if runs else None
-        measure = whole_policies(arguments, divergences, loaded) if arguments.verify_top > 1 else None
+        measure = whole_policies(arguments, divergences, loaded) if verifies else None
         latency = None if latency_file is None else _latency(arguments, latency_file, loaded, rank)
-        rows = []
+        choices: dict[str, Choice] = {}
         for name, budget in names.items():
             with usage_errors():
-                policy = optimize(
+                choices[name] = choose(
                     divergences,
                     budget,
                     max_kv_bytes=arguments.max_kv_bytes,
@@ -94,18 +96,18 @@ def search_command(arguments: Namespace) -> None:
                     space=arguments.space,
                     alpha=alpha,
                     monotone=not arguments.raw_curves,
+                    faithful=arguments.faithful,
                     verify_top=arguments.verify_top,
                     measure=measure,
                 )
-            rows.append(report.policy_row(divergences, name, policy))
     if rank > 0:
         return
-    texts = {file: row.policy.to_json() + "\n" for file, row in zip(files.values(), rows, strict=True)}
+    texts = {files[name]: choice.taken.policy.to_json() + "\n" for name, choice in choices.items()}
     check_new([file for file, text in texts.items() if not _holds(file, text)], arguments.force)
     for file, text in texts.items():
         write_file(file, text)
-    print(report.policies_table(rows))
-    print(f"\n{report.costs_note(divergences)}\nsaved {len(rows)} policies in {out}")
+    print(choices_table(divergences, choices))
+    print(f"\n{report.costs_note(divergences)}\nsaved {len(choices)} policies in {out}")
 
 
 def _holds(file: Path, text: str) -> bool:
