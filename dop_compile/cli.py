@@ -58,7 +58,7 @@ examples:
 INTERRUPTED = 130
 STOPPED = {
     **dict.fromkeys(("profile", "greedy", "eval"), "the same command goes on with what is finished"),
-    "search": "no policy was kept; of measured latencies all or none",
+    "search": "no policy was kept; the same command goes on with the candidates' finished samples, latencies are measured anew",
     "warmup": "what was compiled is kept",
 }
 NOTHING = "nothing was kept"

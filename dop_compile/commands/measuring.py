@@ -146,9 +146,15 @@ def model_of(arguments: Namespace, divergences: Divergences) -> tuple[Any, Sampl
 
 
 def whole_policies(
-    arguments: Namespace, divergences: Divergences, loaded: Any
+    arguments: Namespace,
+    divergences: Divergences,
+    loaded: Any,
+    resume: Callable[[Sequence[Policy]], Path] | None = None,
 ) -> Callable[[Sequence[Policy]], np.ndarray[Any, np.dtype[np.float64]]]:
-    """(policies, samples) divergences of whole policies, by the metric of the divergences, on the samples named."""
+    """(policies, samples) divergences of whole policies, by the metric of the divergences, on the samples named.
+
+    `resume` says beside which file the finished samples of such policies are kept.
+    """
     model, samples, processor = loaded
     tokens = dict(divergences.metric_options).get("tokens", 1)
 
@@ -161,6 +167,7 @@ def whole_policies(
             tokens=tokens if isinstance(tokens, int) else 1,
             decode=decoder_of(processor),
             backend=arguments.backend,
+            resume=None if resume is None else resume(policies),
         )
 
     return measure

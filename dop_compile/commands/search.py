@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import sys
 from argparse import Namespace
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ from dop_compile.commands.inputs import write_file
 from dop_compile.commands.measuring import model_of, processes, read_divergences, whole_policies
 from dop_compile.commands.outputs import check_new, output_directory, output_file
 from dop_compile.commands.usage import UsageError, usage_errors
+from dop_compile.policy.policy import Policy
 from dop_compile.search import report
 from dop_compile.search.choices import choices_table
 from dop_compile.search.latency import LatencyModel, measure_latency
@@ -20,6 +24,8 @@ from dop_compile.search.optimize import Choice, choose
 from dop_compile.search.processes import barrier
 
 __all__ = ["search_command"]
+
+CANDIDATES = "candidates"
 
 
 def _latency(arguments: Namespace, path: Path, loaded: Any, rank: int) -> LatencyModel:
@@ -82,7 +88,8 @@ def search_command(arguments: Namespace) -> None:
         check_new(files.values(), arguments.force)
     with processes(arguments) if runs else nullcontext(0) as rank:
         loaded = model_of(arguments, divergences) if runs else None
-        measure = whole_policies(arguments, divergences, loaded) if verifies else None
+        kept_at = functools.partial(_candidates_file, out)
+        measure = whole_policies(arguments, divergences, loaded, kept_at) if verifies else None
         latency = None if latency_file is None else _latency(arguments, latency_file, loaded, rank)
         choices: dict[str, Choice] = {}
         for name, budget in names.items():
@@ -106,8 +113,16 @@ def search_command(arguments: Namespace) -> None:
     check_new([file for file, text in texts.items() if not _holds(file, text)], arguments.force)
     for file, text in texts.items():
         write_file(file, text)
+    for finished in out.glob(f"{CANDIDATES}-*.progress-*"):
+        finished.unlink()
     print(choices_table(divergences, choices))
     print(f"\n{report.costs_note(divergences)}\nsaved {len(choices)} policies in {out}")
+
+
+def _candidates_file(out: Path, policies: Sequence[Policy]) -> Path:
+    """Beside what the finished samples of some candidates are kept, until all policies are saved."""
+    text = "".join(policy.replace(provenance=None).to_json() for policy in policies)
+    return out / f"{CANDIDATES}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
 def _holds(file: Path, text: str) -> bool:

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ import pytest
 from dop_compile import Policy
 from dop_compile.policy.costs import prefill_flops_ratio
 from dop_compile.policy.provenance import Provenance
-from dop_compile.search import Divergences, OperationOrder, measure_policies
+from dop_compile.search import Divergences, OperationOrder, joint, measure_policies
 from dop_compile.search.candidates import candidates, tokens_only
 from tests.command_line import refused, run
 from tests.local_llava import local_llava, local_processor, picture
@@ -88,6 +89,36 @@ def test_search_saves_a_policy_per_budget(capsys: pytest.CaptureFixture[str], pr
     assert run(capsys, *dop_space, "--force")[0] == 0
     dop = Policy.load(tmp_path / "70.json")
     assert dop.pruned_layers("visual", "mha_query") == dop.pruned_layers("visual", "mha_key_value")
+
+
+def test_candidates_go_on_where_they_were_stopped(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    folder: Path,
+    profiled: Path,
+    tmp_path: Path,
+) -> None:
+    samples: list[int] = []
+    made = joint.SampleMeter.__init__
+
+    def counted(self: joint.SampleMeter, *args: Any, **settings: Any) -> None:
+        if len(samples) == stops_at:
+            raise KeyboardInterrupt
+        samples.append(1)
+        made(self, *args, **settings)
+
+    monkeypatch.setattr(joint.SampleMeter, "__init__", counted)
+    argv = ["search", str(profiled), "--budget", "0.6", "--out", str(tmp_path / "out")]
+    argv += ["--model", str(folder / "model"), "--samples", str(folder / "samples.jsonl")]
+    stops_at = 2
+    assert run(capsys, *argv)[0] == 130
+    assert [file.name.split("-")[0] for file in (tmp_path / "out").iterdir()] == ["candidates"]
+    stops_at = -1
+    code, text, _ = run(capsys, *argv)
+    assert code == 0
+    assert len(samples) == 4, "finished samples are not measured again"
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["60.json"]
+    assert "60% tokens only" in text
 
 
 def test_search_verifies_on_samples_and_bounds_time(
