@@ -58,7 +58,7 @@ examples:
 INTERRUPTED = 130
 STOPPED = {
     **dict.fromkeys(("profile", "greedy", "eval"), "the same command goes on with what is finished"),
-    "search": "no policy was kept; the same command goes on with the candidates' finished samples, latencies are measured anew",
+    "search": "no policy was kept; the same command goes on with the samples that all candidates had",
     "warmup": "what was compiled is kept",
 }
 NOTHING = "nothing was kept"
