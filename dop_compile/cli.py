@@ -50,6 +50,7 @@ examples:
   dop-compile profile ./my-model --samples samples.jsonl --out divergences.json
   dop-compile search divergences.json --budget 0.37 --budget 0.28 --out policies
   dop-compile report divergences.json --policy policies/37.json --policy policies/28.json --out report
+  dop-compile recommend ./my-model --samples samples.jsonl --max-loss 1% --out advice
   dop-compile eval ./my-model --samples samples.jsonl --method random --budget 0.28 --out comparison
   dop-compile export ./my-model --policy 28%=policies/28.json --out exported
   dop-compile verify exported --samples samples.jsonl
@@ -57,7 +58,7 @@ examples:
 """
 INTERRUPTED = 130
 STOPPED = {
-    **dict.fromkeys(("profile", "greedy", "eval"), "the same command goes on with what is finished"),
+    **dict.fromkeys(("profile", "greedy", "eval", "recommend"), "the same command goes on with what is finished"),
     "search": "no policy was kept; the same command goes on with the samples that all candidates had",
     "warmup": "what was compiled is kept",
 }
