@@ -46,6 +46,8 @@ PER_LAYER = "per_layer_inputs"
 """Embeddings of ids that decoders with `get_per_layer_inputs` give to each layer."""
 UNUSED_ARGUMENTS = ("num_items_in_batch", "cache_position", "mm_token_type_ids", "logits_to_keep")
 """What outer models pass on to decoders that take any keyword but do nothing with these."""
+LEAVES_ROWS_OUT = ("first_kv_shared_layer_idx",)
+"""Attributes of decoders: the layer from which on they work on the rows alone whose logits are asked for."""
 REFUSED_OUTPUTS = ("output_attentions", "output_hidden_states", "output_router_logits")
 """What a pruned decoder does not have of all tokens."""
 BLOCKS = "block_sequence_ids"
@@ -59,8 +61,6 @@ STATE_UPDATES = frozenset({"update_conv_state", "update_recurrent_state"})
 MIXED_BY = ("past_key_values", "cache_params", "attention_mask", "position_ids", "position_embeddings")
 """Arguments of modules that may look at other tokens than their own."""
 UNPRUNABLE_SETTINGS = {
-    "num_kv_shared_layers": "its last {} layers read the keys and values of earlier layers, so that the tokens which "
-    "supply them cannot be chosen for each layer",
     "cross_attention_layers": "layers {} attend to image features outside of the token sequence, which hold no visual "
     "tokens that could be pruned",
     "altup_num_inputs": "its layers work on {} residual streams at once (AltUp), and update only one of them",

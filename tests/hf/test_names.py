@@ -30,6 +30,7 @@ OF_MODELS = (
     names.PER_LAYER,
     "get_per_layer_inputs",
     *names.UNUSED_ARGUMENTS,
+    *names.LEAVES_ROWS_OUT,
     *names.REFUSED_OUTPUTS,
     *names.NOT_OF_EAGER,
     *names.UNPRUNABLE_SETTINGS,
