@@ -85,6 +85,12 @@ ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_at
 """Types of layers that eq. 11 describes."""
 MIXER_LAYERS = frozenset({"linear_attention", "mamba", "conv", "hybrid", "hybrid_sliding", "moe", "mlp"})
 """Types of layers that have other token mixers, beside an attention or without, or none at all."""
+EXPERTS_SWITCH = "enable_moe_block"
+"""Whether there are experts, where their number does not tell."""
+PER_LAYER_SIZE = "hidden_size_per_layer_input"
+"""The width of a layer's MLP that reads a second embedding of each token."""
+UNLIKE_LAYERS = ("is_heterogeneous", "num_kv_shared_layers", PER_LAYER_SIZE)
+"""What configurations have whose layers are of several sizes, or of parts that no setting gives the size of."""
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 """How many experts there are, which is how wide the matrix of their router is."""
 

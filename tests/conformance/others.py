@@ -219,7 +219,7 @@ _ALL = (
             "position_embedding_size": 36,
         },
         fitted(placed_patches(48)),
-        _SLIDES | SHARES | {"type_ids": "mm_token_type_ids", "seed": 1},
+        _SLIDES | SHARES | {"type_ids": "mm_token_type_ids", "seed": 3},
         audio_config=None,
         boi_token_id=START,
         eoi_token_id=END,

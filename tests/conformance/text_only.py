@@ -98,7 +98,7 @@ _ALL = (
     text(
         "gemma4_shared_text",
         "Gemma4ForCausalLM",
-        _SLIDES | SHARES,
+        _SLIDES | SHARES | {"seed": 2},
         tie_word_embeddings=True,
         hidden_size_per_layer_input=16,
         vocab_size_per_layer_input=VOCAB,
