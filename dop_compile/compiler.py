@@ -160,6 +160,11 @@ class CompiledState:
         with self._lock:
             return self._trace(default_inputs(self.decoder)).can_begin_at(layer)
 
+    def sources(self) -> Mapping[int, int]:
+        """Of layers that read the keys and values of an earlier layer, which one that is."""
+        with self._lock:
+            return self._trace(default_inputs(self.decoder)).sources
+
     def finish(self, embeds: Tensor) -> Tensor:
         """What the decoder returns for tokens that take part in no operation: (batch, tokens, hidden) each way."""
         with self._lock:

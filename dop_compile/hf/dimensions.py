@@ -5,8 +5,8 @@ Cases read from a Hugging Face configuration:
 4. mixtures of experts: a token pays for its routed and shared experts, or for one wide MLP in a dense layer
 5. decoders with recurrent or convolutional layers, whose sizes are read off the layers (`layer_sizes`)
 6. layers of unlike sizes, read off them too: heads of two sizes, layers that read the keys and values of earlier ones
-Refused, as eq. 11 does not describe them: latent attention, sparse attention, values that are the keys, several residual
-streams, mixtures in unlike layers or whose configuration is not recognised. Build `DecoderDims` by hand for those.
+Refused, as eq. 11 does not describe them: latent attention, sparse attention, values that are the keys, several
+residual streams, mixtures in unlike layers or whose configuration is not recognised. Build `DecoderDims` by hand.
 """
 
 from __future__ import annotations
@@ -52,8 +52,9 @@ class DecoderDims:
     `gated_attention`: attention projects an output gate as wide as its queries.
 
     For decoders whose layers differ, per layer: `query_widths`, heads x head size (none: the same in all layers);
-    `key_value_widths`, KV heads x head size of the keys that it projects and stores, 0 where it reads those of an earlier
-    layer (none: the same in all); `side_sizes`, the width of an MLP of two matrices that every token passes besides (0 by default).
+    `key_value_widths`, KV heads x head size of the keys that it projects and stores, 0 where it reads those of an
+    earlier layer (none: the same in all); `side_sizes`, the width of an MLP of two matrices that every token passes
+    besides (0 by default).
     """
 
     num_layers: int

@@ -35,9 +35,10 @@ class LayerSizes:
     """One layer.
 
     `attends`: it holds an attention, of `query_width` (0 where that is not told): twice heads x head_dim where an
-    output gate is projected too; `key_width` and `value_width`, of the keys and values that it projects. `mixer_flops`: of a token in its mixers' sequence. `window_numbers` and
-    `state_numbers`: what a sample's convolutions (in the model's dtype) and recurrences (in float32) keep.
-    `mlp_weights`: of the matrices that a token passes in the MLP, routers left out.
+    output gate is projected too; `key_width` and `value_width`, of the keys and values that it projects.
+    `mixer_flops`: of a token in its mixers' sequence. `window_numbers` and `state_numbers`: what a sample's
+    convolutions (in the model's dtype) and recurrences (in float32) keep. `mlp_weights`: of the matrices that a token
+    passes in the MLP, routers left out.
     """
 
     attends: bool

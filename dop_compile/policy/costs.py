@@ -48,10 +48,10 @@ class LayerTokens:
 def layer_flops(dims: DecoderDims, tokens: LayerTokens, layer: int) -> int:
     """FLOPs of one decoder layer for one sample (eq. 11): 4 n_q h d + 4 n_k h d_kv + 4 n_q n_k d + 6 n_P h m.
 
-    d = heads x head_dim and d_kv = KV heads x head_dim, 0 where the layer reads the keys and values of an earlier one; a
-    plain MLP costs 4 n_P h m, an output gate of the attention 2 n_q h d more. A token mixer that is not attention costs n_k times what one token of its sequence does: 2 for each
-    weight of its projections and convolution, and 4 (state space) or 6 (delta rule) for each number of its recurrent
-    state. `layer` counts from 0.
+    d = heads x head_dim and d_kv = KV heads x head_dim, 0 where the layer reads keys and values of an earlier one; a plain
+    MLP costs 4 n_P h m, an output gate of the attention 2 n_q h d more. A token mixer that is not attention costs
+    n_k times what one token of its sequence does: 2 for each weight of its projections and convolution, and 4 (state
+    space) or 6 (delta rule) for each number of its recurrent state. `layer` counts from 0.
     """
     layer = integer("layer", layer, low=0, high=dims.num_layers - 1)
     attention = attention_flops(dims, layer, tokens.query, tokens.key_value) if dims.attends[layer] else 0
@@ -64,7 +64,7 @@ def layer_flops(dims: DecoderDims, tokens: LayerTokens, layer: int) -> int:
 def attention_flops(dims: DecoderDims, layer: int, queries: int, keys: int, supplied: int | None = None) -> int:
     """FLOPs of a layer's attention: 4 n_q h d (6 with an output gate) + 4 n_k h d_kv + 4 n_q n_k d.
 
-    `supplied`: of how many tokens keys and values are projected; None: of the `keys` that the queries are multiplied by.
+    `supplied`: of how many tokens keys and values are projected; None: of the `keys` that the queries meet.
     """
     d, d_kv = dims.query_width(layer), dims.key_value_width(layer)
     supplied = keys if supplied is None else supplied
@@ -136,9 +136,10 @@ def prefill_flops_ratio(
 
 
 def kv_cache_bytes(dims: DecoderDims, tokens_per_layer: Sequence[LayerTokens], dtype_bytes: int = 2) -> int:
-    """Bytes of one sample's cache after prefill: 2 n_k d_kv `dtype_bytes` in each layer that stores its keys and values.
+    """Bytes of one sample's cache after prefill: 2 n_k d_kv `dtype_bytes` in each layer that stores keys and values.
 
-    Where later layers read a layer's keys, n_k is what it keeps itself: `explain` counts what they keep besides. The states of other token mixers are of one size, however many tokens they have seen (`state_bytes`).
+    Where later layers read a layer's keys, n_k is what it keeps itself; `explain` counts what they keep besides. The
+    states of other token mixers are of one size, however many tokens they have seen (`state_bytes`).
     """
     dtype_bytes = integer("dtype_bytes", dtype_bytes, low=1)
     if len(tokens_per_layer) != dims.num_layers:

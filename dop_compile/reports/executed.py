@@ -198,9 +198,7 @@ class _Run:
             row = self.counter.keep.layers[layer + 1]
             queries, keys = self._before_leaving(row.query, stage), self._before_leaving(row.key_value, stage)
             query, key = dims.query_width(layer + 1), dims.key_value_width(layer + 1)
-            projections = 2 * dims.hidden_size * (
-                self.counter.width(queries) * query + self.counter.width(keys) * key
-            )
+            projections = 2 * dims.hidden_size * (self.counter.width(queries) * query + self.counter.width(keys) * key)
         groups = {g for g in self.counter.universe.groups for rater in ranks.raters if g.startswith(rater)}
         rows = self.counter.tokens(self.counter.universe.groups_set(groups) & queries)
         rows = 1 if ranking.criterion == "last_token" else rows
@@ -235,7 +233,9 @@ def _notes(universe: Universe, queries: TokenSet, keys: TokenSet, mlp: TokenSet,
             notes.append(f"{group} frozen: only {held}")
     if only_requested:
         notes.append("updates requested rows only")
-    notes += [f"reads the keys and values of layer {block.source.layer}" for block in mixing if block.source is not None]
+    notes += [
+        f"reads the keys and values of layer {block.source.layer}" for block in mixing if block.source is not None
+    ]
     if any(block.fused for block in mixing):
         notes.append("fused projection: sliced after it")
     return notes

@@ -2,8 +2,8 @@
 
 Three coordinates are kept apart. A *column* is the caller's: the position in `input_ids` and `attention_mask` since
 the conversation began. A *slot* is the decoder's: the sequence after token reduction, which masks and sliding windows
-count in. An *entry* is what one layer stores: the slots whose group kept `mha_key_value` there, or in a later layer that
-reads the same keys and values. Such a layer stores nothing; which entries it sees is told of each layer.
+count in. An *entry* is what one layer stores: the slots whose group kept `mha_key_value` there, or in a later layer
+that reads the same keys and values. Such a layer stores nothing; which entries it sees is told of each layer.
 """
 
 from __future__ import annotations
