@@ -48,8 +48,8 @@ class LayerTokens:
 def layer_flops(dims: DecoderDims, tokens: LayerTokens, layer: int) -> int:
     """FLOPs of one decoder layer for one sample (eq. 11): 4 n_q h d + 4 n_k h d_kv + 4 n_q n_k d + 6 n_P h m.
 
-    d = heads x head_dim and d_kv = KV heads x head_dim, 0 where the layer reads keys and values of an earlier one; a plain
-    MLP costs 4 n_P h m, an output gate of the attention 2 n_q h d more. A token mixer that is not attention costs
+    d = heads x head_dim and d_kv = KV heads x head_dim, 0 where the layer reads keys and values of an earlier one; a
+    plain MLP costs 4 n_P h m, an output gate of the attention 2 n_q h d more. A token mixer that is not attention costs
     n_k times what one token of its sequence does: 2 for each weight of its projections and convolution, and 4 (state
     space) or 6 (delta rule) for each number of its recurrent state. `layer` counts from 0.
     """

@@ -29,6 +29,7 @@ SHARES: dict[str, Any] = {"num_layers": 6, "replays_from": 1}
 SHARED: dict[str, Any] = {
     "num_hidden_layers": 6,
     "num_kv_shared_layers": 3,
+    "global_head_dim": 32,
     "sliding_window": 8,
     "layer_types": ["sliding_attention", "full_attention"] * 3,
 }

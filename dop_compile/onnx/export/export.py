@@ -117,8 +117,8 @@ def _check(model: Any, opset: int) -> None:
 def _check_sources(model: Any, compiled: Any) -> None:
     if readers := sorted(compiled.dop.sources()):
         raise UnsupportedModelError(
-            f"{type(model).__name__} cannot be exported to ONNX: its layers {readers} read the keys and values of earlier "
-            "layers, and an exported layer attends to what it stores itself alone; run the compiled model in PyTorch"
+            f"{type(model).__name__} cannot be exported to ONNX: its layers {readers} read the keys and values of "
+            "earlier layers, and an exported layer attends to what it stores itself; run the compiled model in PyTorch"
         )
 
 
