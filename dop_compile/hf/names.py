@@ -48,8 +48,8 @@ UNUSED_ARGUMENTS = ("num_items_in_batch", "cache_position", "mm_token_type_ids",
 """What outer models pass on to decoders that take any keyword but do nothing with these."""
 LEAVES_ROWS_OUT = ("first_kv_shared_layer_idx",)
 """Attributes of decoders: the layer from which on they work on the rows alone whose logits are asked for."""
-REFUSED_OUTPUTS = ("output_attentions", "output_hidden_states", "output_router_logits")
-"""What a pruned decoder does not have of all tokens."""
+REFUSED_OUTPUTS = ("output_attentions", "output_hidden_states", "output_router_logits", "return_shared_kv_states")
+"""What a pruned decoder does not have, or not of all tokens."""
 BLOCKS = "block_sequence_ids"
 """The argument of mask builders that they pad."""
 NOT_OF_EAGER = ("dropout", "is_causal", "sliding_window")

@@ -13,6 +13,7 @@ import torch
 from transformers import GenerationConfig
 
 from dop_compile import Policy
+from dop_compile.errors import UnsupportedUsageError
 from dop_compile.runtime.cache import PrunedCache
 from tests.conformance.text_only import TEXT_ONLY
 from tests.flash_stand_in import install
@@ -43,8 +44,7 @@ def batch_of(attn: str | None = None) -> Batch:
     return make_batch(FAMILY, rows, model=shared_model(FAMILY, attn))
 
 
-@pytest.mark.parametrize("attn", ["sdpa", "eager"])
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize(("name", "attn"), [*((name, "sdpa") for name in POLICIES), ("frozen", "eager")])
 def test_readers_and_sources_see_what_their_own_policy_keeps(name: str, attn: str) -> None:
     batch = batch_of(attn)
     policy = Policy.from_operations(LAYERS, POLICIES[name])
@@ -130,6 +130,12 @@ def test_selected_and_repeated_rows_go_on_as_themselves(pruned: tuple[Batch, Pol
         (lambda cache: cache.batch_repeat_interleave(2), [0, 0, 1, 1, 2, 2]),
     ):
         assert_close(go_on(change, order), expected[order])
+
+
+def test_handing_the_keys_and_values_out_is_refused(pruned: tuple[Batch, Policy, Callable[..., object]]) -> None:
+    batch, _, compiled = pruned
+    with pytest.raises(UnsupportedUsageError, match="return_shared_kv_states=True is not supported"):
+        compiled(**batch.inputs, **batch.call_arguments(), return_shared_kv_states=True)
 
 
 @pytest.fixture
