@@ -161,9 +161,22 @@ class CompiledState:
 
     def _traced(self, inputs: DecoderInputs) -> TracedDecoder:
         """A copy of the decoder's graph for these inputs: tiers and requests differ in what they rewrite alone."""
+        return self._trace(inputs).copy()
+
+    def _trace(self, inputs: DecoderInputs) -> TracedDecoder:
         if inputs not in self._traces:
             self._traces[inputs] = trace(self.decoder, inputs)
-        return self._traces[inputs].copy()
+        return self._traces[inputs]
+
+    def can_begin_at(self, layer: int) -> bool:
+        """Whether a run can go on from the residual stream that enters a layer alone."""
+        with self._lock:
+            return self._trace(default_inputs(self.decoder)).can_begin_at(layer)
+
+    def sources(self) -> Mapping[int, int]:
+        """Of layers that read the keys and values of an earlier layer, which one that is."""
+        with self._lock:
+            return self._trace(default_inputs(self.decoder)).sources
 
     def finish(self, embeds: Tensor) -> Tensor:
         """What the decoder returns for tokens that take part in no operation: (batch, tokens, hidden) each way."""

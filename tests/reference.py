@@ -457,6 +457,9 @@ def _pruned_layer(
                 handle.remove()
 
 
+_source = functools.cache(inspect.getsource)  # finding a class parses its whole file
+
+
 def layer_parts(layer: nn.Module) -> dict[str, list[nn.Module]]:
     """A layer's children that are an attention, a mixer with a state, or an MLP, by their names and sources."""
     parts: dict[str, list[nn.Module]] = {"attention": [], "mixer": [], "mlp": []}
