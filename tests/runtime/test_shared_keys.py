@@ -36,7 +36,9 @@ READERS_ALONE = [("visual", layer, "mha_key_value") for layer in (1, 2, 3)]
 """Sources that do not see visual keys themselves, but store them for layers 4 and 5."""
 SOURCES_ALONE = [("visual", layer, "mha_key_value") for layer in (3, 4, 5)]
 FROZEN = [*READERS_ALONE, ("system", 5, "mha_key_value"), ("visual", 2, "mha_query"), ("visual", 1, "mlp")]
-POLICIES = {"readers alone": READERS_ALONE, "sources alone": SOURCES_ALONE, "frozen": FROZEN}
+NARROW = [("system", layer, "mha_key_value") for layer in (1, 3, 5)] + [("visual", 3, "mha_key_value")]
+"""What layer 1 stores has padding in some rows, and layer 3 sees a part of it."""
+POLICIES = {"readers alone": READERS_ALONE, "sources alone": SOURCES_ALONE, "frozen": FROZEN, "narrow": NARROW}
 
 
 def batch_of(attn: str | None = None) -> Batch:
