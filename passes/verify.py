@@ -163,7 +163,7 @@ class _Verifier:
                 if stored is None:
                     self._expect(kernel, source, block.held)
                 elif not _comes_from(source, stored):
-                    self.fail(f"reads {source}, which is not what {stored} stores", kernel, block)
+                    self.fail(f"reads {source}, which is not what the layer stores or reads", kernel, block)
             self._check_mask(kernel, block)
 
     def _check_mask(self, kernel: fx.Node, block: Block) -> None:

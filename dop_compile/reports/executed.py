@@ -132,12 +132,14 @@ class _Run:
         mlp = next((block.tokens for block in mlps), none)
         if not mixing:
             return none, none, mlp
-        # Without queries, keys and values are computed only to be cached
         first = mixing[0]
-        supplied = first.source is None and bool(first.supplies)
-        keys = first.keys if first.tokens or first.update is not None or first.mixer is not None else none
-        keys = keys | first.supplies if supplied else keys
+        keys = first.keys | first.supplies if self._has_keys(first) else none
         return first.tokens, keys, mlp
+
+    def _has_keys(self, block: Block) -> bool:
+        """Whether keys and values are there: without queries, only for the cache and for layers that read them too."""
+        read = any(other.source is block and other.tokens for other in self.blocks)
+        return bool(block.tokens) or read or block.update is not None or block.mixer is not None
 
     def layer(self, layer: int) -> LayerCost:
         mixing, mlps = self._split(layer)
@@ -162,7 +164,7 @@ class _Run:
     def _mixing_flops(self, dims: DecoderDims, layer: int, block: Block) -> int:
         if block.mixes:
             return 0 if block.mixer is None else self.counter.width(block.keys) * dims.mixer_flops[layer]
-        if not block.tokens and block.update is None and not (block.source is None and block.supplies):
+        if not self._has_keys(block):
             return 0
         queries = self.counter.width(block.tokens) if block.tokens else 0
         keys, supplied = self.counter.width(block.held), self.counter.width(block.supplies)

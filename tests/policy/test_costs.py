@@ -192,6 +192,20 @@ def test_prefill_flops_are_what_pytorch_counts(name: str, sizes: dict[str, Any])
     assert prefill_flops(config, Policy.full(3), system=2, visual=4, text=3) == counted - routers
 
 
+def test_layers_that_read_earlier_keys_store_none() -> None:
+    config = hf.Gemma4TextConfig(**{**GEMMA4, "num_kv_shared_layers": 1})
+    torch.manual_seed(0)
+    model = hf.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        cache = model(input_ids=torch.arange(9)[None] + 3).past_key_values
+    stored = [0 if layer.keys is None else layer.keys.nbytes + layer.values.nbytes for layer in cache.layers]
+    dims = DecoderDims.from_config(config)
+    tokens = policy_tokens(Policy.full(3), system=2, visual=4, text=3)
+    assert stored[-1] == dims.key_value_width(2) == 0
+    assert kv_cache_bytes(dims, tokens, 4) == sum(stored)
+    assert DecoderDims(**dims.as_document()) == dims
+
+
 # --- decoders with other token mixers
 
 LINEAR: dict[str, Any] = {

@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
+import peft
 import pytest
 import torch
 from transformers import GenerationConfig
 
-from dop_compile import Policy
+from dop_compile import Policy, dop_compile
 from dop_compile.errors import UnsupportedUsageError
 from dop_compile.runtime.cache import PrunedCache
 from tests.conformance.text_only import TEXT_ONLY
@@ -36,7 +37,9 @@ READERS_ALONE = [("visual", layer, "mha_key_value") for layer in (1, 2, 3)]
 """Sources that do not see visual keys themselves, but store them for layers 4 and 5."""
 SOURCES_ALONE = [("visual", layer, "mha_key_value") for layer in (3, 4, 5)]
 FROZEN = [*READERS_ALONE, ("system", 5, "mha_key_value"), ("visual", 2, "mha_query"), ("visual", 1, "mlp")]
-POLICIES = {"readers alone": READERS_ALONE, "sources alone": SOURCES_ALONE, "frozen": FROZEN}
+NARROW = [("system", layer, "mha_key_value") for layer in (1, 3, 5)] + [("visual", 3, "mha_key_value")]
+"""What layer 1 stores has padding in some rows, and layer 3 sees a part of it."""
+POLICIES = {"readers alone": READERS_ALONE, "sources alone": SOURCES_ALONE, "frozen": FROZEN, "narrow": NARROW}
 
 
 def batch_of(attn: str | None = None) -> Batch:
@@ -136,6 +139,37 @@ def test_handing_the_keys_and_values_out_is_refused(pruned: tuple[Batch, Policy,
     batch, _, compiled = pruned
     with pytest.raises(UnsupportedUsageError, match="return_shared_kv_states=True is not supported"):
         compiled(**batch.inputs, **batch.call_arguments(), return_shared_kv_states=True)
+
+
+@torch.no_grad()
+def test_half_precision() -> None:
+    model = SIDE_INPUTS.build(dtype=torch.bfloat16)
+    batch = make_batch(SIDE_INPUTS, model=model)
+    compiled = compile_eagerly(model, Policy.full(LAYERS))
+    assert torch.equal(compiled(**batch.inputs, **batch.call_arguments()).logits, model(**batch.inputs).logits)
+
+
+@pytest.mark.conformance
+@torch.no_grad()
+def test_compiled_pieces() -> None:
+    batch, policy = make_batch(SIDE_INPUTS), Policy.from_operations(LAYERS, FROZEN)
+    given = batch.inputs | batch.call_arguments()
+    eager, compiled = (dop_compile(batch.model, policy, backend=backend) for backend in ("eager", "aot_eager"))
+    assert_close(compiled(**given).logits, eager(**given).logits)
+
+
+@torch.no_grad()
+def test_adapters() -> None:
+    targets = r".*layers.*(q_proj|k_proj|v_proj|o_proj|gate_proj)"
+    config = peft.LoraConfig(target_modules=targets, init_lora_weights=False)
+    model = peft.get_peft_model(SIDE_INPUTS.build(), config).eval()
+    batch = make_batch(SIDE_INPUTS, model=model.base_model.model)
+    policy = Policy.from_operations(LAYERS, FROZEN)
+    compiled = compile_eagerly(batch.model, {"100%": Policy.full(LAYERS), "frozen": policy})
+    given = batch.inputs | batch.call_arguments()
+    assert torch.equal(compiled(**given).logits, model(**batch.inputs).logits)
+    logits = compiled(**given, tier="frozen").logits
+    assert_close(logits[batch.mask], reference(batch, policy)[batch.mask], tolerance=3e-5)
 
 
 @pytest.fixture
