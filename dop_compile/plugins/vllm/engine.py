@@ -15,7 +15,7 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from dop_compile.errors import UnsupportedUsageError
 from dop_compile.plugins.vllm.families import family_of
 from dop_compile.plugins.vllm.internals import check_internals
-from dop_compile.plugins.vllm.policies import check_policy, reads_values
+from dop_compile.plugins.vllm.policies import check_policy
 from dop_compile.plugins.vllm.roles import Roles
 from dop_compile.plugins.vllm.section import Section
 from dop_compile.policy.policy import Policy
@@ -87,11 +87,6 @@ def check_engine(vllm_config: Any, policy: Policy) -> None:
         (
             bool(getattr(compilation, "cudagraph_mm_encoder", False)) and policy.visual_tokens is not None,
             "CUDA graphs of the vision tower: pictures would not be reduced; leave cudagraph_mm_encoder out",
-        ),
-        (
-            vllm_config.use_v2_model_runner and reads_values(policy),
-            f"the V2 model runner: it keeps no place for positions that reducer {policy.reducer!r} finds; "
-            "set VLLM_USE_V2_MODEL_RUNNER=0",
         ),
     )
     found = [why for is_so, why in refused if is_so]

@@ -152,8 +152,8 @@ INTERNALS = (
     Internal("vllm.multimodal.inputs", "PlaceholderRange", ("offset", "length", "is_embed"), why="original positions"),
     Internal(
         INTERFACES,
-        "SupportsMultiModalPruning.recompute_mrope_positions",
-        ("input_ids", "multimodal_embeddings", "mrope_positions", "num_computed_tokens"),
+        "SupportsMultiModal.embed_input_ids",
+        ("input_ids", "multimodal_embeddings", "is_multimodal"),
         why="positions of tokens that are chosen by what the picture shows",
     ),
     Internal(

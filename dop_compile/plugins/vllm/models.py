@@ -177,7 +177,7 @@ class DopQwen3VL(Grid, qwen3_vl.Qwen3VLForConditionalGeneration):  # type: ignor
         rows = 0 if inputs_embeds is None else len(inputs_embeds)
         deepstack = None if inputs_embeds is None else self._get_deepstack_input_embeds(rows)
         hidden = self._decoder(
-            positions,
+            self._own_positions(positions),
             inputs_embeds,
             input_ids=input_ids,
             intermediate_tensors=intermediate_tensors,

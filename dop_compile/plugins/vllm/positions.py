@@ -3,9 +3,9 @@
 A decoder of one-dimensional positions is one of M-RoPE whose three rows are equal: that is how vLLM can be told positions
 that are not counted up. Two ways, by what is known when vLLM asks for them, before the vision tower has run:
 
-1. the reducer goes by numbers alone: positions of the prompt before reduction, without the dropped columns.
-2. it looks at the picture: which tokens are kept comes with the embeddings (`pack`), so vLLM is first told where each
-   picture begins, and behind these columns the same once more, which stays when they are replaced (`place`).
+1. the reducer goes by numbers alone: positions of the prompt before reduction, without the dropped columns (`columns`).
+2. it looks at the picture: rows of a picture are all said to stand where it begins. Which tokens are kept comes with
+   the embeddings (`pack`), and is added in the step that computes them (`unpack`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Placed", "columns", "pack", "place", "unpack", "with_bases"]
+__all__ = ["Placed", "columns", "pack", "unpack"]
 
 DIGITS, BASE = 2, 128
 """Offsets travel in the embeddings' dtype: digits of a base that float16 and bfloat16 hold exactly."""
@@ -38,32 +38,20 @@ class Placed:
     kept: Tensor | None
 
 
-def columns(length: int, pictures: Sequence[Placed]) -> tuple[Tensor, int]:
-    """(length,) the place that each row had before reduction, and the length of that prompt.
+def columns(length: int, pictures: Sequence[Placed]) -> tuple[Tensor, list[int], int]:
+    """(length,) the place that each row had before reduction; that of each picture's first token; that prompt's length.
 
-    Rows of pictures whose kept tokens are not known have that of the picture's first token.
+    Rows of pictures whose kept tokens are not known have the place of the picture's first token.
     """
     dropped = torch.zeros(length + 1, dtype=torch.long)
     for picture in pictures:
         dropped[int(picture.rows[-1]) + 1] += picture.tokens - len(picture.rows)
     shift = dropped.cumsum(0)
     found = torch.arange(length) + shift[:length]
-    for picture in pictures:
-        first = found[picture.rows[0]]
+    firsts = [int(found[picture.rows[0]]) for picture in pictures]
+    for picture, first in zip(pictures, firsts, strict=True):
         found[picture.rows] = first if picture.kept is None else first + picture.kept
-    return found, length + int(shift[-1])
-
-
-def with_bases(positions: Tensor, pictures: Sequence[Placed], later: int) -> Tensor:
-    """(3, 2 * length + 1) what `place` works on.
-
-    Positions; behind them those of each picture's first token at its rows, elsewhere -1; and `later`, which is to be
-    added to positions of tokens behind the prompt.
-    """
-    bases = torch.full_like(positions, -1)
-    for picture in pictures:
-        bases[:, picture.rows] = positions[:, picture.rows]
-    return torch.cat([positions, bases, torch.full_like(positions[:, :1], later)], dim=1)
+    return found, firsts, length + int(shift[-1])
 
 
 def pack(features: Tensor, offsets: Tensor) -> Tensor:
@@ -82,20 +70,3 @@ def unpack(packed: Tensor) -> tuple[Tensor, Tensor]:
     """What `pack` was given."""
     digits = packed[:, -CHANNELS:].T.long()
     return packed[:, :-CHANNELS], digits[:3] * BASE + digits[3:]
-
-
-def place(positions: Tensor, offsets: Sequence[Tensor], computed: int) -> tuple[Tensor, int]:
-    """Positions `with_bases` in which the next rows of pictures, from row `computed` on, have their own; and `later`.
-
-    Args:
-        positions: (3, 2 * length + 1).
-        offsets: (3, rows) of each stretch of a picture that the step computes, in order.
-        computed: rows of the prompt that were computed before.
-    """
-    length = positions.shape[1] // 2
-    later, result = int(positions[0, -1]), positions.clone()
-    if offsets:
-        moved = torch.cat(list(offsets), dim=1).to(positions)
-        rows = (positions[0, length + computed : -1] >= 0).nonzero().flatten()[: moved.shape[1]] + computed
-        result[:, rows] = positions[:, rows + length] + moved
-    return result, later

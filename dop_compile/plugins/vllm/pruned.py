@@ -14,7 +14,7 @@ from dop_compile.plugins.vllm.backends import without_prefix_flag
 from dop_compile.plugins.vllm.decoder import PrunedDecoder
 from dop_compile.plugins.vllm.engine import check_backend, check_engine
 from dop_compile.plugins.vllm.internals import check_internals
-from dop_compile.plugins.vllm.positions import Placed, columns, pack, place, unpack, with_bases
+from dop_compile.plugins.vllm.positions import Placed, columns, pack, unpack
 from dop_compile.plugins.vllm.processors import SHARE
 from dop_compile.plugins.vllm.roles import Roles
 from dop_compile.plugins.vllm.section import Section
@@ -23,16 +23,11 @@ from dop_compile.plugins.vllm.shares import Share
 
 __all__ = ["Pruned"]
 
-ANY_RATE = 1e-9
-"""Lets vLLM ask the model for positions again once pictures are encoded. It is a share of video tokens to drop; videos
-are refused."""
-
 
 class Pruned:
     """A multimodal model whose decoder is `language_model.model`."""
 
     supports_mrope: ClassVar[bool] = True
-    supports_multimodal_pruning: ClassVar[bool] = True
     language_model: Any
     config: Any
 
@@ -49,8 +44,7 @@ class Pruned:
             check_backend(layer.self_attn.attn)
         self._decoder = PrunedDecoder(decoder, Roles.of(policy))
         self._selector = None if policy.visual_tokens is None else Selector(policy)
-        if self._selector is not None and self._selector.reads_values:
-            model_config.multimodal_config.video_pruning_rate = ANY_RATE
+        self._moved: tuple[Tensor, Tensor] | None = None  # rows of the coming step, and by how much they stand later
         self._prepare()
 
     def _prepare(self) -> None:
@@ -77,9 +71,8 @@ class Pruned:
         **kwargs: object,
     ) -> Any:
         """(rows, hidden) of the step, as vLLM's classes return it."""
-        return self._decoder(
-            positions, inputs_embeds, input_ids=input_ids, intermediate_tensors=intermediate_tensors
-        )
+        own = self._own_positions(positions)
+        return self._decoder(own, inputs_embeds, input_ids=input_ids, intermediate_tensors=intermediate_tensors)
 
     # Fewer tokens
 
@@ -120,13 +113,14 @@ class Pruned:
             return super().get_mrope_input_positions(input_tokens, mm_features)  # type: ignore[misc,no-any-return]
         features = sorted(mm_features, key=lambda feature: feature.mm_position.offset)
         pictures = [self._placed(feature) for feature in features]
-        own, length = columns(len(input_tokens), pictures)
+        own, firsts, length = columns(len(input_tokens), pictures)
         moved = [
-            replace(f, mm_position=replace(f.mm_position, offset=int(own[f.mm_position.offset]))) for f in features
+            replace(feature, mm_position=replace(feature.mm_position, offset=first))
+            for feature, first in zip(features, firsts, strict=True)
         ]
         whole = self._whole_positions(length, moved)
         positions, later = whole[:, own], int(whole.max()) + 1 - len(input_tokens)
-        return (with_bases(positions, pictures, later) if self._selector.reads_values else positions), later
+        return positions, later
 
     def _placed(self, feature: Any) -> Placed:
         assert self._selector is not None
@@ -135,14 +129,26 @@ class Pruned:
         kept = None if self._selector.reads_values else self._selector.fixed(share)
         return Placed(rows + at.offset, share.layout.tokens, kept)
 
-    def recompute_mrope_positions(
-        self,
-        input_ids: Any,
-        multimodal_embeddings: Sequence[Tensor],
-        mrope_positions: Tensor,
-        num_computed_tokens: int,
-    ) -> tuple[list[Tensor], Tensor, int]:
-        """Embeddings and positions of the step's pictures, once it is known which of their tokens entered."""
-        both = [unpack(packed) for packed in multimodal_embeddings]
-        positions, later = place(mrope_positions, [offsets for _, offsets in both], num_computed_tokens)
-        return [features for features, _ in both], positions, later
+    def embed_input_ids(
+        self, input_ids: Tensor, multimodal_embeddings: Any = None, *, is_multimodal: Tensor | None = None
+    ) -> Tensor:
+        """(rows, hidden) of the coming step; where its visual tokens stand is kept for it."""
+        self._moved = None
+        if self._selector is not None and self._selector.reads_values and multimodal_embeddings is not None:
+            both = [unpack(packed) for packed in multimodal_embeddings]
+            multimodal_embeddings = [features for features, _ in both]
+            if both:
+                assert is_multimodal is not None
+                rows = is_multimodal.nonzero().flatten().to(input_ids.device)
+                self._moved = rows, torch.cat([offsets for _, offsets in both], dim=1)
+        embedded: Tensor = super().embed_input_ids(  # type: ignore[misc]
+            input_ids, multimodal_embeddings, is_multimodal=is_multimodal
+        )
+        return embedded
+
+    def _own_positions(self, positions: Tensor) -> Tensor:
+        """Those of the step, once it is known which tokens of its pictures entered."""
+        if self._moved is None:
+            return positions
+        (rows, offsets), self._moved = self._moved, None
+        return positions.index_add(1, rows, offsets.to(positions))
