@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,12 +146,20 @@ def engine(name: str, label: str, folder: Path, **settings: Any) -> Iterator[LLM
         cleanup_dist_env_and_memory()
 
 
-def run(llm: LLM, name: str, numbers: Sequence[int] | None = None) -> dict[int, Answer]:
-    """Answers to some of `prompts(name)` at once, by number."""
+def run(
+    llm: LLM, name: str, numbers: Sequence[int] | None = None, between: Callable[[int], object] = lambda steps: None
+) -> dict[int, Answer]:
+    """Answers to some of `prompts(name)` at once, by number. `between`: called after each step with how many there were."""
     chosen = list(range(len(prompts(name)))) if numbers is None else list(numbers)
     sampling = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, logprobs=VOCABULARY, ignore_eos=True)
-    outputs = llm.generate([prompts(name)[n].for_vllm(name) for n in chosen], sampling, use_tqdm=False)
-    return {n: _answered(output.outputs[0]) for n, output in zip(chosen, outputs, strict=True)}
+    inner, found, steps = llm.llm_engine, {}, 0
+    for number in chosen:
+        inner.add_request(str(number), prompts(name)[number].for_vllm(name), sampling)
+    while inner.has_unfinished_requests():
+        found.update({int(output.request_id): _answered(output.outputs[0]) for output in inner.step() if output.finished})
+        steps += 1
+        between(steps)
+    return found
 
 
 def _answered(output: Any) -> Answer:

@@ -112,6 +112,8 @@ class GridShortening(Shortening):
 class Grid(Pruned):
     """Positions in time, height and width."""
 
+    axes = "grid"
+
     def _offsets(self, kept: Tensor, number: int, kwargs: dict[str, Any]) -> Tensor:
         merge = self.config.vision_config.spatial_merge_size
         columns = int(kwargs["image_grid_thw"][number][2]) // merge

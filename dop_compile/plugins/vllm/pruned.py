@@ -28,6 +28,8 @@ class Pruned:
     """A multimodal model whose decoder is `language_model.model`."""
 
     supports_mrope: ClassVar[bool] = True
+    axes: ClassVar[str] = "line"
+    """As in `Family`: on a line three equal rows are one, which is also how vLLM compiles such a decoder."""
     language_model: Any
     config: Any
 
@@ -148,7 +150,7 @@ class Pruned:
 
     def _own_positions(self, positions: Tensor) -> Tensor:
         """Those of the step, once it is known which tokens of its pictures entered."""
-        if self._moved is None:
-            return positions
-        (rows, offsets), self._moved = self._moved, None
-        return positions.index_add(1, rows, offsets.to(positions))
+        if self._moved is not None:
+            (rows, offsets), self._moved = self._moved, None
+            positions = positions.index_add(1, rows, offsets.to(positions))
+        return positions if self.axes == "grid" or positions.ndim == 1 else positions[0]
