@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,15 +128,17 @@ def _inputs(reader: Any, prompt: Prompt) -> dict[str, Any]:
     return inputs
 
 
+def engine(name: str, label: str, folder: Path, **settings: Any) -> AbstractContextManager[LLM]:
+    """An engine in this process, of a shipped model."""
+    return engine_of(CHECKPOINTS / name, POLICIES[label], folder, **settings)
+
+
 @contextmanager
-def engine(name: str, label: str, folder: Path, **settings: Any) -> Iterator[LLM]:
-    """An engine in this process."""
+def engine_of(checkpoint: Path, policy: Policy, folder: Path, **settings: Any) -> Iterator[LLM]:
     target = folder / "served"
-    write_served(CHECKPOINTS / name, target, label, POLICIES[label], force=target.exists())
+    write_served(checkpoint, target, "tested", policy, force=target.exists())
     settings = {"enforce_eager": True, "max_model_len": 640, "max_num_seqs": 16, **settings}
-    llm = LLM(
-        model=str(target), dtype="float32", max_logprobs=VOCABULARY, disable_log_stats=True, seed=0, **settings
-    )
+    llm = LLM(model=str(target), dtype="float32", max_logprobs=VOCABULARY, disable_log_stats=True, seed=0, **settings)
     try:
         yield llm
     finally:
