@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from digits_vlm import data, models
 from PIL import Image
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 
+from digits_vlm import data, models
 from dop_compile import Policy, dop_compile
 from dop_compile.plugins.vllm.served import write_served
 
@@ -158,7 +158,9 @@ def run(
     for number in chosen:
         inner.add_request(str(number), prompts(name)[number].for_vllm(name), sampling)
     while inner.has_unfinished_requests():
-        found.update({int(output.request_id): _answered(output.outputs[0]) for output in inner.step() if output.finished})
+        found.update(
+            {int(output.request_id): _answered(output.outputs[0]) for output in inner.step() if output.finished}
+        )
         steps += 1
         between(steps)
     return found
@@ -173,7 +175,9 @@ def check(found: dict[int, Answer], name: str, label: str) -> None:
     """Tokens are those of the compiled Hugging Face model, and log-probabilities as near as arithmetic allows."""
     for number, answer in found.items():
         wanted = reference(name, label)[number]
-        torch.testing.assert_close(answer.first, wanted.first, rtol=0, atol=TOLERANCE, msg=lambda m, n=number: f"{n}: {m}")
+        torch.testing.assert_close(
+            answer.first, wanted.first, rtol=0, atol=TOLERANCE, msg=lambda m, n=number: f"{n}: {m}"
+        )
         assert answer.tokens == wanted.tokens, prompts(name)[number].text
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from digits_vlm import data
 from vllm import SamplingParams
 
+from digits_vlm import data
 from dop_compile import Policy, dop_compile
 from tests.vllm_engine.engines import NEW_TOKENS, PLACEHOLDERS, TOLERANCE, VOCABULARY, engine_of
 from tests.vllm_engine.tiny import KINDS, LAYERS, save

@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 import transformers
-from digits_vlm import data, models
+
+from digits_vlm import models
 
 __all__ = ["KINDS", "save"]
 
 hf: Any = transformers
 LAYERS = 8
+VIDEOS = {"qwen2_vl": "Qwen2VLVideoProcessor", "qwen3_vl": "Qwen3VLVideoProcessor"}
 _TEXT = {
     "vocab_size": 47,
     "hidden_size": 64,
@@ -97,7 +99,10 @@ def save(kind: str, directory: Path) -> tuple[Any, Any]:
     images = models.image_processor("qwen2_5_vl")
     images.save_pretrained(directory)
     name = {"qwen2_vl": "Qwen2VLProcessor", "qwen3_vl": "Qwen3VLProcessor"}[kind]
-    video = {**images.to_dict(), "video_processor_type": "Qwen3VLVideoProcessor" if kind == "qwen3_vl" else "Qwen2VLVideoProcessor"}
+    video = {
+        **images.to_dict(),
+        "video_processor_type": "Qwen3VLVideoProcessor" if kind == "qwen3_vl" else "Qwen2VLVideoProcessor",
+    }
     video.pop("image_processor_type", None)
     for file, content in {
         "video_preprocessor_config.json": video,

@@ -1,8 +1,8 @@
 """A decoder's layers without what visual rows do not take part in.
 
 Called in place of the model's own loop in steps that compute visual rows; all other steps, decoding above all, run the
-model's own (perhaps compiled) loop. Layers are called as vLLM calls them, `layer(positions, hidden, residual)`, on fewer
-rows: attention metadata has been narrowed to those (`backends`).
+model's own (perhaps compiled) loop. Layers are called as vLLM calls them, `layer(positions, hidden, residual)`, on
+fewer rows: attention metadata has been narrowed to those (`backends`).
 """
 
 from __future__ import annotations
@@ -115,9 +115,7 @@ class PrunedDecoder:
         else:
             assert plan is not None
             with self._storing(plan.others, plan.queries):
-                update = attention(
-                    positions=streams.positions[..., plan.queries], hidden_states=state[plan.queries]
-                )
+                update = attention(positions=streams.positions[..., plan.queries], hidden_states=state[plan.queries])
             streams.add_to_all(update, plan.queries)
             if plan.unseeing.numel():  # what they attend to is zero, and the output projection may have a bias
                 nothing = state.new_zeros(len(plan.unseeing), attention.q_size)

@@ -67,7 +67,7 @@ def narrow(attention: Attention, metadata: Any, block_size: int) -> tuple[Any, P
         return metadata, None
     for name in ("seq_lens_cpu_upper_bound", "positions"):
         if getattr(metadata, name) is None:
-            raise UnsupportedUsageError(f"this vLLM does not tell attention backends {name}; see dop_compile's versions")
+            raise UnsupportedUsageError(f"this vLLM tells attention backends no {name}; see dop_compile's versions")
     step = step_of(
         metadata.query_start_loc_cpu.numpy(), metadata.seq_lens_cpu_upper_bound.numpy(), metadata.mm_req_doc_ranges
     )

@@ -1,7 +1,7 @@
 """Where kept visual tokens stand: at their positions before reduction, as M-RoPE positions (3, tokens).
 
-A decoder of one-dimensional positions is one of M-RoPE whose three rows are equal: that is how vLLM can be told positions
-that are not counted up. Two ways, by what is known when vLLM asks for them, before the vision tower has run:
+A decoder of one-dimensional positions is one of M-RoPE whose three rows are equal: that is how vLLM can be told
+positions that are not counted up. Two ways, by what is known when vLLM asks for them, before the vision tower has run:
 
 1. the reducer goes by numbers alone: positions of the prompt before reduction, without the dropped columns (`columns`).
 2. it looks at the picture: rows of a picture are all said to stand where it begins. Which tokens are kept comes with

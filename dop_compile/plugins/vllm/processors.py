@@ -99,7 +99,7 @@ class Shortening:
         return {**fields, SHARE: MultiModalFieldConfig.batched("image", keep_on_cpu=True)}
 
     def _get_prompt_updates(self, *args: Any, **kwargs: Any) -> Sequence[Any]:
-        updates = super()._get_prompt_updates(*args, **kwargs)  # type: ignore[misc]
+        updates: Sequence[Any] = super()._get_prompt_updates(*args, **kwargs)  # type: ignore[misc]
         call = _call.get()
         if call is None:
             return updates
@@ -113,8 +113,8 @@ class Shortening:
             embeds = (whole if details.is_embed is None else details.is_embed(details.full)).nonzero().flatten()
             if len(embeds) != share.layout.tokens:
                 raise UnsupportedUsageError(
-                    f"a picture has {len(embeds)} visual tokens where {share.layout.tokens} were expected: this version "
-                    "of vLLM counts them otherwise; see dop_compile's versions"
+                    f"a picture has {len(embeds)} visual tokens where {share.layout.tokens} were expected: this vLLM "
+                    "counts them otherwise; see dop_compile's versions"
                 )
             whole[embeds[share.kept :]] = False
             return replace(details, full=[token for token, enters in zip(details.full, whole, strict=True) if enters])

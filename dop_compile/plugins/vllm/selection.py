@@ -48,7 +48,8 @@ class Selector:
         projected = features[droppable]
         fields: dict[str, Any] = {}
         if self.needs_attention:
-            assert before is not None and attention is not None
+            assert before is not None
+            assert attention is not None
             tiles = torch.zeros(len(projected), dtype=torch.long)
             # visionzip asks for keys and the projector, and uses them for merged tokens, of which there are none
             fields = {"features": before, "cls_attention": attention, "tiles": tiles, "keys": before, "project": _none}

@@ -25,7 +25,8 @@ def test_roles_are_without_what_nobody_reads() -> None:
     assert kinds(Policy.depthwise(4, mha_depth=2)) == ["full+mlp", "frozen", "absent", "absent"]
     split = Policy.depthwise(4, mha_query_depth=1, mha_key_value_depth=3, mlp_depth=2)
     assert kinds(split) == ["full+mlp", "frozen+mlp", "frozen", "absent"]
-    assert Roles.of(split).removed_from == 3 and not Roles.of(split).stores_every_key
+    assert Roles.of(split).removed_from == 3
+    assert not Roles.of(split).stores_every_key
     holes = Policy.from_operations(4, [("visual", 1, "mha_key_value"), ("visual", 2, "mlp")])
     assert kinds(holes) == ["full+mlp", "keyless+mlp", "full", "frozen"]
     assert Roles.of(Policy.depthwise(4, mha_depth=0)).removed_from == 0

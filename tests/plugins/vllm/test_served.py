@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 
 import pytest
-from digits_vlm import models
 
+from digits_vlm import models
 from dop_compile import Policy
 from dop_compile.cli import main
 from dop_compile.plugins.vllm.llava_names import renamed
@@ -28,7 +28,8 @@ def test_a_directory_has_the_models_files_as_links_and_the_policy(tmp_path: Path
     assert config["architectures"] == ["DopLlavaForConditionalGeneration"]
     section = Section.from_config(config)
     assert (section.tier, section.policy) == ("28%", POLICY)
-    assert section.policy.positions == "original" and section.policy.options == {"seed": 3}
+    assert section.policy.positions == "original"
+    assert section.policy.options == {"seed": 3}
     assert sum(config["text_config"]["rope_parameters"]["mrope_section"]) == 16  # half of a head
     assert os.listdir(tmp_path) == ["served"]
 

@@ -44,7 +44,8 @@ def test_a_prompts_pictures_keep_what_the_product_keeps(reducer: str, options: d
 def test_newlines_always_enter() -> None:
     share = Share(0, 3, Layout(4 + 2 * 3, rows=2, columns=2))
     kept = Selector(POLICY).fixed(share).tolist()
-    assert {6, 9} <= set(kept) and len(kept) == 5
+    assert {6, 9} <= set(kept)
+    assert len(kept) == 5
 
 
 def test_kept_tokens_keep_their_places() -> None:
@@ -63,6 +64,7 @@ def test_kept_tokens_keep_their_places() -> None:
 def test_offsets_travel_exactly(dtype: torch.dtype) -> None:
     offsets = torch.tensor([[0, 127, 128, 16383], [1, 2, 300, 9000], [5, 255, 257, 12345]])
     features, found = unpack(pack(torch.randn(4, 8).to(dtype), offsets))
-    assert found.tolist() == offsets.tolist() and features.shape == (4, 8)
+    assert found.tolist() == offsets.tolist()
+    assert features.shape == (4, 8)
     with pytest.raises(ValueError, match="more than 16384 positions"):
         pack(torch.zeros(1, 8), torch.tensor([[16384]] * 3))
