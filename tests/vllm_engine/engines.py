@@ -73,7 +73,7 @@ class Answer:
 
 @functools.cache
 def prompts(name: str, count: int = 5) -> tuple[Prompt, ...]:
-    """Pictures of several sizes, where the model takes them; then several pictures, turns, none, and a picture first."""
+    """Pictures of several sizes, where the model takes them; several pictures, turns, none, and a picture first."""
     examples = list(data.examples("validation", count=count))
     sides = [96] if name == "llava" else [96, 72, 120, 144, 84]
     pictures = [e.image.resize((sides[n % len(sides)],) * 2) for n, e in enumerate(examples)]
@@ -151,7 +151,7 @@ def engine_of(checkpoint: Path, policy: Policy, folder: Path, **settings: Any) -
 def run(
     llm: LLM, name: str, numbers: Sequence[int] | None = None, between: Callable[[int], object] = lambda steps: None
 ) -> dict[int, Answer]:
-    """Answers to some of `prompts(name)` at once, by number. `between`: called after each step with how many there were."""
+    """Answers to some of `prompts(name)` at once, by number. `between`: called after each step with their number."""
     chosen = list(range(len(prompts(name)))) if numbers is None else list(numbers)
     sampling = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, logprobs=VOCABULARY, ignore_eos=True)
     inner, found, steps = llm.llm_engine, {}, 0

@@ -41,7 +41,8 @@ class ImagesOnly:
     """Mixed in before a `BaseProcessingInfo`: videos have not been tried under a policy."""
 
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
-        return {"image": None}
+        limits: Mapping[str, int | None] = super().get_supported_mm_limits()  # type: ignore[misc]
+        return {modality: limit if modality == "image" else 0 for modality, limit in limits.items()}
 
 
 class Shortening:

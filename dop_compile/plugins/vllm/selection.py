@@ -26,7 +26,7 @@ class Selector:
     """
 
     def __init__(self, policy: Policy) -> None:
-        self._reducer = create(policy.reducer, policy.options)
+        self._reducer: Any = create(policy.reducer, policy.options)
         self.reads_values = reads_values(policy)
         self.needs_attention = "cls_attention" in needs(self._reducer)
 

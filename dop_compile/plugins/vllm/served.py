@@ -1,4 +1,4 @@
-"""A directory that `vllm serve DIR` serves under a policy without options: a checkpoint, and what its configuration adds.
+"""A directory that `vllm serve DIR` serves under a policy: a checkpoint, and what its configuration adds.
 
     config.json          the checkpoint's, with the architecture's served name, the policy, and its positions
     everything else      links to the checkpoint's own files, or copies where the file system has no links

@@ -89,7 +89,7 @@ def shares_of(visual_tokens: int, layouts: Sequence[Layout]) -> list[Share]:
     for number, count in enumerate(counts):
         if count == 0:
             raise UnsupportedUsageError(
-                f"the policy lets {visual_tokens} visual tokens in, of which picture {number + 1} of {len(counts)} would "
-                "have none; send fewer pictures, or serve a policy with more visual_tokens"
+                f"the policy lets {visual_tokens} visual tokens in, of which picture {number + 1} of {len(counts)} "
+                "would have none; send fewer pictures, or serve a policy with more visual_tokens"
             )
     return [Share(number, *both) for number, both in enumerate(zip(counts, layouts, strict=True))]

@@ -24,7 +24,7 @@ class ClassAttention:
     """
 
     def __init__(self, model: Any) -> None:
-        tower = getattr(model.vision_tower, "vision_model", None)
+        tower: Any = getattr(model.vision_tower, "vision_model", None)
         if (
             not hasattr(getattr(tower, "embeddings", None), "class_embedding")
             or not isinstance(model.config.vision_feature_layer, int)
