@@ -43,6 +43,7 @@ def save_model(directory: Path, layers: int, hidden: int) -> None:
     """A LLaVA-1.5 whose words are numbers."""
     import torch
     import transformers
+    from safetensors.torch import load_file, save_file
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     hf: Any = transformers
@@ -69,6 +70,9 @@ def save_model(directory: Path, layers: int, hidden: int) -> None:
     )
     torch.manual_seed(0)
     hf.LlavaForConditionalGeneration(config).save_pretrained(directory)
+    weights = load_file(directory / "model.safetensors")
+    older = {n.replace("vision_tower.", "vision_tower.vision_model."): w for n, w in weights.items()}
+    save_file(older, directory / "model.safetensors", {"format": "pt"})  # vLLM's own class knows no other names
     known = ["<pad>", "<s>", "</s>", "<image>", *map(str, range(WORDS - 4))]
     inner = Tokenizer(models.WordLevel({word: n for n, word in enumerate(known)}, unk_token="<pad>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -178,6 +182,7 @@ def main() -> None:
         for name in ("original", "pruned"):
             here, there = context.Pipe()
             context.Process(target=serve, args=(str(Path(folder) / name), there), daemon=True).start()
+            there.close()  # an engine that fails is then noticed
             assert here.recv() == "ready"
             pipes[name] = here
         found: dict[int, dict[str, list[Round]]] = {n: {name: [] for name in pipes} for n in arguments.clients}
