@@ -46,6 +46,8 @@ POLICIES = {
     "no visual": depthwise(mha_depth=0, mlp_depth=0),
     "holes": Policy.from_operations(LAYERS, HOLES, visual_tokens=50),
     "divprune": depthwise(mha_query_depth=2, mha_key_value_depth=7, visual_tokens=40, reducer="divprune"),
+    "vispruner": depthwise(mha_query_depth=2, mha_key_value_depth=7, visual_tokens=40, reducer="vispruner"),
+    "visionzip": depthwise(mlp_depth=3, visual_tokens=40, reducer="visionzip", reducer_options={"contextual": 0}),
 }
 
 

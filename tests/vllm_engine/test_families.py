@@ -25,7 +25,8 @@ def test_answers_are_those_of_the_compiled_model(kind: str, reducer: str, tmp_pa
     )
     compiled = dop_compile(model, policy, backend="eager")
     compiled.generation_config.eos_token_id = None
-    place = PLACEHOLDERS["llava" if kind == "llava_next" else "qwen2_5_vl"]
+    places = {"llava_next": PLACEHOLDERS["llava"], "internvl": "<|image_pad|>"}
+    place = places.get(kind, PLACEHOLDERS["qwen2_5_vl"])
     examples = list(data.examples("validation", count=len(SIZES)))
     prompts = [
         (example.prompt.replace("<image>", place), example.image.resize(size))

@@ -68,7 +68,26 @@ def _llava_next() -> Any:
     return hf.LlavaNextForConditionalGeneration(config)
 
 
-KINDS = {"qwen2_vl": _qwen2_vl, "qwen3_vl": _qwen3_vl, "llava_next": _llava_next}
+def _internvl() -> Any:
+    vision = hf.InternVLVisionConfig(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=[48, 48],
+        patch_size=[6, 6],
+        use_qk_norm=False,
+    )
+    config = hf.InternVLConfig(
+        text_config=hf.Qwen2Config(**_TEXT),
+        vision_config=vision,
+        image_token_id=models.IMAGE,
+        tie_word_embeddings=False,
+    )
+    return hf.InternVLForConditionalGeneration(config)
+
+
+KINDS = {"qwen2_vl": _qwen2_vl, "qwen3_vl": _qwen3_vl, "llava_next": _llava_next, "internvl": _internvl}
 
 
 def save(kind: str, directory: Path) -> tuple[Any, Any]:
@@ -95,6 +114,8 @@ def save(kind: str, directory: Path) -> tuple[Any, Any]:
         )
         processor.save_pretrained(directory)
         return model, hf.AutoProcessor.from_pretrained(directory)
+    if kind == "internvl":
+        return model, _internvl_processor(words, directory)
     words.save_pretrained(directory)
     images = models.image_processor("qwen2_5_vl")
     images.save_pretrained(directory)
@@ -110,3 +131,23 @@ def save(kind: str, directory: Path) -> tuple[Any, Any]:
     }.items():
         (directory / file).write_text(json.dumps(content, default=int))
     return model, hf.AutoProcessor.from_pretrained(directory)
+
+
+def _internvl_processor(words: Any, directory: Path) -> Any:
+    """Its processor asks the tokenizer for marks of pictures by names of its own."""
+    marks = {
+        "start_image_token": "<|vision_start|>",
+        "end_image_token": "<|vision_end|>",
+        "context_image_token": "<|image_pad|>",
+        "video_token": "<|video_pad|>",
+    }
+    named = {name: getattr(words, name) for name in ("pad_token", "bos_token", "eos_token", "unk_token")}
+    words = hf.PreTrainedTokenizerFast(
+        tokenizer_object=words.backend_tokenizer, extra_special_tokens=marks, model_max_length=1024, **named
+    )
+    images = hf.GotOcr2ImageProcessorPil(
+        size={"height": 48, "width": 48}, crop_to_patches=True, min_patches=1, max_patches=4
+    )
+    video = hf.InternVLVideoProcessor(size={"height": 48, "width": 48})
+    hf.InternVLProcessor(images, words, video, image_seq_length=16).save_pretrained(directory)
+    return hf.AutoProcessor.from_pretrained(directory)
