@@ -19,7 +19,7 @@ def ask(picture: Path, question: str, url: str = "http://127.0.0.1:8000") -> str
     )
     with urllib.request.urlopen(request) as answer:
         text: str = json.load(answer)["choices"][0]["message"]["content"]
-    return text
+    return text.strip()
 
 
 if __name__ == "__main__":
