@@ -11,7 +11,9 @@ import pytest
 from vllm import EngineArgs
 
 from dop_compile import Policy
+from dop_compile.errors import UnsupportedUsageError
 from dop_compile.plugins.vllm import internals
+from dop_compile.plugins.vllm.engine import check_engine
 from dop_compile.plugins.vllm.served import write_served
 from tests.vllm_engine.engines import CHECKPOINTS, POLICIES
 
@@ -43,6 +45,14 @@ def test_prefix_caching_is_off_unless_asked_for_where_keys_are_left_out(served: 
     assert not configure(served).cache_config.enable_prefix_caching
     write_served(CHECKPOINTS / "llava", tmp_path / "frozen", "frozen", POLICIES["frozen"])
     assert configure(tmp_path / "frozen").cache_config.enable_prefix_caching
+
+
+def test_the_runner_that_was_not_tried(served: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = configure(served)
+    assert not config.use_v2_model_runner
+    monkeypatch.setattr(type(config), "use_v2_model_runner", True)
+    with pytest.raises(UnsupportedUsageError, match="leave VLLM_USE_V2_MODEL_RUNNER out"):
+        check_engine(config, POLICIES["joint"])
 
 
 def test_an_unknown_vllm(served: Path, monkeypatch: pytest.MonkeyPatch) -> None:

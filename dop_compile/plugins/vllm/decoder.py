@@ -74,6 +74,7 @@ class PrunedDecoder:
             return [None] * len(self._inner.layers)
         if not isinstance(metadata, dict):
             raise UnsupportedUsageError("steps in micro-batches cannot be pruned; start vLLM without --enable-dbo")
+        context.slot_mapping = dict(context.slot_mapping)  # whoever made it may use it in another step
         plans = []
         for layer in self._inner.layers:
             name = layer.self_attn.attn.layer_name

@@ -1,12 +1,13 @@
 """What an engine may be set up as under a policy: asked before anything is started, and once more where layers are.
 
 Refused, each with what to change: pipeline parallelism, LoRA, micro-batches, context parallelism, transfer of caches,
-speculation by a model, CUDA graphs of the vision tower, prefix caching where keys are left out, attention backends that
-were not read.
+speculation by a model, CUDA graphs of the vision tower, prefix caching where keys are left out, model runner V2,
+attention backends that were not read.
 """
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from vllm.config import ModelConfig
@@ -33,6 +34,8 @@ class EngineSettings(VerifyAndUpdateConfig):  # type: ignore[misc]
     @staticmethod
     def verify_and_update_model_config(model_config: Any) -> None:
         check_internals()
+        # Runner V2 was never run under a policy: this engine has V1, unless someone asks for V2, which is an error
+        os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
         section = Section.from_config(vars(model_config.hf_config))
         if not Roles.of(section.policy).stores_every_key and type(model_config) is ModelConfig:
             model_config.__class__ = ModelConfigWithoutPrefixCaching
@@ -87,6 +90,10 @@ def check_engine(vllm_config: Any, policy: Policy) -> None:
         (
             bool(getattr(compilation, "cudagraph_mm_encoder", False)) and policy.visual_tokens is not None,
             "CUDA graphs of the vision tower: pictures would not be reduced; leave cudagraph_mm_encoder out",
+        ),
+        (
+            vllm_config.use_v2_model_runner,
+            "vLLM's model runner V2, which has not been tried; leave VLLM_USE_V2_MODEL_RUNNER out, or set it to 0",
         ),
     )
     found = [why for is_so, why in refused if is_so]

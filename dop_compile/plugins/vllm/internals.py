@@ -120,6 +120,7 @@ INTERNALS = (
     Internal(
         "vllm.config", "ModelConfig.is_mm_prefix_lm", ("cached_property",), why="the runner says where pictures are"
     ),
+    Internal("vllm.config", "VllmConfig.use_v2_model_runner", why="V1 is what was run"),
     Internal("vllm.config", "ModelConfig.is_prefix_caching_supported", why="off unless asked for, with absent tokens"),
     Internal(f"{MODELS}.config", "MODELS_CONFIG_MAP", why="checks before anything is started"),
     Internal(PROCESSING, "BaseMultiModalProcessor._get_mm_hashes", ("inputs",), why="shares are part of hashes"),
