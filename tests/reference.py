@@ -476,11 +476,6 @@ def layer_parts(layer: nn.Module) -> dict[str, list[nn.Module]]:
     return parts
 
 
-@functools.cache
-def _source(kind: type) -> str:
-    return inspect.getsource(kind)
-
-
 def on_sequence(original: Callable[..., Any], members: Tensor) -> Callable[..., Any]:
     """A mixer on the members of its sequence alone, (1, tokens, hidden) of one unpadded row; zeros for the others."""
     signature = inspect.signature(original)
