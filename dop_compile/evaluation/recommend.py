@@ -24,7 +24,7 @@ from torch import Tensor
 from dop_compile.checks import finite
 from dop_compile.evaluation.advice import TOKENS_ONLY, Advice, advise
 from dop_compile.evaluation.measuring import check_tasks, count_tokens, evaluate
-from dop_compile.evaluation.methods import Method
+from dop_compile.evaluation.methods import RESIZE, Method
 from dop_compile.policy.policy import Policy
 from dop_compile.search.joint import measure_policies
 from dop_compile.search.measure import measure_divergences
@@ -89,10 +89,6 @@ class _Part(Sequence[Sample]):
     def __getitem__(self, number: Any) -> Any:
         return self._samples[self._numbers[number]]
 
-    def resized(self, number: int, visual_tokens: int) -> Any:
-        samples: Any = self._samples
-        return samples.resized(self._numbers[number], visual_tokens)
-
 
 def recommend(
     model: Any,
@@ -133,6 +129,11 @@ def recommend(
         TypeError, ValueError: too few samples, a sample without answers, wrong budgets; what is found in `out` belongs
             to something else.
     """
+    if reducer == RESIZE:
+        raise ValueError(
+            "reducer: smaller pictures are other inputs, and which they are differs by tier; compare them by "
+            "`dop-compile eval --method resize`, and choose another reducer here"
+        )
     if not len(budgets):
         raise ValueError("budgets: expected at least one, got none")
     if not 0 <= finite("max_loss", max_loss) < 1:

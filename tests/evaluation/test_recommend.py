@@ -165,6 +165,7 @@ def test_what_is_refused(capsys: pytest.CaptureFixture[str], folder: Path, tmp_p
     assert "at least 8" in says("--count", "7")
     assert "0 < budget <= 1" in says("--budget", "1.5")
     assert "expected each once" in says("--budget", "0.5", "--budget", "0.5")
+    assert "smaller pictures are other inputs" in says("--reducer", "resize")
     assert "max_ms: expected milliseconds" in says("--max-ms", "0")
     lines = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
     del lines[3]["answers"]
