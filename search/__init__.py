@@ -7,7 +7,7 @@ from dop_compile.search.greedy import greedy_order
 from dop_compile.search.joint import measure_accuracy, measure_policies
 from dop_compile.search.latency import LatencyModel, measure_latency
 from dop_compile.search.measure import measure_divergences
-from dop_compile.search.optimize import InfeasibleBudgetError, choose, optimize
+from dop_compile.search.optimize import InfeasibleBudgetError, choose, choose_each, optimize
 from dop_compile.search.order import OperationOrder
 from dop_compile.search.transfer import transfer
 
@@ -19,6 +19,7 @@ __all__ = [
     "OperationOrder",
     "candidates",
     "choose",
+    "choose_each",
     "fit_prune",
     "greedy_order",
     "measure_accuracy",

@@ -17,13 +17,13 @@ from typing import Any, overload
 
 import numpy as np
 
-from dop_compile.checks import integer
+from dop_compile.checks import finite, integer
 from dop_compile.policy.policy import Policy
 from dop_compile.search.candidates import Candidate, InfeasibleBudgetError, candidates, tokens_only
 from dop_compile.search.divergences import Divergences
 from dop_compile.search.latency import LatencyModel
 
-__all__ = ["Choice", "InfeasibleBudgetError", "Rated", "choose", "optimize"]
+__all__ = ["Choice", "InfeasibleBudgetError", "Rated", "choose", "choose_each", "optimize"]
 
 Numbers = np.ndarray[Any, np.dtype[np.int64]]
 Measure = Callable[[Sequence[Policy]], Any]
@@ -86,9 +86,13 @@ def choose(
     faithful: bool = False,
     verify_top: int | None = None,
     measure: Measure | None = None,
+    cheaper: Sequence[Candidate] = (),
     **budgets: Any,
 ) -> Choice:
-    """What `optimize` takes, and what it was chosen from; arguments as there."""
+    """What `optimize` takes, and what it was chosen from; arguments as there.
+
+    `cheaper`, what was taken for smaller budgets, are candidates too, but not of a faithful search.
+    """
     settings = {"space": space, "monotone": monotone, **budgets}
     if verify_top is None:
         verify_top = VERIFIED if measure is not None and not faithful else 1
@@ -107,7 +111,8 @@ def choose(
         alone = tokens_only(divergences, budget, **settings)
         if verify_top > 1 or not bounded:
             free = candidates(divergences, budget, alpha=None, top=verify_top, space=space, **settings)
-    found = list(dict.fromkeys([*bounded, *free, *([] if alone is None else [alone])]))
+    others = [] if faithful else [_for_budget(one, budget) for one in cheaper]
+    found = list(dict.fromkeys([*bounded, *free, *([] if alone is None else [alone]), *others]))
     rated, samples = [Rated(one) for one in found], None
     if verify_top > 1 and len(found) > 1:
         assert measure is not None
@@ -120,6 +125,22 @@ def choose(
         min((by_candidate[one] for one in bounded), key=lambda one: one.loss, default=None),
         samples,
     )
+
+
+def choose_each(divergences: Divergences, budgets: Sequence[float | None], **settings: Any) -> list[Choice]:
+    """`choose` for several budgets: whoever may spend more is not given worse, since it may have what costs less."""
+    order = sorted(range(len(budgets)), key=lambda n: 0 if budgets[n] is None else finite("budget", budgets[n]))
+    choices: dict[int, Choice] = {}
+    for number in order:
+        taken = [choice.taken.candidate for choice in choices.values()]
+        choices[number] = choose(divergences, budgets[number], cheaper=taken, **settings)
+    return [choices[number] for number in range(len(budgets))]
+
+
+def _for_budget(candidate: Candidate, budget: float | None) -> Candidate:
+    source = candidate.policy.provenance
+    assert source is not None
+    return replace(candidate, policy=candidate.policy.replace(provenance=replace(source, budget=budget)))
 
 
 def _measured(found: Sequence[Candidate], measure: Measure, seed: int) -> tuple[list[Rated], tuple[int, int]]:
@@ -198,7 +219,7 @@ def optimize(
     Args:
         divergences: as `measure_divergences` returns them, or `transfer`.
         budget: policy FLOPs (eq. 11 at the samples' own token counts) as a fraction of the original's, 0 < budget <= 1;
-            several give a policy each.
+            several give a policy each, and what is taken for a smaller one is a candidate for a larger.
         max_kv_bytes: mean bytes of a sample's keys and values after prefill.
         max_ms: milliseconds of a decoder prefill, as `latency` predicts them.
         latency: of the device that the policy will run on (`measure_latency`).
@@ -221,6 +242,6 @@ def optimize(
     settings: dict[str, Any] = {"max_kv_bytes": max_kv_bytes, "max_ms": max_ms, "latency": latency}
     settings |= {"space": space, "alpha": alpha, "monotone": monotone}
     settings |= {"faithful": faithful, "verify_top": verify_top, "measure": measure}
-    if isinstance(budget, Sequence):
-        return [choose(divergences, value, **settings).taken.policy for value in budget]
+    if isinstance(budget, Sequence) and not isinstance(budget, str):
+        return [choice.taken.policy for choice in choose_each(divergences, budget, **settings)]
     return choose(divergences, budget, **settings).taken.policy

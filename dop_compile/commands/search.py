@@ -20,7 +20,7 @@ from dop_compile.search import report
 from dop_compile.search.choices import choices_table
 from dop_compile.search.latency import LatencyModel, measure_latency
 from dop_compile.search.meter import model_inputs
-from dop_compile.search.optimize import Choice, choose
+from dop_compile.search.optimize import choose_each
 from dop_compile.search.processes import barrier
 
 __all__ = ["search_command"]
@@ -91,22 +91,21 @@ def search_command(arguments: Namespace) -> None:
         kept_at = functools.partial(_candidates_file, out)
         measure = whole_policies(arguments, divergences, loaded, kept_at) if verifies else None
         latency = None if latency_file is None else _latency(arguments, latency_file, loaded, rank)
-        choices: dict[str, Choice] = {}
-        for name, budget in names.items():
-            with usage_errors():
-                choices[name] = choose(
-                    divergences,
-                    budget,
-                    max_kv_bytes=arguments.max_kv_bytes,
-                    max_ms=arguments.max_ms,
-                    latency=latency,
-                    space=arguments.space,
-                    alpha=alpha,
-                    monotone=not arguments.raw_curves,
-                    faithful=arguments.faithful,
-                    verify_top=arguments.verify_top,
-                    measure=measure,
-                )
+        with usage_errors():
+            found = choose_each(
+                divergences,
+                list(names.values()),
+                max_kv_bytes=arguments.max_kv_bytes,
+                max_ms=arguments.max_ms,
+                latency=latency,
+                space=arguments.space,
+                alpha=alpha,
+                monotone=not arguments.raw_curves,
+                faithful=arguments.faithful,
+                verify_top=arguments.verify_top,
+                measure=measure,
+            )
+        choices = dict(zip(names, found, strict=True))
     if rank > 0:
         return
     texts = {files[name]: choice.taken.policy.to_json() + "\n" for name, choice in choices.items()}

@@ -16,6 +16,8 @@ __all__ = ["TOKENS_ONLY", "Advice", "advice_figure", "advise", "first_token_ms"]
 
 TOKENS_ONLY = "tokens only"
 """What a tier of the reducer alone is called, behind its budget."""
+AS_FAST = 1.05
+"""Times that differ by less are taken as equal: so much differs from run to run."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,8 @@ def advise(
     """The tier to take of what was asked.
 
     1. with `max_ms`: of those that answer in time, the one that loses least, and of equals the cheapest;
-    2. without: of those that lose at most `max_loss` of all answers and are not slower than the original, the cheapest.
+    2. without: of those that lose at most `max_loss` of all answers and are not slower than the original, the fastest;
+       of those that are as fast, the one that loses least, and of equals the cheapest.
 
     What qualifies nowhere is said, with what comes nearest; then the original is advised.
     """
@@ -57,14 +60,16 @@ def advise(
         best = min(chosen, key=lambda row: (_loss(row), row.flops), default=None)
     else:
         chosen = [row for row in tiers if _loss(row) <= max_loss and first_token_ms(row) <= first_token_ms(original)]
-        best = min(chosen, key=lambda row: (row.flops, _loss(row)), default=None)
+        limit = AS_FAST * min(map(first_token_ms, chosen), default=0.0)
+        fastest = [row for row in chosen if first_token_ms(row) <= limit]
+        best = min(fastest, key=lambda row: (_loss(row), row.flops), default=None)
     if best is not None:
         sentence = f"Take {best.label!r}: {_words(best, original)}."
     elif max_ms is not None:
-        fastest = min(tiers, key=first_token_ms)
+        nearest = min(tiers, key=first_token_ms)
         sentence = (
-            f"No tier gives its first token within {max_ms:g} ms; the fastest, {fastest.label!r}, takes "
-            f"{first_token_ms(fastest):.3g} ms. Stay with the original, or allow more."
+            f"No tier gives its first token within {max_ms:g} ms; the fastest, {nearest.label!r}, takes "
+            f"{first_token_ms(nearest):.3g} ms. Stay with the original, or allow more."
         )
     else:
         nearest = min(tiers, key=_loss)
@@ -87,10 +92,10 @@ def _points(share: float) -> str:
 
 
 def _words(row: Row, original: Row) -> str:
-    change = row.difference
+    change, ratio = row.difference, first_token_ms(row) / first_token_ms(original)
     return (
-        f"{show_percent(row.flops)} of the {POLICY_FLOPS}, {first_token_ms(row) / first_token_ms(original):.2f} of the "
-        f"original's time to the first token, and {100 * change.value:+.1f} points of right answers (95 %: "
+        f"{show_percent(row.flops)} of the {POLICY_FLOPS}, {ratio:.2f} of the original's time to the first token, "
+        f"{show_percent(row.kv_bytes)} of its KV cache, and {100 * change.value:+.1f} points of right answers (95 %: "
         f"{100 * change.low:+.1f} to {100 * change.high:+.1f})"
     )
 

@@ -28,7 +28,7 @@ from dop_compile.evaluation.methods import RESIZE, Method
 from dop_compile.policy.policy import Policy
 from dop_compile.search.joint import measure_policies
 from dop_compile.search.measure import measure_divergences
-from dop_compile.search.optimize import Choice, choose
+from dop_compile.search.optimize import Choice, choose_each
 
 __all__ = ["BUDGETS", "LEAST_SAMPLES", "Recommendation", "halves", "recommend"]
 
@@ -159,7 +159,8 @@ def recommend(
         kept = folder / f"{CANDIDATES}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
         return measure_policies(model, search_on, policies, backend=backend, resume=kept)
 
-    choices = {name: choose(divergences, budget, space=space, measure=measure) for name, budget in names.items()}
+    found = choose_each(divergences, list(names.values()), space=space, measure=measure)
+    choices = dict(zip(names, found, strict=True))
     methods = []
     for name, choice in choices.items():
         methods.append(Method(name, None, choice.taken.policy.replace(provenance=None)))

@@ -46,7 +46,7 @@ FAST = {"vision_ms": 2.0, "selection_ms": 0.5, "prefill_ms": 2.5}
 RESULT = of(
     ("50%", "yyyyyyyyyn", {**FAST, "flops": 500}),
     ("50% tokens only", "yyyyyyyyyn", {**FAST, "flops": 490}),
-    ("28%", "yyyyyyyynn", {**FAST, "flops": 280}),
+    ("28%", "yyyyyyyynn", {**FAST, "prefill_ms": 1.5, "flops": 280, "kv_bytes": 1024}),
     ("28% tokens only", "yyynnnnnnn", {"vision_ms": 1.0, "selection_ms": 0.0, "prefill_ms": 1.0, "flops": 270}),
 )
 
@@ -57,7 +57,7 @@ RESULT = of(
         (
             {},
             "28%",
-            "Take '28%': 28.0 % of the policy FLOPs, 0.50 of the original's time to the first token, and -10.0",
+            "0.40 of the original's time to the first token, 25.0 % of its KV cache, and -10.0 points of right answers",
         ),
         ({"max_loss": 0.05}, "50% tokens only", "49.0 % of the policy FLOPs"),
         ({"max_ms": 6.0}, "50% tokens only", "+0.0 points"),
@@ -74,6 +74,13 @@ def test_what_is_advised(bounds: dict[str, Any], label: str | None, says: str) -
     assert advice.label == label
     assert says in advice.sentence
     assert advice.text.endswith(advice.sentence)
+
+
+def test_of_what_is_as_fast_the_one_that_loses_least_is_advised() -> None:
+    near, far = {"vision_ms": 2.0, "selection_ms": 0.0, "prefill_ms": 2.1}, {"prefill_ms": 2.4, "selection_ms": 0.0}
+    fast = ("28%", "yyyyyyyynn", {**near, "prefill_ms": 2.0, "flops": 280})
+    assert advised(of(("37%", "yyyyyyyyyn", {**near, "flops": 370}), fast)).label == "37%"
+    assert advised(of(("37%", "yyyyyyyyyn", {**far, "flops": 370}), fast)).label == "28%", "ten per cent are told apart"
 
 
 def test_nothing_that_loses_too_much_or_is_slower_is_advised() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dop_compile import Policy
-from dop_compile.search import Divergences, InfeasibleBudgetError, choose, optimize
+from dop_compile.search import Divergences, InfeasibleBudgetError, choose, choose_each, optimize
 from dop_compile.search.candidates import tokens_only
 from dop_compile.search.choices import choices_table
 from dop_compile.search.curves import curve
@@ -102,6 +104,37 @@ def test_nothing_taken_is_worse_than_tokens_only(
     assert source is not None
     assert source.measured_divergence == taken.reported
     assert optimize(divergences, budget, **settings) == taken.policy
+
+
+@examples(20)
+@given(
+    random_divergences(max_layers=4, max_tokens=7),
+    st.lists(st.floats(0.05, 1), min_size=2, max_size=4, unique=True),
+    st.booleans(),
+)
+def test_who_may_spend_more_is_not_given_worse(divergences: Divergences, budgets: list[float], runs: bool) -> None:
+    """What whole policies measure is anything, the same whenever it is asked for."""
+
+    def measure(policies: Sequence[Policy]) -> Losses:
+        def losses(policy: Policy) -> Losses:
+            seed = zlib.crc32(policy.replace(provenance=None).to_json().encode())
+            return np.random.default_rng(seed).random(6) * (not policy.is_full)
+
+        return np.stack([losses(policy) for policy in policies])
+
+    try:
+        choices = choose_each(divergences, budgets, measure=measure if runs else None)
+    except InfeasibleBudgetError:
+        assert not math.isfinite(alone_by_trying(divergences, min(budgets), None, True))
+        return
+    ordered = sorted(zip(budgets, choices, strict=True), key=lambda pair: pair[0])
+    losses = [choice.taken.loss for _, choice in ordered]
+    assert all(more <= less + 1e-12 for less, more in itertools.pairwise(losses))
+    for budget, choice in ordered:
+        source = choice.taken.policy.provenance
+        assert source is not None
+        assert source.budget == budget
+        assert choice.taken.candidate.flops <= budget * (1 + 1e-9)
 
 
 def test_what_is_reported_was_not_selected_on() -> None:

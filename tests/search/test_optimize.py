@@ -437,7 +437,7 @@ def test_the_largest_geometry_takes_a_fraction_of_a_second() -> None:
         (lambda d: optimize(d, 28), "budget: .*got 28"),
         (lambda d: optimize(d, math.nan), "budget: expected a finite number, got nan"),
         (lambda d: optimize(d, True), "budget: expected a number, got True"),
-        (lambda d: optimize(d, "0.5"), "budget: expected a number, got '0'"),
+        (lambda d: optimize(d, "0.5"), "budget: expected a number, got '0.5'"),
         (lambda d: optimize(d, [0.5, 2]), "budget: .*got 2"),
         (lambda d: optimize(d, 0.5, space="joint"), "space: expected one of dop, split, got 'joint'"),
         (lambda d: optimize(d, 0.5, alpha=-1), "alpha: .*got -1"),

@@ -19,8 +19,8 @@ Find out which tier to serve, in one command: profile the model and search a pol
 half of the samples, run the candidates, ask the other half of the questions of the original, of each policy
 and of fewer tokens alone, and advise one of them.
 
-  default        the cheapest tier that loses at most --max-loss of the answers and is no slower than the
-                 original
+  default        of the tiers that lose at most --max-loss of the answers the fastest; of those that are as
+                 fast within 5 % the one that loses least, and of equals the cheapest
   --max-ms MS    the tier that loses least of those whose first token is there in time, vision and selection
                  included, on this machine
 
