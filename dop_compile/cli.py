@@ -14,14 +14,18 @@ import sys
 from collections.abc import Callable, Sequence
 
 from dop_compile import __version__
-from dop_compile.commands.options import bench, evaluate, model, onnx, search, zoo
+from dop_compile.commands.options import bench, evaluate, model, onnx, search, vllm, zoo
 from dop_compile.commands.options.common import policy_options
 from dop_compile.commands.unused import check_unused, given_options
 from dop_compile.commands.usage import UsageError
 
 __all__ = ["main"]
 
-ACTIONS = {**model.ACTIONS, **bench.ACTIONS, **search.ACTIONS, **evaluate.ACTIONS, **onnx.ACTIONS, **zoo.ACTIONS}
+ACTIONS = {
+    name: action
+    for options in (model, bench, search, evaluate, onnx, vllm, zoo)
+    for name, action in options.ACTIONS.items()
+}
 """What does what a command says: loaded once it is run, since torch takes seconds."""
 
 DESCRIPTION = """\
@@ -50,15 +54,17 @@ examples:
   dop-compile profile ./my-model --samples samples.jsonl --out divergences.json
   dop-compile search divergences.json --budget 0.37 --budget 0.28 --out policies
   dop-compile report divergences.json --policy policies/37.json --policy policies/28.json --out report
+  dop-compile recommend ./my-model --samples samples.jsonl --max-loss 1% --out advice
   dop-compile eval ./my-model --samples samples.jsonl --method random --budget 0.28 --out comparison
   dop-compile export ./my-model --policy 28%=policies/28.json --out exported
   dop-compile verify exported --samples samples.jsonl
+  dop-compile vllm ./my-model --policy 28%=policies/28.json --out served
   dop-compile zoo show llava-1.5-7b 28%
 """
 INTERRUPTED = 130
 STOPPED = {
-    **dict.fromkeys(("profile", "greedy", "eval"), "the same command goes on with what is finished"),
-    "search": "no policy was kept; of measured latencies all or none",
+    **dict.fromkeys(("profile", "greedy", "eval", "recommend"), "the same command goes on with what is finished"),
+    "search": "no policy was kept; the same command goes on with the samples that all candidates had",
     "warmup": "what was compiled is kept",
 }
 NOTHING = "nothing was kept"
@@ -84,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     search.add_search_commands(command)
     evaluate.add_eval_command(command)
     onnx.add_onnx_commands(command, policy)
+    vllm.add_vllm_command(command, policy)
     zoo.add_zoo_command(command)
     return parser
 

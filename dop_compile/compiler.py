@@ -8,6 +8,7 @@ policy   --normalise--> keep table (group, layer, module)
 from __future__ import annotations
 
 import copy
+import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +25,7 @@ from dop_compile.drop_in.typed import CompiledModel
 from dop_compile.errors import PassError, UnsupportedModelError
 from dop_compile.hf.copies import copy_path
 from dop_compile.hf.model_path import block_path, decoder_path, unblocked
-from dop_compile.logs import TRACE
+from dop_compile.logs import PASSES, TRACE
 from dop_compile.passes import PIPELINE, DecoderGraph, check_graph, run_passes
 from dop_compile.passes.annotate import ANNOTATE
 from dop_compile.passes.cleanup import eliminate_dead_nodes
@@ -63,7 +64,7 @@ def build_graph(
         disable: names of optional passes to leave out.
         debug: verify after every pass and keep a diff of each.
     """
-    return rewrite(trace(decoder, inputs), keep, universe, disable=disable, debug=debug)
+    return rewrite(trace(decoder, inputs), keep, universe, disable=disable, debug=debug, diff=debug)
 
 
 def trace(decoder: nn.Module, inputs: DecoderInputs | None = None) -> TracedDecoder:
@@ -81,11 +82,17 @@ def trace(decoder: nn.Module, inputs: DecoderInputs | None = None) -> TracedDeco
 
 
 def rewrite(
-    traced: TracedDecoder, keep: KeepTable, universe: Universe, *, disable: Sequence[str] = (), debug: bool = False
+    traced: TracedDecoder,
+    keep: KeepTable,
+    universe: Universe,
+    *,
+    disable: Sequence[str] = (),
+    debug: bool = False,
+    diff: bool = False,
 ) -> DecoderGraph:
-    """Run the pipeline on a traced decoder, which it changes; arguments as in `build_graph`."""
+    """Run the pipeline on a traced decoder, which it changes; arguments as in `build_graph` and `run_passes`."""
     graph = DecoderGraph(traced, keep, universe, traced.inputs.cached)
-    return run_passes(graph, PIPELINE, disable=disable, check=check_graph if debug else None, diff=debug)
+    return run_passes(graph, PIPELINE, disable=disable, check=check_graph if debug else None, diff=diff)
 
 
 class CompiledState:
@@ -140,17 +147,36 @@ class CompiledState:
             with self._lock:
                 program = self._programs.get(key)
                 if program is None:
-                    graph = rewrite(self._traced(inputs), keep, universe, disable=self._disable, debug=self._debug)
+                    graph = self._pruned(keep, universe, inputs)
                     program = self._programs[key] = Program(graph, self.library)
                     while len(self._programs) > PROGRAMS:
                         del self._programs[next(iter(self._programs))]
         return program
 
+    def _pruned(self, keep: KeepTable, universe: Universe, inputs: DecoderInputs) -> DecoderGraph:
+        logged = PASSES.isEnabledFor(logging.INFO)  # nobody else sees the lines that a pass has changed
+        return rewrite(
+            self._traced(inputs), keep, universe, disable=self._disable, debug=self._debug, diff=self._debug and logged
+        )
+
     def _traced(self, inputs: DecoderInputs) -> TracedDecoder:
         """A copy of the decoder's graph for these inputs: tiers and requests differ in what they rewrite alone."""
+        return self._trace(inputs).copy()
+
+    def _trace(self, inputs: DecoderInputs) -> TracedDecoder:
         if inputs not in self._traces:
             self._traces[inputs] = trace(self.decoder, inputs)
-        return self._traces[inputs].copy()
+        return self._traces[inputs]
+
+    def can_begin_at(self, layer: int) -> bool:
+        """Whether a run can go on from the residual stream that enters a layer alone."""
+        with self._lock:
+            return self._trace(default_inputs(self.decoder)).can_begin_at(layer)
+
+    def sources(self) -> Mapping[int, int]:
+        """Of layers that read the keys and values of an earlier layer, which one that is."""
+        with self._lock:
+            return self._trace(default_inputs(self.decoder)).sources
 
     def finish(self, embeds: Tensor) -> Tensor:
         """What the decoder returns for tokens that take part in no operation: (batch, tokens, hidden) each way."""

@@ -102,7 +102,9 @@ def select_padding_mask(masks: Any, tokens: Any) -> Any:
     return masks.padding(tokens)
 
 
-def select_attention_mask(mask: Any, masks: Any, layer: int, queries: Any, keys: Any) -> tuple[Any, Any]:
+def select_attention_mask(
+    mask: Any, masks: Any, layer: int, queries: Any, keys: Any, among: Any = None
+) -> tuple[Any, Any]:
     """The rows and columns of the model's own mask that a layer needs; see `dop_compile.runtime.masks`."""
-    result: tuple[Any, Any] = masks.select(mask, layer, queries, keys)
+    result: tuple[Any, Any] = masks.select(mask, layer, queries, keys, among)
     return result

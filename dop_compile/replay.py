@@ -52,7 +52,8 @@ class Replay:
             know about the vision tower is noted for its default tier's reducer alone.
         inputs: what its `forward` takes for the prompt, `input_ids` among it; tokens behind `prompt_tokens` are
             teacher-forced output.
-        depths: layers at whose input the residual stream is kept, to go on from; memory grows with their number.
+        depths: layers at whose input the residual stream is kept, to go on from; memory grows with their number. Those
+            from which on layers read the keys and values of earlier ones are left out.
         prompt_tokens: length of the prompt; None: all of `input_ids`.
         rows: how many last rows of logits are wanted.
 
@@ -80,7 +81,7 @@ class Replay:
         session = Session(compiled.dop_tier, inputs.get("visual_indices"), inputs.get("token_groups"))
         self._prompt = prompt_tokens or self._inputs["input_ids"].shape[1]
         session.streams.main.prompt_columns = self._prompt
-        recorder = _Recorder(depths)
+        recorder = _Recorder([depth for depth in depths if compiled.dop.can_begin_at(depth)])
         frame = Frame(compiled.dop, compiled, session, recorder)
         head = _Head.of(frame)
         recorder.note_logits(head, frame)

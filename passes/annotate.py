@@ -11,11 +11,12 @@ A residual branch is what lies between x and ``add(x, branch)``, whatever norms 
 2. parallel MHA and MLP: ``x + mha(x) + mlp(x)`` in any order of addition is one junction with two branches;
 3. anything else that replaces the stream between layers (DeepStack adds visual features) or scales it at the end of
    one: a transform, kept whole;
-4. a recurrence or convolution that keeps a state, in place of the attention or beside it.
-Refused: 5. no addition to a stream; 6. a constant added to it; 7. a branch with several attention kernels or of several
-layers; 8. a layer whose token mixing is not a branch of its own; 9. a layer that replaces the stream by more than
-token-wise arithmetic, or goes on after its last addition (OPT's MLP on flattened tokens); 10. a branch that reads two
-stream values.
+4. a recurrence or convolution that keeps a state, in place of the attention or beside it;
+5. an attention that reads the very keys and values of an earlier layer's (Gemma 4 E2B).
+Refused: 6. no addition to a stream; 7. a constant added to it; 8. a branch with several attention kernels or of several
+layers; 9. a layer whose token mixing is not a branch of its own; 10. a layer that replaces the stream by more than
+token-wise arithmetic, or goes on after its last addition (OPT's MLP on flattened tokens); 11. a branch that reads two
+stream values; 12. keys that are made of what an earlier layer stores.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from torch import Tensor, fx
 from dop_compile import ops
 from dop_compile.errors import PassError
 from dop_compile.hf.kernels import MASK_BUILDERS
-from dop_compile.passes.blocks import MHA, MLP, Block, Junction, block_sets
+from dop_compile.passes.blocks import MHA, MLP, Block, Junction, policy_sets
 from dop_compile.passes.cleanup import eliminate_dead_nodes, eliminate_duplicates
 from dop_compile.passes.graph import DecoderGraph, depends_on, is_add
 from dop_compile.passes.infra import Pass
@@ -147,12 +148,13 @@ class _StreamFinder:
         updates = [node for node in inside if node.target is ops.update_cache]
         kind = MHA if kernels else MLP
         mixer = next((node for node in kernels if node.meta.get("mixer")), None)
+        everything = self.target.universe.all
         return Block(
             kind,
             layer,
             branch,
             tuple(inside),
-            *block_sets(self.target.universe, self.target.keep.layers[layer], kind, mixes=mixer is not None),
+            *(everything, everything, everything),
             attention=kernels[0] if kernels and mixer is None else None,
             mixer=mixer,
             mixes=mixer is not None,
@@ -204,6 +206,10 @@ def _annotate(graph: DecoderGraph, report: PassReport) -> None:
     graph.entry = current
     graph.junctions = junctions[::-1]
     _number_parts(graph)
+    _find_sources(graph)
+    blocks = list(graph.blocks)
+    for name, sets in policy_sets(blocks, graph.universe, graph.keep).items():
+        next(block for block in blocks if block.name == name).sets = sets
     _check_found(graph)
     report.rewritten = sum(1 for _ in graph.blocks)
     for step in graph.junctions:
@@ -231,6 +237,28 @@ def _number_parts(graph: DecoderGraph) -> None:
     for block in graph.blocks:
         block.part = seen[block.kind, block.layer]
         seen[block.kind, block.layer] += 1
+
+
+def _find_sources(graph: DecoderGraph) -> None:
+    """Tell attentions that read the keys and values of an earlier layer, which they are given as they are."""
+    suppliers: dict[tuple[object, ...], Block] = {}
+    for block in graph.blocks:
+        if block.attention is None:
+            continue
+        given = block.attention.args[2:4]
+        own = [node in block.nodes for node in given]
+        if all(own):
+            suppliers[given] = block
+        elif any(own) or given not in suppliers:
+            raise PassError(
+                "annotate",
+                "its keys and values are made of those of an earlier layer; only the very ones that an earlier "
+                "attention is given can be followed",
+                node=block.attention.name,
+                layer=block.layer,
+            )
+        else:
+            block.source = suppliers[given]
 
 
 def _use_reduced_lengths_in_masks(graph: DecoderGraph) -> None:

@@ -69,12 +69,18 @@ def attention_arguments(block: Block) -> tuple[fx.Node, fx.Node, fx.Node, Any]:
 
 
 def sides(graph: DecoderGraph, block: Block, stream: fx.Node) -> tuple[BlockView, BlockView]:
-    """A view of the block for its queries and one for its keys, sharing what both need."""
+    """A view of the block for its queries and one for the keys that it supplies, sharing what both need.
+
+    What it reads of an earlier layer is laid out as that one supplies it, and taken as it is.
+    """
     union = graph.slice(stream, block.reads, graph.universe.all, f"{block.name}_slice")
-    if block.tokens == block.keys:
+    query, key, value, _ = attention_arguments(block)
+    if block.source is not None:
+        both = BlockView(graph, block, block.tokens, {stream: union, key: key, value: value})
+        return both, both
+    if block.tokens == block.supplies:
         both = BlockView(graph, block, block.tokens, {stream: union})
         return both, both
-    query, key, value, _ = attention_arguments(block)
     stores = [block.update] if block.update is not None else []
     query_side = ancestors_inside(block, [query])
     key_side = ancestors_inside(block, [key, value, *stores])
@@ -87,7 +93,7 @@ def sides(graph: DecoderGraph, block: Block, stream: fx.Node) -> tuple[BlockView
     ]
     block.fused = any(node.op == "call_module" and _has_matrix(graph, node) for node in shared)
     views = []
-    for tokens in (block.tokens, block.keys):
+    for tokens in (block.tokens, block.supplies):
         known = {node: graph.slice(common.get(node), tokens, block.reads) for node in frontier}
         views.append(BlockView(graph, block, tokens, known))
     return views[0], views[1]
@@ -101,7 +107,8 @@ def _has_matrix(graph: DecoderGraph, node: fx.Node) -> bool:
 def select_mask(graph: DecoderGraph, block: Block, mask: Any) -> tuple[fx.Node, fx.Node]:
     """The layer's part of the model's mask, and which queries see a key."""
     name, layer = block.name, block.layer
-    arguments = (mask, graph.masks, layer, block.tokens, block.keys)
+    among = () if block.held == block.keys else (block.held,)
+    arguments = (mask, graph.masks, layer, block.tokens, block.keys, *among)
     selected = graph.call(ops.select_attention_mask, arguments, name=f"{name}_select_mask", layer=layer)
     parts = [
         graph.call(operator.getitem, (selected, number), name=f"{name}_{part}", layer=layer)

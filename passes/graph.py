@@ -60,6 +60,10 @@ class DecoderGraph:
     def blocks(self) -> Iterator[Block]:
         return (block for junction in self.junctions for block in junction.blocks)
 
+    def readers(self, block: Block) -> list[Block]:
+        """The blocks of later layers that read the keys and values of this one."""
+        return [other for other in self.blocks if other.source is block]
+
     @property
     def masks(self) -> fx.Node:
         """The graph input that selects rows and columns of attention masks; made on first use."""

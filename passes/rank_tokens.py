@@ -25,6 +25,7 @@ from dop_compile.hf.kernels import eager_attention
 from dop_compile.passes.block_view import BlockView, ancestors_inside, attention_arguments, select_mask, sides
 from dop_compile.passes.blocks import Block, Junction
 from dop_compile.passes.graph import DecoderGraph
+from dop_compile.tokens import TokenSet
 
 __all__ = ["rank_in_layer"]
 
@@ -49,7 +50,7 @@ def rank_in_layer(graph: DecoderGraph, number: int, junction: Junction) -> None:
         held = graph.stages.read_from_stream(stage)
         stream = place = graph.slice(junction.out, held, graph.universe.all, f"{block.name}_ranked")
     module, query, key, value, mask = kernel.args
-    sets, settings = (block.tokens, block.keys), dict(kernel.kwargs)
+    sets, settings = _sets(block), dict(kernel.kwargs)
     arguments = (graph.rankings, stage, module, (query, key, value), mask, sets, settings, stream, held)
     with graph.graph.inserting_after(place):
         node = graph.call(ops.rank_tokens, arguments, name=f"{block.name}_rank", layer=block.layer, effect=True)
@@ -59,7 +60,8 @@ def rank_in_layer(graph: DecoderGraph, number: int, junction: Junction) -> None:
 def _rank_before(graph: DecoderGraph, stage: int, block: Block, kernel: fx.Node, stream: fx.Node) -> fx.Node:
     """Rank by the queries and keys that a block would have if no token left before it."""
     queries, keys = graph.stages.next_sets(stage)
-    ahead = replace(block, kind="ahead", tokens=queries, keys=keys)
+    supplies = keys if block.source is None else block.supplies
+    ahead = replace(block, kind="ahead", tokens=queries, keys=keys, supplies=supplies)
     query, key, _, mask = attention_arguments(ahead)
     with graph.graph.inserting_before(kernel):
         query_side, key_side = sides(graph, ahead, stream)
@@ -68,10 +70,15 @@ def _rank_before(graph: DecoderGraph, stage: int, block: Block, kernel: fx.Node,
         seen = key_side.get(key)
         tensors = (query_side.get(query), seen, seen)  # of the kernel's results weights alone are read, not values
         selected, _ = select_mask(graph, ahead, mask)
-        arguments = (graph.rankings, stage, kernel.args[0], tensors, selected, (queries, keys), dict(kernel.kwargs))
+        arguments = (graph.rankings, stage, kernel.args[0], tensors, selected, _sets(ahead), dict(kernel.kwargs))
         return graph.call(
             ops.rank_tokens, (*arguments, None, None), name=f"{ahead.name}_rank", layer=block.layer, effect=True
         )
+
+
+def _sets(block: Block) -> tuple[TokenSet, TokenSet, TokenSet | None]:
+    """Queries, the keys that they see, and those among which these are, if more."""
+    return block.tokens, block.keys, None if block.held == block.keys else block.held
 
 
 def _preview(graph: DecoderGraph, block: Block, update: fx.Node, key: fx.Node, view: BlockView) -> fx.Node:

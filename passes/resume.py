@@ -4,6 +4,7 @@ Requires: annotated blocks; no cache, since the layers that go would not fill it
 Ensures:  the first block is the attention of layer `first_layer`, and its stream is the input `residual_stream`.
 Numerics: exact; the nodes that stay do not change.
 
+Refused: layers that read the keys and values of one before that layer.
 Cases: 1. steps that replace the stream before that layer (DeepStack, scaled embeddings) go with it; 2. what every layer
 shares stays, and reads `inputs_embeds` as before: rotary tables, masks, what Gemma 4's layers take of the embeddings.
 Does nothing for `first_layer` 0.
@@ -26,6 +27,8 @@ def _resume(graph: DecoderGraph, report: PassReport) -> None:
         return
     if graph.cached:
         raise PassError("resume", f"a cache would miss the layers before layer {first}", layer=first)
+    if not graph.traced.can_begin_at(first):
+        raise PassError("resume", f"layers from {first} on read keys and values of earlier layers", layer=first)
     number = next((n for n, step in enumerate(graph.junctions) if any(b.layer >= first for b in step.blocks)), None)
     if number is None:
         raise PassError("resume", f"there is no layer {first}; layers are numbered from 0")

@@ -11,8 +11,9 @@ Numerics: exact with respect to the policy's semantics; a block that keeps every
 
 Cases: 1. joint MHA, the same tokens as queries and keys; 2. queries and keys apart, the shared part computed once for
 their union; 3. a fused projection is part of what is shared: sliced after it; 4. MLP; 5. no query left: only keys and
-values are computed, for the cache; 6. parallel branches of one junction, each for its own tokens.
-Refused: 7. a value without exactly one token dimension where it has to be sliced; 8. an attention mask that is computed
+values are computed, for the cache; 6. parallel branches of one junction, each for its own tokens; 7. keys and values
+that later layers read too: computed for all that any of these layers sees, and each masks what it does not.
+Refused: 8. a value without exactly one token dimension where it has to be sliced; 9. an attention mask that is computed
 from the hidden states.
 """
 
@@ -36,10 +37,16 @@ __all__ = ["SLICE_OPERATIONS"]
 
 
 def _emit_attention(graph: DecoderGraph, block: Block, stream: fx.Node) -> fx.Node | None:
+    if block.source is not None and not block.tokens:
+        block.attention = None
+        return None
     queries, keys = sides(graph, block, stream)
     query, key, value, mask = attention_arguments(block)
     kernel = block.attention
     assert kernel is not None
+    for reader in [other.attention for other in graph.readers(block) if other.attention is not None]:
+        reader.update_arg(2, keys.get(key))
+        reader.update_arg(3, keys.get(value))
     if block.update is not None:
         stored = keys.get(block.update)
         block.update.meta.pop("effect")  # the copy stores the keys and values now

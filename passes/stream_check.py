@@ -7,6 +7,7 @@ so must the output, for the requested rows.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import NoReturn
 
 from torch import fx
@@ -42,7 +43,10 @@ class _StreamCheck:
         for junction in graph.junctions:
             for block in junction.blocks:
                 roots = [node for node in (block.branch, block.update, block.mixer) if node is not None]
-                self._check_reads(roots, expected, block.reads, f"{block.name}")
+                for reader in [other.attention for other in graph.readers(block) if other.attention is not None]:
+                    roots += [node for node in reader.args[2:4] if isinstance(node, fx.Node)]
+                known = block.attention.args[2:4] if block.source is not None and block.attention is not None else ()
+                self._check_reads(roots, expected, block.reads, f"{block.name}", known=known)
             if not junction.blocks:
                 self._check_reads([junction.out], expected, graph.universe.all, junction.out.name, inside=False)
                 expected = {atom: (*names, junction.out.name) for atom, names in expected.items()}
@@ -75,10 +79,13 @@ class _StreamCheck:
                 name, written, before = owner.get(branch, str(branch)), self.layout[branch], writes[stream]
                 writes[node] = {a: (*names, name) if a in written.atoms else names for a, names in before.items()}
 
-    def _sources(self, roots: list[fx.Node], inside: bool = True) -> list[fx.Node]:
-        """Stream values that the roots are computed from; `inside`: by way of nodes that belong to a layer."""
+    def _sources(self, roots: list[fx.Node], inside: bool = True, known: Collection[object] = ()) -> list[fx.Node]:
+        """Stream values that the roots are computed from; `inside`: by way of nodes that belong to a layer.
+
+        `known`: nodes that are not followed, because they are another layer's.
+        """
         found: list[fx.Node] = []
-        seen: set[fx.Node] = set()
+        seen = {node for node in known if isinstance(node, fx.Node)}
         stack = list(roots)
         while stack:
             node = stack.pop()
@@ -94,10 +101,16 @@ class _StreamCheck:
         return found
 
     def _check_reads(
-        self, roots: list[fx.Node], expected: Writes, tokens: TokenSet, reader: str, inside: bool = True
+        self,
+        roots: list[fx.Node],
+        expected: Writes,
+        tokens: TokenSet,
+        reader: str,
+        inside: bool = True,
+        known: Collection[object] = (),
     ) -> None:
         read: set[Atom] = set()
-        for source in self._sources(roots, inside):
+        for source in self._sources(roots, inside, known):
             if not inside and source is self.graph.entry and expected[self.graph.universe.atoms[0]]:
                 continue  # what is before the layers may be used again between them
             for atom, names in self.writes[source].items():

@@ -10,7 +10,7 @@ tensors that made it.
 1. Layout: no operation mixes values of different token sets; slices, merges and additions use the index of their sets.
 2. Blocks: each computes for exactly the tokens that the keep table and, after `remove_dead`, liveness give it; one
    attention kernel per layer with queries, of its queries, keys and part of the mask, or a mixer of its sequence; keys
-   and values of exactly the tokens that supply them stored once.
+   and values of exactly the tokens that supply them stored once, by the layer whose they are.
 3. Stream: every block reads each of its tokens after all earlier writes to it and none other; see `stream_check`.
 """
 
@@ -24,7 +24,7 @@ from torch import fx
 from dop_compile import ops
 from dop_compile.errors import PassError
 from dop_compile.hf.kernels import MASK_BUILDERS
-from dop_compile.passes.blocks import Block, IndexSpec, block_sets
+from dop_compile.passes.blocks import Block, IndexSpec, policy_sets
 from dop_compile.passes.graph import DecoderGraph, has_tokens
 from dop_compile.passes.infra import Pass
 from dop_compile.passes.remove_dead import find_live
@@ -117,16 +117,12 @@ class _Verifier:
 
     def check_blocks(self) -> None:
         graph = self.graph
-        sets: dict[str, tuple[TokenSet, TokenSet]] = {}
-        for block in graph.blocks:
-            row = graph.keep.layers[block.layer]
-            sets[block.name] = block_sets(graph.universe, row, block.kind, mixes=block.mixes)
+        sets = policy_sets(list(graph.blocks), graph.universe, graph.keep)
         if graph.has_run("remove_dead"):
             sets = find_live(graph, sets)
         for block in graph.blocks:
-            if (block.tokens, block.keys) != sets[block.name]:
-                wanted = " with keys ".join(map(str, sets[block.name]))
-                self.fail(f"computes {block.tokens} with keys {block.keys}; the policy asks for {wanted}", None, block)
+            if (wanted := sets[block.name]) != block.sets:
+                self.fail(f"computes {block.sets}; the policy asks for {wanted}", None, block)
             if (block.branch is None) != (not block.tokens):
                 self.fail(f"{block.name} has {'no' if block.tokens else 'a'} branch for {block.tokens}", None, block)
             if block.branch is not None and self.layout.get(block.branch) != block.tokens:
@@ -158,15 +154,16 @@ class _Verifier:
         if len(stores) != (block.update is not None):
             self.fail(f"stores its keys and values {len(stores)} times", None, block)
         for store in stores:
-            self._expect(store, store.args[1], block.keys)
-            self._expect(store, store.args[2], block.keys)
+            self._expect(store, store.args[1], block.supplies)
+            self._expect(store, store.args[2], block.supplies)
+        stored = block.update if block.source is None else block.source.update
         for kernel in kernels:
             self._expect(kernel, kernel.args[1], block.tokens)
             for source in kernel.args[2:4]:
-                if not stores:
-                    self._expect(kernel, source, block.keys)
-                elif not _comes_from(source, stores[0]):
-                    self.fail(f"reads {source}, which is not what the layer stores", kernel, block)
+                if stored is None:
+                    self._expect(kernel, source, block.held)
+                elif not _comes_from(source, stored):
+                    self.fail(f"reads {source}, which is not what the layer stores or reads", kernel, block)
             self._check_mask(kernel, block)
 
     def _check_mask(self, kernel: fx.Node, block: Block) -> None:
@@ -175,7 +172,10 @@ class _Verifier:
         if not isinstance(selected, fx.Node) or selected.target is not ops.select_attention_mask:
             if not block.is_whole or self.graph.cached:
                 self.fail("its mask is not selected for its queries and keys", kernel, block)
-        elif list(selected.args[2:]) != [block.layer, block.tokens, block.keys]:
+        elif list(selected.args[2:]) != [
+            *(block.layer, block.tokens, block.keys),
+            *([] if block.held == block.keys else [block.held]),
+        ]:
             self.fail(f"its mask is that of {selected.args[2:]}", kernel, block)
 
     def _layer(self, node: fx.Node) -> int | None:

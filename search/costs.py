@@ -33,13 +33,14 @@ class FlopsModel:
     def __init__(self, dims: DecoderDims, counts: Sequence[tuple[int, int, int]], full: int):
         table = np.asarray(counts, dtype=np.float64)
         rest, visual = table[:, 0] + table[:, 2], table[:, 1]
-        self._scores = 4.0 * dims.num_heads * dims.head_dim
+        self._scores = 4.0
         layers = range(dims.num_layers)
         alone = [LayerTokens(1, 0, 0), LayerTokens(0, 1, 0), LayerTokens(0, 0, 1)]
-        # Of the first layers, by how many: what a query, a key and a token in the MLP cost, and attentions
+        widths = [dims.query_width(layer) * attends for layer, attends in enumerate(dims.attends)]
+        # Of the first layers, by how many: what a query, a key and a token in the MLP cost, and widths of attentions
         self._query, self._key, self._mlp, self._attentions = (
             np.concatenate([[0.0], np.cumsum(np.array(per_layer, dtype=np.float64))])
-            for per_layer in (*([layer_flops(dims, t, n) for n in layers] for t in alone), dims.attends)
+            for per_layer in (*([layer_flops(dims, t, n) for n in layers] for t in alone), widths)
         )
         kept = np.minimum(np.arange(full + 1, dtype=np.float64)[:, None], visual)
         self._v, self._tv, self._vv = kept.mean(1), (kept * rest).mean(1), (kept**2).mean(1)
@@ -64,8 +65,9 @@ class KvModel:
 
     def __init__(self, dims: DecoderDims, counts: Sequence[tuple[int, int, int]], full: int, dtype_bytes: int):
         table = np.asarray(counts, dtype=np.float64)
-        self._token = 2.0 * dims.num_key_value_heads * dims.head_dim * dtype_bytes
-        self._attentions = np.concatenate([[0.0], np.cumsum(np.array(dims.attends, dtype=np.float64))])
+        self._token = 2.0 * dtype_bytes
+        widths = [dims.key_value_width(layer) * attends for layer, attends in enumerate(dims.attends)]
+        self._attentions = np.concatenate([[0.0], np.cumsum(np.array(widths, dtype=np.float64))])
         self._states = float(sum(state_bytes(dims, layer, dtype_bytes) for layer in range(dims.num_layers)))
         self._base = float(self._attentions[-1] * (table[:, 0] + table[:, 2]).mean())
         self._v = np.minimum(np.arange(full + 1, dtype=np.float64)[:, None], table[:, 1]).mean(1)

@@ -30,8 +30,8 @@ from dop_compile.policy.ranking import Ranking, Stage
 from dop_compile.rankings import LayerView
 from dop_compile.rankings.attention import Product
 from dop_compile.runtime.call_rankings import observing
+from dop_compile.search.limits import InfeasibleBudgetError
 from dop_compile.search.meter import model_inputs
-from dop_compile.search.optimize import InfeasibleBudgetError
 
 __all__ = ["AttentionShares", "fit_prune", "measure_attention"]
 

@@ -1,4 +1,13 @@
-"""The best policy for a budget, by enumeration over interpolated divergences (DOP eq. 7)."""
+"""The policy that is taken for a budget: the best of the best candidates, and never worse than fewer tokens alone.
+
+1. candidates: those of least predicted divergence, within the bound of DOP C.4 on the visual tokens and without it, and
+   what the reducer alone does;
+2. each is run as a whole on one half of the samples, and the best there is taken;
+3. what is reported of it was measured on the other half.
+
+Where nothing can be run, predictions decide. `faithful` is the paper's search instead: its bound, and prediction alone
+or its joint check of the best (F.3).
+"""
 
 from __future__ import annotations
 
@@ -8,165 +17,155 @@ from typing import Any, overload
 
 import numpy as np
 
-from dop_compile.checks import choice, finite, integer
+from dop_compile.checks import finite, integer
 from dop_compile.policy.policy import Policy
-from dop_compile.policy.provenance import Provenance
-from dop_compile.search.costs import FlopsModel, KvModel
+from dop_compile.search.candidates import Candidate, InfeasibleBudgetError, candidates, tokens_only
 from dop_compile.search.divergences import Divergences
 from dop_compile.search.latency import LatencyModel
-from dop_compile.search.limits import (
-    InfeasibleBudgetError,
-    Limit,
-    alpha_of,
-    describe_least,
-    largest_within,
-    lowest_tokens,
-    minimal_tokens,
-)
-from dop_compile.search.space import SPACES, Space
 
-__all__ = ["SPACES", "Candidate", "InfeasibleBudgetError", "candidates", "optimize"]
+__all__ = ["Choice", "InfeasibleBudgetError", "Rated", "choose", "choose_each", "optimize"]
 
-Array = np.ndarray[Any, np.dtype[np.float64]]
-Ints = np.ndarray[Any, np.dtype[np.int64]]
-Measure = Callable[[Sequence[Policy]], Sequence[float]]
+Numbers = np.ndarray[Any, np.dtype[np.int64]]
+Measure = Callable[[Sequence[Policy]], Any]
+
+VERIFIED = 4
+"""Candidates that are run within the bound of C.4, and as many without it."""
+LEAST_SAMPLES = 4
+"""With fewer there are no halves: all are selected on, and reported."""
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """A policy of a space, its predicted divergence, and its FLOPs as a fraction of the original's."""
+class Rated:
+    """A candidate, and its mean joint divergence on the samples that were selected on and on the others.
 
-    policy: Policy
-    divergence: float
-    flops: float
+    None where it was not run.
+    """
+
+    candidate: Candidate
+    selected: float | None = None
+    reported: float | None = None
+
+    @property
+    def policy(self) -> Policy:
+        """With what was measured of it."""
+        policy, source = self.candidate.policy, self.candidate.policy.provenance
+        if self.reported is None or source is None:
+            return policy
+        return policy.replace(provenance=replace(source, measured_divergence=self.reported))
+
+    @property
+    def loss(self) -> float:
+        """What it is judged by: measured, else predicted."""
+        return self.candidate.divergence if self.selected is None else self.selected
 
 
-def candidates(
+@dataclass(frozen=True)
+class Choice:
+    """What was taken for a budget, and what stood beside it.
+
+    Args:
+        taken: the policy.
+        tokens_only: the reducer alone at that budget; None where no number of tokens meets it, or in a faithful search.
+        bounded: the best within the bound of C.4, which the taken one may not be; None where none meets the budget.
+        samples: how many were selected on, and how many of the others reported; None where nothing was run.
+    """
+
+    taken: Rated
+    tokens_only: Rated | None = None
+    bounded: Rated | None = None
+    samples: tuple[int, int] | None = None
+
+
+def choose(
     divergences: Divergences,
     budget: float | None = None,
     *,
-    max_kv_bytes: float | None = None,
-    max_ms: float | None = None,
-    latency: LatencyModel | None = None,
     space: str = "split",
     alpha: float | str | None = "auto",
     monotone: bool = True,
-    top: int = 1,
-) -> list[Candidate]:
-    """The `top` policies of least predicted divergence within all budgets, best first; see `optimize`.
+    faithful: bool = False,
+    verify_top: int | None = None,
+    measure: Measure | None = None,
+    cheaper: Sequence[Candidate] = (),
+    **budgets: Any,
+) -> Choice:
+    """What `optimize` takes, and what it was chosen from; arguments as there.
 
-    Each differs from the others in a depth: of one combination of depths the best number of tokens is taken.
+    `cheaper`, what was taken for smaller budgets, are candidates too, but not of a faithful search.
     """
-    choice("space", space, SPACES)
-    top = integer("top", top, low=1)
-    for axis in SPACES[space]:
-        divergences.array(axis)
-    if budget is None and max_kv_bytes is None and max_ms is None:
-        raise TypeError("budget: expected at least one of budget, max_kv_bytes and max_ms")
-    factor = alpha_of(divergences, alpha)
-    dims, full = divergences.dims, divergences.visual_tokens
-    flops = FlopsModel(dims, divergences.counts, full)
-    bounds: list[Limit] = []
-    if budget is not None:
-        budget = finite("budget", budget)
-        if not 0 < budget <= 1:
-            raise ValueError(f"budget: expected a fraction of FLOPs kept, 0 < budget <= 1, got {budget}")
-        if budget == 1 and max_ms is None and max_kv_bytes is None:
-            return [Candidate(_policy(divergences, None, full, 1.0, 0.0), 0.0, 1.0)]
-
-        def least_tokens(bound: float) -> int:
-            return minimal_tokens(flops, dims.num_layers, full, bound / flops.original, factor)
-
-        bounds.append(Limit(flops, budget * flops.original, flops.original, "budget", least_tokens))
-    if max_kv_bytes is not None:
-        bytes_ = KvModel(dims, divergences.counts, full, divergences.dtype_bytes)
-        bounds.append(Limit(bytes_, finite("max_kv_bytes", max_kv_bytes), 1.0, "max_kv_bytes"))
-    if max_ms is not None:
-        bounds.append(Limit(_latency(latency, divergences), finite("max_ms", max_ms), 1.0, "max_ms"))
-    everything = Space(divergences, space, monotone)
-    measured = int(np.isinf(everything.tokens).sum())
-    return _best(divergences, everything, bounds, measured, full, flops, budget, top)
-
-
-def _latency(latency: LatencyModel | None, divergences: Divergences) -> LatencyModel:
-    if latency is None:
-        raise TypeError("latency: max_ms needs a LatencyModel, as measure_latency returns it")
-    if latency.num_layers != divergences.num_layers:
-        raise ValueError(
-            f"latency: measured on a model of {latency.num_layers} layers, the divergences are of "
-            f"{divergences.num_layers}"
-        )
-    if latency.model_fingerprint not in ("", divergences.model_fingerprint):
-        raise ValueError(
-            f"latency: measured on another model (fingerprint {latency.model_fingerprint[:12]}, the divergences are of "
-            f"{divergences.model_fingerprint[:12]}); measure that of this one"
-        )
-    return latency
-
-
-def _best(
-    divergences: Divergences,
-    space: Space,
-    bounds: Sequence[Limit],
-    measured: int,
-    full: int,
-    flops: FlopsModel,
-    budget: float | None,
-    top: int,
-) -> list[Candidate]:
-    low = lowest_tokens(bounds, measured)
-    most = largest_within(space, bounds, low, full)
-    feasible = (most >= low) & np.isfinite(space.divergence)
-    if not feasible.any():
-        raise InfeasibleBudgetError(describe_least(space, bounds, measured))
-    # Of a non-monotone curve the best number of tokens may be less than the largest
-    best_up_to = _running_argmin(space.tokens, low)
-    tokens = np.where(feasible, best_up_to[np.clip(most, low, full)], low)
-    total = np.where(feasible, space.divergence + space.tokens[tokens], np.inf)
-    spent = flops(space.query, space.keys, space.mlp, tokens)
-    order = np.lexsort((spent, total))[: min(top, int(feasible.sum()))]  # ties: the cheapest
-    return [
-        Candidate(
-            _policy(
-                divergences,
-                (int(space.query[i]), int(space.keys[i]), int(space.mlp[i])),
-                int(tokens[i]),
-                budget,
-                float(total[i]),
-            ),
-            float(total[i]),
-            float(spent[i] / flops.original),
-        )
-        for i in order
-    ]
-
-
-def _running_argmin(values: Array, low: int) -> Ints:
-    """Per index n >= low the index from low to n of the least value; the largest such index on ties."""
-    found = np.arange(len(values))
-    for n in range(low + 1, len(values)):
-        found[n] = n if values[n] <= values[found[n - 1]] else found[n - 1]
-    return found
-
-
-def _policy(
-    divergences: Divergences, depths: tuple[int, int, int] | None, tokens: int, budget: float | None, divergence: float
-) -> Policy:
-    layers = divergences.num_layers
-    provenance = Provenance(
-        model_fingerprint=divergences.model_fingerprint,
-        budget=budget,
-        divergence=divergence,
-        samples=len(divergences.digests),
-        versions=divergences.versions,
+    settings = {"space": space, "monotone": monotone, **budgets}
+    if verify_top is None:
+        verify_top = VERIFIED if measure is not None and not faithful else 1
+    verify_top = integer("verify_top", verify_top, low=1)
+    if verify_top > 1 and measure is None:
+        raise TypeError("measure: verify_top needs a function that measures policies jointly")
+    try:
+        bounded = candidates(divergences, budget, alpha=alpha, top=verify_top, **settings)
+    except InfeasibleBudgetError:
+        if faithful or alpha is None:
+            raise
+        bounded = []
+    alone, free = None, []
+    if not faithful:
+        del settings["space"]
+        alone = tokens_only(divergences, budget, **settings)
+        if verify_top > 1 or not bounded:
+            free = candidates(divergences, budget, alpha=None, top=verify_top, space=space, **settings)
+    others = [] if faithful else [_for_budget(one, budget) for one in cheaper]
+    found = list(dict.fromkeys([*bounded, *free, *([] if alone is None else [alone]), *others]))
+    rated, samples = [Rated(one) for one in found], None
+    if verify_top > 1 and len(found) > 1:
+        assert measure is not None
+        rated, samples = _measured(found, measure, divergences.seed)
+    taken = min(rated, key=lambda one: (one.loss, one.candidate.flops))
+    by_candidate = {one.candidate: one for one in rated}
+    return Choice(
+        taken,
+        None if alone is None else by_candidate[alone],
+        min((by_candidate[one] for one in bounded), key=lambda one: one.loss, default=None),
+        samples,
     )
-    base = divergences.base.replace(provenance=provenance)
-    if depths is None:
-        return base
-    query, keys, mlp = depths
-    pruned = Policy.depthwise(layers, mha_query_depth=query, mha_key_value_depth=keys, mlp_depth=mlp).pruned
-    visual = None if tokens == divergences.visual_tokens else tokens
-    return base.replace(pruned=pruned, visual_tokens=visual)
+
+
+def choose_each(divergences: Divergences, budgets: Sequence[float | None], **settings: Any) -> list[Choice]:
+    """`choose` for several budgets: whoever may spend more is not given worse, since it may have what costs less."""
+    order = sorted(range(len(budgets)), key=lambda n: 0 if budgets[n] is None else finite("budget", budgets[n]))
+    choices: dict[int, Choice] = {}
+    for number in order:
+        taken = [choice.taken.candidate for choice in choices.values()]
+        choices[number] = choose(divergences, budgets[number], cheaper=taken, **settings)
+    return [choices[number] for number in range(len(budgets))]
+
+
+def _for_budget(candidate: Candidate, budget: float | None) -> Candidate:
+    source = candidate.policy.provenance
+    assert source is not None
+    return replace(candidate, policy=candidate.policy.replace(provenance=replace(source, budget=budget)))
+
+
+def _measured(found: Sequence[Candidate], measure: Measure, seed: int) -> tuple[list[Rated], tuple[int, int]]:
+    losses = np.asarray(measure([one.policy for one in found]), dtype=np.float64)
+    if losses.ndim == 1:
+        losses = losses[:, None]
+    if losses.ndim != 2 or len(losses) != len(found) or not losses.size or not np.isfinite(losses).all():
+        raise ValueError(
+            f"measure: expected a finite divergence for each of {len(found)} policies, or one per policy and sample, "
+            f"got {losses.tolist() if losses.size < 20 else losses.shape}"
+        )
+    first, second = _halves(losses.shape[1], seed)
+    rated = [
+        Rated(one, float(loss[first].mean()), float(loss[second].mean()))
+        for one, loss in zip(found, losses, strict=True)
+    ]
+    return rated, (len(first), len(second))
+
+
+def _halves(samples: int, seed: int) -> tuple[Numbers, Numbers]:
+    """Numbers of the samples that are selected on and of those that are reported, drawn by the seed."""
+    drawn = np.random.default_rng(seed).permutation(samples)
+    if samples < LEAST_SAMPLES:
+        return drawn, drawn
+    return drawn[: (samples + 1) // 2], drawn[(samples + 1) // 2 :]
 
 
 @overload
@@ -180,7 +179,8 @@ def optimize(
     space: str = ...,
     alpha: float | str | None = ...,
     monotone: bool = ...,
-    verify_top: int = ...,
+    faithful: bool = ...,
+    verify_top: int | None = ...,
     measure: Measure | None = ...,
 ) -> Policy: ...
 @overload
@@ -194,7 +194,8 @@ def optimize(
     space: str = ...,
     alpha: float | str | None = ...,
     monotone: bool = ...,
-    verify_top: int = ...,
+    faithful: bool = ...,
+    verify_top: int | None = ...,
     measure: Measure | None = ...,
 ) -> list[Policy]: ...
 
@@ -209,25 +210,30 @@ def optimize(
     space: str = "split",
     alpha: float | str | None = "auto",
     monotone: bool = True,
-    verify_top: int = 1,
+    faithful: bool = False,
+    verify_top: int | None = None,
     measure: Measure | None = None,
 ) -> Policy | list[Policy]:
-    """The policy of least predicted divergence within a budget.
+    """The policy of least divergence within a budget, of which the reducer alone is always a candidate.
 
     Args:
         divergences: as `measure_divergences` returns them, or `transfer`.
         budget: policy FLOPs (eq. 11 at the samples' own token counts) as a fraction of the original's, 0 < budget <= 1;
-            several give a policy each.
+            several give a policy each, and what is taken for a smaller one is a candidate for a larger.
         max_kv_bytes: mean bytes of a sample's keys and values after prefill.
         max_ms: milliseconds of a decoder prefill, as `latency` predicts them.
         latency: of the device that the policy will run on (`measure_latency`).
         space: "split", or "dop" for the paper's (d_A, d_P, n_v).
-        alpha: at least alpha n_e visual tokens enter (DOP C.4); "auto" is 1.5 for LLaVA and 1.25 for others, None is
-            no such bound.
+        alpha: at least alpha n_e visual tokens enter where operations are pruned (DOP C.4); "auto" is 1.5 for LLaVA and
+            1.25 for others, None is no such bound. Candidates without it are tried too where they are measured, or
+            where none within it meets the budget.
         monotone: see `dop_compile.search.curves`.
-        verify_top: how many of the best candidates are measured jointly, of which the best is returned (DOP F.3); its
-            provenance then has the measured divergence beside the predicted one.
-        measure: joint divergence of policies, for `verify_top` (`measure_policies` gives it per sample).
+        faithful: the search as published, for either space: the bound holds, and the reducer alone is no candidate.
+        verify_top: how many of the best candidates, within the bound and as many without, are measured jointly; the
+            best is returned. 1: predictions alone decide. None: 4 if there is a `measure`, 1 in a faithful search.
+        measure: (policies,) or (policies, samples) joint divergences of policies, as `measure_policies` gives them. Of
+            4 samples and more, one half drawn by the divergences' seed is selected on, and the mean of the other half
+            is the `measured_divergence` of the policy's provenance.
 
     Raises:
         InfeasibleBudgetError: no policy meets the budget.
@@ -235,23 +241,7 @@ def optimize(
     """
     settings: dict[str, Any] = {"max_kv_bytes": max_kv_bytes, "max_ms": max_ms, "latency": latency}
     settings |= {"space": space, "alpha": alpha, "monotone": monotone}
-    verify_top = integer("verify_top", verify_top, low=1)
-    if verify_top > 1 and measure is None:
-        raise TypeError("measure: verify_top needs a function that measures policies jointly")
-
-    def one(value: float | None) -> Policy:
-        found = candidates(divergences, value, top=verify_top, **settings)
-        if measure is None or len(found) == 1:
-            return found[0].policy
-        policies = [candidate.policy for candidate in found]
-        joint = [finite("measure", float(value)) for value in measure(policies)]
-        if len(joint) != len(policies):
-            raise ValueError(f"measure: expected a divergence for each of {len(policies)} policies, got {len(joint)}")
-        best = int(np.argmin(joint))
-        source = policies[best].provenance
-        assert source is not None
-        return policies[best].replace(provenance=replace(source, measured_divergence=joint[best]))
-
-    if isinstance(budget, Sequence):
-        return [one(value) for value in budget]
-    return one(budget)
+    settings |= {"faithful": faithful, "verify_top": verify_top, "measure": measure}
+    if isinstance(budget, Sequence) and not isinstance(budget, str):
+        return [choice.taken.policy for choice in choose_each(divergences, budget, **settings)]
+    return choose(divergences, budget, **settings).taken.policy

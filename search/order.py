@@ -24,8 +24,8 @@ from dop_compile.policy.operations import Operation
 from dop_compile.policy.policy import JsonScalar, Policy
 from dop_compile.policy.provenance import Provenance
 from dop_compile.search.greedy_sort import KEY_VALUE, MLP, QUERY, Step, implied, visual_groups
+from dop_compile.search.limits import InfeasibleBudgetError
 from dop_compile.search.metrics import METRICS
-from dop_compile.search.optimize import InfeasibleBudgetError
 
 __all__ = ["OperationOrder", "check_counts"]
 

@@ -26,6 +26,15 @@ SPACES = {"dop": DOP_AXES, "split": SPLIT_AXES}
 class Space:
     """Every combination of depths, as flat arrays, and the divergence of each but for the visual tokens."""
 
+    @classmethod
+    def of_tokens_alone(cls, divergences: Divergences, monotone: bool) -> Space:
+        """The one combination in which no operation is pruned."""
+        space = object.__new__(cls)
+        space.tokens = curve(divergences, VISUAL_TOKENS, monotone=monotone)
+        space.query = space.keys = space.mlp = np.array([divergences.num_layers])
+        space.divergence = np.zeros(1)
+        return space
+
     def __init__(self, divergences: Divergences, space: str, monotone: bool):
         layers = divergences.num_layers
         both, mlp = (curve(divergences, axis, monotone=monotone) for axis in ("mha_depth", "mlp_depth"))

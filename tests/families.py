@@ -65,6 +65,7 @@ class Family:
     images_are_videos: bool = False  # `image` makes one: the class has no other
     has_states: bool = False  # layers that keep a recurrent or convolutional state
     is_parallel: bool = False  # attention and MLP read the same normalised state
+    replays_from: int | None = None  # later layers read keys of this one: a prompt is taken up no later than here
     num_layers: int = LAYERS
     seed: int = 0  # of the weights: another one where the model answers with a placeholder, or magnifies rounding
     needs_image: bool = False  # every row has one

@@ -22,6 +22,7 @@ _TRAITS = {
     "has_bidirectional_images": "bidirectional image tokens",
     "has_bidirectional_prefix": "bidirectional prompt",
     "has_states": "recurrent or convolutional layers",
+    "replays_from": "layers that read earlier keys and values",
     "is_parallel": "parallel attention and MLP",
 }
 

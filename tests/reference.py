@@ -19,6 +19,7 @@ axes (M-RoPE), decoder layers without an attention, mixer or MLP child.
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -456,11 +457,14 @@ def _pruned_layer(
                 handle.remove()
 
 
+_source = functools.cache(inspect.getsource)  # finding a class parses its whole file
+
+
 def layer_parts(layer: nn.Module) -> dict[str, list[nn.Module]]:
     """A layer's children that are an attention, a mixer with a state, or an MLP, by their names and sources."""
     parts: dict[str, list[nn.Module]] = {"attention": [], "mixer": [], "mlp": []}
     for name, child in layer.named_children():
-        source = inspect.getsource(type(child))
+        source = _source(type(child))
         if "update_conv_state" in source or "update_recurrent_state" in source:
             parts["mixer"].append(child)
         elif name in ATTENTIONS or (name == "mixer" and "q_proj" in source):  # NemotronH calls all of them `mixer`

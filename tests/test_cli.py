@@ -10,7 +10,6 @@ import pytest
 
 from dop_compile import Policy
 from dop_compile.cli import main
-from dop_compile.commands import explain as commands
 from dop_compile.commands import inputs as cli_inputs
 from tests.command_line import refused, run
 from tests.families import FAMILIES
@@ -141,7 +140,7 @@ def test_explain_refuses_pictures_of_other_kinds(
     capsys: pytest.CaptureFixture[str], model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert "ends in .svg, .png, .pdf" in refused(capsys, "explain", model, "--plot", str(tmp_path / "map.jpeg"))
-    monkeypatch.setattr(commands, "find_spec", lambda name: None)
+    monkeypatch.setattr("dop_compile.commands.outputs.find_spec", lambda name: None)
     assert "pip install 'dop_compile[search]'" in refused(capsys, "explain", model, "--plot", "map.svg")
 
 

@@ -20,9 +20,9 @@ from dop_compile.evaluation.methods import FULL, ORIGINAL, RESIZE, Counts, Metho
 from dop_compile.evaluation.report import markdown, tradeoff_figure
 from dop_compile.evaluation.resizing import Resized
 from dop_compile.policy.policy import Policy
+from dop_compile.search.candidates import SPACES
 from dop_compile.search.divergences import Divergences
 from dop_compile.search.fit_prune import measure_attention
-from dop_compile.search.optimize import SPACES
 from dop_compile.search.order import OperationOrder
 from dop_compile.search.samples import Samples
 

@@ -7,7 +7,6 @@ import json
 import sys
 from argparse import Namespace
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 
 from dop_compile.commands.inputs import (
@@ -15,7 +14,7 @@ from dop_compile.commands.inputs import (
     load_model_on_meta,
     write_file,
 )
-from dop_compile.commands.outputs import check_new, output_file
+from dop_compile.commands.outputs import PLOT_DPI, check_new, output_file, picture_file
 from dop_compile.commands.policies import read_policies
 from dop_compile.commands.prompt_tokens import prompt_tokens
 from dop_compile.commands.usage import UsageError, one_line
@@ -25,16 +24,14 @@ from dop_compile.reports.picture import explain_figure
 
 __all__ = ["explain_command"]
 
-PICTURES = (".svg", ".png", ".pdf")
-PLOT_DPI = 120
-
 
 def explain_command(arguments: Namespace) -> None:
     """Print what policies cost on a model, of which no weights are read."""
-    plot = _picture(arguments.plot)
-    for option, name in (("--plot", arguments.plot), ("--save-policy", arguments.save_policy)):
-        if name:
-            check_new([output_file(name, option)], arguments.force, option)
+    plot = picture_file("--plot", arguments.plot)
+    if plot is not None:
+        check_new([plot], arguments.force, "--plot")
+    if arguments.save_policy:
+        check_new([output_file(arguments.save_policy, "--save-policy")], arguments.force, "--save-policy")
     model = load_model_on_meta(arguments.model, arguments.dtype)
     layers = model.config.get_text_config(decoder=True).num_hidden_layers
     tiers = read_policies(arguments, layers) or {"full": Policy.full(layers)}
@@ -44,10 +41,10 @@ def explain_command(arguments: Namespace) -> None:
     counts = {"system": tokens.system, "visual": tokens.visual, "text": tokens.text, "rows": arguments.rows}
     try:
         result = replace(explain(compiled, arguments.tier, **counts), counts=tokens.why)
-        figure = explain_figure(compiled, **counts) if arguments.plot else None
+        figure = explain_figure(compiled, **counts) if plot is not None else None
     except ValueError as error:
         raise UsageError(one_line(error)) from error
-    if figure is not None:
+    if figure is not None and plot is not None:
         save = functools.partial(figure.savefig, format=plot.suffix[1:], dpi=PLOT_DPI)
         write_file(plot, save, "--plot")
         print(f"saved picture {plot}", file=sys.stderr)
@@ -55,13 +52,3 @@ def explain_command(arguments: Namespace) -> None:
         write_file(Path(arguments.save_policy).expanduser(), tiers[result.tier].to_json() + "\n", "--save-policy")
         print(f"saved policy {result.tier!r} to {arguments.save_policy}", file=sys.stderr)
     print(json.dumps(result.to_dict(), indent=1) if arguments.json else result)
-
-
-def _picture(name: str | None) -> Path:
-    """The path of a picture that can be drawn here."""
-    path = Path(name or "").expanduser()
-    if name and path.suffix not in PICTURES:
-        raise UsageError(f"--plot {name!r}: expected a name that ends in {', '.join(PICTURES)}")
-    if name and find_spec("matplotlib") is None:
-        raise UsageError("--plot: matplotlib is not installed; pip install 'dop_compile[search]'")
-    return path

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -145,14 +146,20 @@ def model_of(arguments: Namespace, divergences: Divergences) -> tuple[Any, Sampl
 
 
 def whole_policies(
-    arguments: Namespace, divergences: Divergences, loaded: Any
-) -> Callable[[Sequence[Policy]], list[float]]:
-    """Mean measured divergence of whole policies, by the metric of the divergences, on the samples that are named."""
+    arguments: Namespace,
+    divergences: Divergences,
+    loaded: Any,
+    resume: Callable[[Sequence[Policy]], Path] | None = None,
+) -> Callable[[Sequence[Policy]], np.ndarray[Any, np.dtype[np.float64]]]:
+    """(policies, samples) divergences of whole policies, by the metric of the divergences, on the samples named.
+
+    `resume` says beside which file the finished samples of such policies are kept.
+    """
     model, samples, processor = loaded
     tokens = dict(divergences.metric_options).get("tokens", 1)
 
-    def measure(policies: Sequence[Policy]) -> list[float]:
-        values = measure_policies(
+    def measure(policies: Sequence[Policy]) -> np.ndarray[Any, np.dtype[np.float64]]:
+        return measure_policies(
             model,
             samples,
             list(policies),
@@ -160,8 +167,8 @@ def whole_policies(
             tokens=tokens if isinstance(tokens, int) else 1,
             decode=decoder_of(processor),
             backend=arguments.backend,
+            resume=None if resume is None else resume(policies),
         )
-        return [float(value) for value in values.mean(axis=1)]
 
     return measure
 
@@ -243,11 +250,12 @@ def _measured(
     model, samples, processor = loaded
     policies = [row.policy for row in rows]
     with usage_errors():
-        measured = whole_policies(arguments, divergences, loaded)(policies)
+        measured = whole_policies(arguments, divergences, loaded)(policies).mean(axis=1)
         accuracy: list[float | None] = [None] * len(rows)
         if all(row.answers for row in samples.rows):
             right = measure_accuracy(model, samples, policies, decoder_of(processor), backend=arguments.backend)
             accuracy = [float(share) for share in right.mean(axis=1)]
     return [
-        replace(row, measured=value, accuracy=share) for row, value, share in zip(rows, measured, accuracy, strict=True)
+        replace(row, measured=float(value), accuracy=share)
+        for row, value, share in zip(rows, measured, accuracy, strict=True)
     ]

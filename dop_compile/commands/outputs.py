@@ -8,11 +8,15 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterable
+from importlib.util import find_spec
 from pathlib import Path
 
 from dop_compile.commands.usage import UsageError, one_line
 
-__all__ = ["check_new", "output_directory", "output_file"]
+__all__ = ["PLOT_DPI", "check_new", "output_directory", "output_file", "picture_file"]
+
+PICTURES = (".svg", ".png", ".pdf")
+PLOT_DPI = 120
 
 PROBE = b"\0" * 65536
 """So much is written and removed again: an empty file fits onto a full disk."""
@@ -38,6 +42,18 @@ def output_file(name: str, option: str = "--out") -> Path:
         raise UsageError(f"{option} {str(path)!r}: is not a file that can be replaced; name another")
     _probe(path.resolve().parent, path, option)
     return path
+
+
+def picture_file(option: str, name: str | None) -> Path | None:
+    """The path of a picture that can be drawn here; None where none is asked for. Errors as `output_directory`."""
+    if name is None:
+        return None
+    path = Path(name).expanduser()
+    if path.suffix not in PICTURES:
+        raise UsageError(f"{option} {name!r}: expected a name that ends in {', '.join(PICTURES)}")
+    if find_spec("matplotlib") is None:
+        raise UsageError(f"{option}: matplotlib is not installed; pip install 'dop_compile[search]'")
+    return output_file(name, option)
 
 
 def check_new(paths: Iterable[Path], force: bool, option: str = "--out") -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import sys
 from argparse import Namespace
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -12,13 +15,17 @@ from dop_compile.commands.inputs import write_file
 from dop_compile.commands.measuring import model_of, processes, read_divergences, whole_policies
 from dop_compile.commands.outputs import check_new, output_directory, output_file
 from dop_compile.commands.usage import UsageError, usage_errors
+from dop_compile.policy.policy import Policy
 from dop_compile.search import report
+from dop_compile.search.choices import choices_table
 from dop_compile.search.latency import LatencyModel, measure_latency
 from dop_compile.search.meter import model_inputs
-from dop_compile.search.optimize import optimize
+from dop_compile.search.optimize import choose_each
 from dop_compile.search.processes import barrier
 
 __all__ = ["search_command"]
+
+CANDIDATES = "candidates"
 
 
 def _latency(arguments: Namespace, path: Path, loaded: Any, rank: int) -> LatencyModel:
@@ -75,37 +82,46 @@ def search_command(arguments: Namespace) -> None:
     out = output_directory(arguments.out)
     files = {name: out / f"{name.rstrip('%')}.json" for name in names}
     latency_file = _check_latency(arguments)
-    runs = arguments.verify_top > 1 or (latency_file is not None and not latency_file.exists())
+    verifies = bool(arguments.model) and arguments.verify_top != 1 and (arguments.verify_top or not arguments.faithful)
+    runs = verifies or (latency_file is not None and not latency_file.exists())
     if runs:  # that takes long: nothing shall then be in the way
         check_new(files.values(), arguments.force)
     with processes(arguments) if runs else nullcontext(0) as rank:
         loaded = model_of(arguments, divergences) if runs else None
-        measure = whole_policies(arguments, divergences, loaded) if arguments.verify_top > 1 else None
+        kept_at = functools.partial(_candidates_file, out)
+        measure = whole_policies(arguments, divergences, loaded, kept_at) if verifies else None
         latency = None if latency_file is None else _latency(arguments, latency_file, loaded, rank)
-        rows = []
-        for name, budget in names.items():
-            with usage_errors():
-                policy = optimize(
-                    divergences,
-                    budget,
-                    max_kv_bytes=arguments.max_kv_bytes,
-                    max_ms=arguments.max_ms,
-                    latency=latency,
-                    space=arguments.space,
-                    alpha=alpha,
-                    monotone=not arguments.raw_curves,
-                    verify_top=arguments.verify_top,
-                    measure=measure,
-                )
-            rows.append(report.policy_row(divergences, name, policy))
+        with usage_errors():
+            found = choose_each(
+                divergences,
+                list(names.values()),
+                max_kv_bytes=arguments.max_kv_bytes,
+                max_ms=arguments.max_ms,
+                latency=latency,
+                space=arguments.space,
+                alpha=alpha,
+                monotone=not arguments.raw_curves,
+                faithful=arguments.faithful,
+                verify_top=arguments.verify_top,
+                measure=measure,
+            )
+        choices = dict(zip(names, found, strict=True))
     if rank > 0:
         return
-    texts = {file: row.policy.to_json() + "\n" for file, row in zip(files.values(), rows, strict=True)}
+    texts = {files[name]: choice.taken.policy.to_json() + "\n" for name, choice in choices.items()}
     check_new([file for file, text in texts.items() if not _holds(file, text)], arguments.force)
     for file, text in texts.items():
         write_file(file, text)
-    print(report.policies_table(rows))
-    print(f"\n{report.costs_note(divergences)}\nsaved {len(rows)} policies in {out}")
+    for finished in out.glob(f"{CANDIDATES}-*.progress-*"):
+        finished.unlink()
+    print(choices_table(divergences, choices))
+    print(f"\n{report.costs_note(divergences)}\nsaved {len(choices)} policies in {out}")
+
+
+def _candidates_file(out: Path, policies: Sequence[Policy]) -> Path:
+    """Beside what the finished samples of some candidates are kept, until all policies are saved."""
+    text = "".join(policy.replace(provenance=None).to_json() for policy in policies)
+    return out / f"{CANDIDATES}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
 def _holds(file: Path, text: str) -> bool:

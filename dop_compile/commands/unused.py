@@ -89,13 +89,13 @@ def _check_search(arguments: Namespace, given: Collection[str]) -> None:
         _refuse(["latency"], given, "it is what --max-ms is read from; give also --max-ms MS")
     if not arguments.budget:
         _refuse(["alpha"], given, "it is of a --budget; give one, or leave it out")
-    if arguments.verify_top > 1:
-        if "model" not in given or "samples" not in given:
-            raise UsageError("--verify-top: give also --model and --samples, on which the candidates are measured")
-    elif "latency" in given:
-        _check_pair(given, "latencies are measured of a model on samples")
+    runs = (arguments.verify_top or 0) > 1 or (arguments.verify_top is None and not arguments.faithful)
+    if (arguments.verify_top or 0) > 1 and ("model" not in given or "samples" not in given):
+        raise UsageError("--verify-top: give also --model and --samples, on which the candidates are measured")
+    if runs or "latency" in given:
+        _check_pair(given, "candidates and latencies are measured of a model on samples")
     else:
-        _refuse(RUNNING, given, "policies are run by --verify-top alone, and times measured for --latency; give one")
+        _refuse(RUNNING, given, "nothing is run: give also --verify-top N, or --latency to measure times")
 
 
 def _check_report(arguments: Namespace, given: Collection[str]) -> None:
@@ -108,7 +108,7 @@ def _check_eval(arguments: Namespace, given: Collection[str]) -> None:
     # Imported late: it takes seconds
     from dop_compile.evaluation.in_decoder import IN_DECODER
     from dop_compile.evaluation.methods import FULL, ORIGINAL, RESIZE
-    from dop_compile.search.optimize import SPACES
+    from dop_compile.search.candidates import SPACES
 
     methods = set(arguments.method)
     if not any(name.partition("+")[0] in SPACES for name in methods):

@@ -23,9 +23,10 @@ from dop_compile.hf.fingerprint import model_fingerprint
 from dop_compile.policy.costs import prefill_flops
 from dop_compile.policy.policy import JsonScalar, Policy
 from dop_compile.reducers import create, known
+from dop_compile.search.candidates import SPACES
 from dop_compile.search.divergences import Divergences
 from dop_compile.search.fit_prune import AttentionShares, fit_prune
-from dop_compile.search.optimize import SPACES, InfeasibleBudgetError, optimize
+from dop_compile.search.optimize import InfeasibleBudgetError, optimize
 from dop_compile.search.order import OperationOrder
 from dop_compile.search.transfer import transfer
 
@@ -203,7 +204,7 @@ class Planner:
     def searched(
         self, space: str, budget: float, reducer: str | None = None, *, alpha: float | str | None = "auto"
     ) -> Method:
-        """The best policy of a space by the divergences, with their reducer or another.
+        """The best policy of a space by the divergences, with their reducer or another; "dop" as it was published.
 
         Raises:
             TypeError: no divergences were given.
@@ -211,7 +212,7 @@ class Planner:
         """
         if self._divergences is None:
             raise TypeError(f"method {space!r}: it is found in measured divergences; give them")
-        policy = optimize(self._divergences, _checked(budget), space=space, alpha=alpha)
+        policy = optimize(self._divergences, _checked(budget), space=space, alpha=alpha, faithful=space == "dop")
         if reducer is None:
             return Method(space, budget, policy)
         if reducer != policy.reducer:

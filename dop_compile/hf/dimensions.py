@@ -4,8 +4,9 @@ Cases read from a Hugging Face configuration:
 1. gated MLP (3 matrices)   2. plain MLP (2 matrices), known by model type   3. grouped KV heads
 4. mixtures of experts: a token pays for its routed and shared experts, or for one wide MLP in a dense layer
 5. decoders with recurrent or convolutional layers, whose sizes are read off the layers (`layer_sizes`)
-Refused, as eq. 11 does not describe them: latent attention, sparse attention, layers of unlike head sizes, K/V shared
-between layers, mixtures whose configuration is not recognised. Build `DecoderDims` by hand for those.
+6. layers of unlike sizes, read off them too: heads of two sizes, layers that read the keys and values of earlier ones
+Refused, as eq. 11 does not describe them: latent attention, sparse attention, values that are the keys, several
+residual streams, mixtures in unlike layers or whose configuration is not recognised. Build `DecoderDims` by hand.
 """
 
 from __future__ import annotations
@@ -16,7 +17,16 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from dop_compile.checks import integer, store
-from dop_compile.hf.names import ATTENTION_LAYERS, GATED_PREFIXES, MIXER_LAYERS, PLAIN_MLP
+from dop_compile.hf.names import (
+    ATTENTION_LAYERS,
+    EXPERT_COUNTS,
+    EXPERTS_SWITCH,
+    GATED_PREFIXES,
+    MIXER_LAYERS,
+    PER_LAYER_SIZE,
+    PLAIN_MLP,
+    UNLIKE_LAYERS,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -25,6 +35,7 @@ __all__ = ["DecoderDims"]
 
 
 _OF_MIXERS = ("attends", "mixer_flops", "window_numbers", "state_numbers")
+_OF_UNLIKE_LAYERS = ("query_widths", "key_value_widths", "side_sizes")
 
 
 @dataclass(frozen=True)
@@ -39,6 +50,11 @@ class DecoderDims:
     have); `mixer_flops`, of its mixers for each token of their sequence; `window_numbers` and `state_numbers`, how many
     numbers a sample's convolutions and recurrences keep there, in the model's dtype and in float32.
     `gated_attention`: attention projects an output gate as wide as its queries.
+
+    For decoders whose layers differ, per layer: `query_widths`, heads x head size (none: the same in all layers);
+    `key_value_widths`, KV heads x head size of the keys that it projects and stores, 0 where it reads those of an
+    earlier layer (none: the same in all); `side_sizes`, the width of an MLP of two matrices that every token passes
+    besides (0 by default).
     """
 
     num_layers: int
@@ -55,6 +71,9 @@ class DecoderDims:
     window_numbers: tuple[int, ...] = ()
     state_numbers: tuple[int, ...] = ()
     gated_attention: bool = False
+    query_widths: tuple[int, ...] = ()
+    key_value_widths: tuple[int, ...] = ()
+    side_sizes: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for field in ("num_layers", "hidden_size", "num_heads", "head_dim", "num_key_value_heads"):
@@ -74,8 +93,13 @@ class DecoderDims:
             ("mixer_flops", 0, 0),
             ("window_numbers", 0, 0),
             ("state_numbers", 0, 0),
+            ("side_sizes", 0, 0),
         ):
             store(self, field, tuple(integer(field, size, low=low) for size in self._per_layer(field, default)))
+        for field, low in (("query_widths", 1), ("key_value_widths", 0)):
+            if given := tuple(getattr(self, field)):  # else they follow from the sizes of all layers
+                given = self._per_layer(field, None)
+            store(self, field, tuple(integer(field, size, low=low) for size in given))
         attends = self._per_layer("attends", True)
         if not all(isinstance(own, bool) for own in attends):
             raise TypeError(f"attends: expected True or False for each layer, got {attends!r}")
@@ -91,14 +115,22 @@ class DecoderDims:
         return values
 
     def as_document(self) -> dict[str, Any]:
-        """The fields by name, for JSON; those of other token mixers only where there are some."""
-        without: dict[str, Any] = {**dict.fromkeys(_OF_MIXERS, ()), "gated_attention": False}
-        plain = dataclasses.replace(self, **without)
+        """The fields by name, for JSON; those of other token mixers and of unlike layers only where there are some."""
         fields = dataclasses.asdict(self)
-        if plain == self:
-            for name in without:
-                del fields[name]
+        mixers: dict[str, Any] = {**dict.fromkeys(_OF_MIXERS, ()), "gated_attention": False}
+        for without in (mixers, dict.fromkeys(_OF_UNLIKE_LAYERS, ())):
+            if dataclasses.replace(self, **without) == self:
+                for name in without:
+                    del fields[name]
         return fields
+
+    def query_width(self, layer: int) -> int:
+        """Width of a layer's queries: d of eq. 11."""
+        return self.query_widths[layer] if self.query_widths else self.num_heads * self.head_dim
+
+    def key_value_width(self, layer: int) -> int:
+        """Width of the keys, and of the values, that a layer projects and stores; 0 where it reads an earlier one's."""
+        return self.key_value_widths[layer] if self.key_value_widths else self.num_key_value_heads * self.head_dim
 
     @cached_property
     def mlp_widths(self) -> tuple[int, ...]:
@@ -114,14 +146,15 @@ class DecoderDims:
         _refuse_other_attention(text, kind)
         layers, heads = _size(text, kind, "num_hidden_layers"), _size(text, kind, "num_attention_heads")
         hidden = _size(text, kind, "hidden_size")
+        first = text.per_layer_config[0] if getattr(text, "is_heterogeneous", False) else text
         common: dict[str, Any] = {
             "num_layers": layers,
             "hidden_size": hidden,
             "num_heads": heads,
-            "head_dim": getattr(text, "head_dim", None) or hidden // heads,
-            "num_key_value_heads": getattr(text, "num_key_value_heads", None) or heads,
+            "head_dim": getattr(first, "head_dim", None) or hidden // heads,
+            "num_key_value_heads": getattr(first, "num_key_value_heads", None) or heads,
         }
-        if _layer_kinds(text) & MIXER_LAYERS:
+        if _layer_kinds(text) & MIXER_LAYERS or _has_unlike_layers(text):
             gated = _is_gated(text, kind)
             return cls(**common, gated=gated, **_read_off_layers(text, kind, common, gated=gated))
         sizes, active, shared = _mlp_sizes(text, kind, layers)
@@ -143,14 +176,19 @@ def _refuse_other_attention(text: Any, kind: str) -> None:
     def refuse(what: str) -> None:
         raise ValueError(f"{kind}: eq. 11 does not describe {what}; build DecoderDims by hand")
 
-    if getattr(text, "is_heterogeneous", False) or hasattr(text, "global_head_dim"):
-        refuse("layers of unlike head sizes")
+    mixture = any(getattr(text, name, None) for name in ("num_experts_per_tok", *EXPERT_COUNTS))
+    if _has_unlike_layers(text) and mixture and getattr(text, EXPERTS_SWITCH, True):
+        refuse("a mixture of experts in unlike layers")
     if getattr(text, "kv_lora_rank", None):
         refuse("latent attention (kv_lora_rank)")
-    if getattr(text, "num_kv_shared_layers", 0):
-        refuse("K/V shared between layers (num_kv_shared_layers)")
+    if getattr(text, "altup_num_inputs", 0):
+        refuse("several residual streams (altup_num_inputs)")
     if other := sorted(_layer_kinds(text) - ATTENTION_LAYERS - MIXER_LAYERS):
         refuse(f"layers of type {', '.join(other)}")
+
+
+def _has_unlike_layers(text: Any) -> bool:
+    return any(getattr(text, name, None) for name in UNLIKE_LAYERS)
 
 
 def _layer_kinds(text: Any) -> set[str]:
@@ -158,21 +196,35 @@ def _layer_kinds(text: Any) -> set[str]:
 
 
 def _read_off_layers(text: Any, kind: str, common: dict[str, Any], *, gated: bool) -> dict[str, Any]:
-    """Sizes of a decoder with other token mixers than attention."""
+    """Sizes of a decoder with other token mixers than attention, or of unlike layers."""
     from dop_compile.hf.layer_sizes import layer_sizes  # imports transformers' models
 
     layers = layer_sizes(text)
     width = (3 if gated else 2) * common["hidden_size"]
-    if odd := [layer.mlp_weights for layer in layers if layer.mlp_weights % width]:
+    side = getattr(text, PER_LAYER_SIZE, 0) or 0
+    weights = [layer.mlp_weights - 2 * common["hidden_size"] * side for layer in layers]
+    if odd := [number for number in weights if number % width]:
         raise ValueError(f"{kind}: an MLP of {odd[0]} weights is not understood; build DecoderDims by hand")
     queries = common["num_heads"] * common["head_dim"]
-    return {
-        "intermediate_sizes": tuple(layer.mlp_weights // width for layer in layers),
+    unlike: dict[str, Any] = {}
+    if _has_unlike_layers(text):
+        if any(not layer.query_width or layer.key_width != layer.value_width for layer in layers):
+            raise ValueError(
+                f"{kind}: eq. 11 does not describe layers without a projection each for queries, keys and values; "
+                "build DecoderDims by hand"
+            )
+        unlike = {
+            "query_widths": tuple(layer.query_width for layer in layers),
+            "key_value_widths": tuple(layer.key_width for layer in layers),
+            "side_sizes": (side,) * len(layers),
+        }
+    return unlike | {
+        "intermediate_sizes": tuple(number // width for number in weights),
         "attends": tuple(layer.attends for layer in layers),
         "mixer_flops": tuple(layer.mixer_flops for layer in layers),
         "window_numbers": tuple(layer.window_numbers for layer in layers),
         "state_numbers": tuple(layer.state_numbers for layer in layers),
-        "gated_attention": {layer.query_width for layer in layers if layer.attends} == {2 * queries},
+        "gated_attention": not unlike and {y.query_width for y in layers if y.attends} == {2 * queries},
     }
 
 

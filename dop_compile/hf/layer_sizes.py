@@ -1,4 +1,4 @@
-"""Sizes of the layers of decoders with token mixers besides attention, read off the layers themselves.
+"""Sizes of the layers of decoders with token mixers besides attention or unlike layers, read off the layers themselves.
 
 What a mixer projects, how long its window is and what state it keeps stand in no common place of configurations. So the
 decoder is built without weights (on the meta device), its matrices are counted, and one token is sent through each
@@ -35,13 +35,16 @@ class LayerSizes:
     """One layer.
 
     `attends`: it holds an attention, of `query_width` (0 where that is not told): twice heads x head_dim where an
-    output gate is projected too. `mixer_flops`: of a token in its mixers' sequence. `window_numbers` and
-    `state_numbers`: what a sample's convolutions (in the model's dtype) and recurrences (in float32) keep.
-    `mlp_weights`: of the matrices that a token passes in the MLP, routers left out.
+    output gate is projected too; `key_width` and `value_width`, of the keys and values that it projects.
+    `mixer_flops`: of a token in its mixers' sequence. `window_numbers` and `state_numbers`: what a sample's
+    convolutions (in the model's dtype) and recurrences (in float32) keep. `mlp_weights`: of the matrices that a token
+    passes in the MLP, routers left out.
     """
 
     attends: bool
     query_width: int
+    key_width: int
+    value_width: int
     mixer_flops: int
     window_numbers: int
     state_numbers: int
@@ -72,11 +75,14 @@ def _of_layer(layer: nn.Module, number: int, config: Any) -> LayerSizes:
     attentions = list(filter(is_attention, layer.modules()))
     mixers = list(filter(is_mixer, layer.modules()))
     mixed = {id(part) for module in (*attentions, *mixers) for part in module.modules()}
-    queries = [q.out_features for m in attentions if isinstance(q := getattr(m, "q_proj", None), nn.Linear)]
+    projections = [[getattr(m, f"{kind}_proj", None) for m in attentions] for kind in "qkv"]
+    widths = [sum(p.out_features for p in kind if isinstance(p, nn.Linear)) for kind in projections]
     found = [_of_mixer(mixer, number, config) for mixer in mixers]
     return LayerSizes(
         attends=bool(attentions),
-        query_width=sum(queries),
+        query_width=widths[0],
+        key_width=widths[1],
+        value_width=widths[2],
         mixer_flops=sum(flops for flops, _, _ in found),
         window_numbers=sum(window for _, window, _ in found),
         state_numbers=sum(state for _, _, state in found),

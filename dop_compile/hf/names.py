@@ -46,8 +46,10 @@ PER_LAYER = "per_layer_inputs"
 """Embeddings of ids that decoders with `get_per_layer_inputs` give to each layer."""
 UNUSED_ARGUMENTS = ("num_items_in_batch", "cache_position", "mm_token_type_ids", "logits_to_keep")
 """What outer models pass on to decoders that take any keyword but do nothing with these."""
-REFUSED_OUTPUTS = ("output_attentions", "output_hidden_states", "output_router_logits")
-"""What a pruned decoder does not have of all tokens."""
+LEAVES_ROWS_OUT = ("first_kv_shared_layer_idx",)
+"""Attributes of decoders: the layer from which on they work on the rows alone whose logits are asked for."""
+REFUSED_OUTPUTS = ("output_attentions", "output_hidden_states", "output_router_logits", "return_shared_kv_states")
+"""What a pruned decoder does not have, or not of all tokens."""
 BLOCKS = "block_sequence_ids"
 """The argument of mask builders that they pad."""
 NOT_OF_EAGER = ("dropout", "is_causal", "sliding_window")
@@ -59,8 +61,6 @@ STATE_UPDATES = frozenset({"update_conv_state", "update_recurrent_state"})
 MIXED_BY = ("past_key_values", "cache_params", "attention_mask", "position_ids", "position_embeddings")
 """Arguments of modules that may look at other tokens than their own."""
 UNPRUNABLE_SETTINGS = {
-    "num_kv_shared_layers": "its last {} layers read the keys and values of earlier layers, so that the tokens which "
-    "supply them cannot be chosen for each layer",
     "cross_attention_layers": "layers {} attend to image features outside of the token sequence, which hold no visual "
     "tokens that could be pruned",
     "altup_num_inputs": "its layers work on {} residual streams at once (AltUp), and update only one of them",
@@ -85,6 +85,12 @@ ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_at
 """Types of layers that eq. 11 describes."""
 MIXER_LAYERS = frozenset({"linear_attention", "mamba", "conv", "hybrid", "hybrid_sliding", "moe", "mlp"})
 """Types of layers that have other token mixers, beside an attention or without, or none at all."""
+EXPERTS_SWITCH = "enable_moe_block"
+"""Whether there are experts, where their number does not tell."""
+PER_LAYER_SIZE = "hidden_size_per_layer_input"
+"""The width of a layer's MLP that reads a second embedding of each token."""
+UNLIKE_LAYERS = ("is_heterogeneous", "num_kv_shared_layers", PER_LAYER_SIZE)
+"""What configurations have whose layers are of several sizes, or of parts that no setting gives the size of."""
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 """How many experts there are, which is how wide the matrix of their router is."""
 

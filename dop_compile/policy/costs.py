@@ -48,22 +48,27 @@ class LayerTokens:
 def layer_flops(dims: DecoderDims, tokens: LayerTokens, layer: int) -> int:
     """FLOPs of one decoder layer for one sample (eq. 11): 4 n_q h d + 4 n_k h d_kv + 4 n_q n_k d + 6 n_P h m.
 
-    d = heads x head_dim and d_kv = KV heads x head_dim; a plain MLP costs 4 n_P h m, an output gate of the attention
-    2 n_q h d more. A token mixer that is not attention costs n_k times what one token of its sequence does: 2 for each
-    weight of its projections and convolution, and 4 (state space) or 6 (delta rule) for each number of its recurrent
-    state. `layer` counts from 0.
+    d = heads x head_dim and d_kv = KV heads x head_dim, 0 where the layer reads keys and values of an earlier one; a
+    plain MLP costs 4 n_P h m, an output gate of the attention 2 n_q h d more. A token mixer that is not attention costs
+    n_k times what one token of its sequence does: 2 for each weight of its projections and convolution, and 4 (state
+    space) or 6 (delta rule) for each number of its recurrent state. `layer` counts from 0.
     """
     layer = integer("layer", layer, low=0, high=dims.num_layers - 1)
-    attention = attention_flops(dims, tokens.query, tokens.key_value) if dims.attends[layer] else 0
+    attention = attention_flops(dims, layer, tokens.query, tokens.key_value) if dims.attends[layer] else 0
     mixers = tokens.key_value * dims.mixer_flops[layer]
     matrices = 3 if dims.gated else 2
-    return attention + mixers + 2 * matrices * tokens.mlp * dims.hidden_size * dims.mlp_widths[layer]
+    width = matrices * dims.mlp_widths[layer] + 2 * dims.side_sizes[layer]
+    return attention + mixers + 2 * tokens.mlp * dims.hidden_size * width
 
 
-def attention_flops(dims: DecoderDims, queries: int, keys: int) -> int:
-    """FLOPs of one attention: 4 n_q h d (6 with an output gate) + 4 n_k h d_kv + 4 n_q n_k d."""
-    d, d_kv = dims.num_heads * dims.head_dim, dims.num_key_value_heads * dims.head_dim
-    projections = 2 * dims.hidden_size * ((3 if dims.gated_attention else 2) * queries * d + 2 * keys * d_kv)
+def attention_flops(dims: DecoderDims, layer: int, queries: int, keys: int, supplied: int | None = None) -> int:
+    """FLOPs of a layer's attention: 4 n_q h d (6 with an output gate) + 4 n_k h d_kv + 4 n_q n_k d.
+
+    `supplied`: of how many tokens keys and values are projected; None: of the `keys` that the queries meet.
+    """
+    d, d_kv = dims.query_width(layer), dims.key_value_width(layer)
+    supplied = keys if supplied is None else supplied
+    projections = 2 * dims.hidden_size * ((3 if dims.gated_attention else 2) * queries * d + 2 * supplied * d_kv)
     return projections + 4 * queries * keys * d
 
 
@@ -131,16 +136,17 @@ def prefill_flops_ratio(
 
 
 def kv_cache_bytes(dims: DecoderDims, tokens_per_layer: Sequence[LayerTokens], dtype_bytes: int = 2) -> int:
-    """Bytes of one sample's cache after prefill: 2 n_k d_kv `dtype_bytes` in each layer that attends.
+    """Bytes of one sample's cache after prefill: 2 n_k d_kv `dtype_bytes` in each layer that stores keys and values.
 
-    The states of other token mixers are of one size, however many tokens they have seen (`state_bytes`).
+    Where later layers read a layer's keys, n_k is what it keeps itself; `explain` counts what they keep besides. The
+    states of other token mixers are of one size, however many tokens they have seen (`state_bytes`).
     """
     dtype_bytes = integer("dtype_bytes", dtype_bytes, low=1)
     if len(tokens_per_layer) != dims.num_layers:
         raise ValueError(f"tokens_per_layer: expected one per layer ({dims.num_layers}), got {len(tokens_per_layer)}")
-    per_token = 2 * dims.num_key_value_heads * dims.head_dim * dtype_bytes
-    attention = sum(t.key_value for t, attends in zip(tokens_per_layer, dims.attends, strict=True) if attends)
-    return per_token * attention + sum(state_bytes(dims, layer, dtype_bytes) for layer in range(dims.num_layers))
+    attending = [layer for layer in range(dims.num_layers) if dims.attends[layer]]
+    numbers = sum(2 * tokens_per_layer[layer].key_value * dims.key_value_width(layer) for layer in attending)
+    return dtype_bytes * numbers + sum(state_bytes(dims, layer, dtype_bytes) for layer in range(dims.num_layers))
 
 
 def state_bytes(dims: DecoderDims, layer: int, dtype_bytes: int = 2) -> int:

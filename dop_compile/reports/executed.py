@@ -132,10 +132,14 @@ class _Run:
         mlp = next((block.tokens for block in mlps), none)
         if not mixing:
             return none, none, mlp
-        # Without queries, keys and values are computed only to be cached
         first = mixing[0]
-        keys = first.keys if first.tokens or first.update is not None or first.mixer is not None else none
+        keys = first.keys | first.supplies if self._has_keys(first) else none
         return first.tokens, keys, mlp
+
+    def _has_keys(self, block: Block) -> bool:
+        """Whether keys and values are there: without queries, only for the cache and for layers that read them too."""
+        read = any(other.source is block and other.tokens for other in self.blocks)
+        return bool(block.tokens) or read or block.update is not None or block.mixer is not None
 
     def layer(self, layer: int) -> LayerCost:
         mixing, mlps = self._split(layer)
@@ -146,8 +150,8 @@ class _Run:
             flops = sum(self._mixing_flops(self.dims, layer, block) for block in mixing)
             flops += sum(self._mlp_flops(self.dims, layer, block) for block in mlps if block.tokens)
             flops += sum(self._ranking_flops(self.dims, layer, block) for block in mixing if block.attends)
-            stored = sum(self.counter.width(block.keys) for block in mixing if block.update is not None)
-            kv_bytes = 2 * stored * self.dims.num_key_value_heads * self.dims.head_dim * self.dtype_bytes
+            stored = sum(self.counter.width(block.supplies) for block in mixing if block.update is not None)
+            kv_bytes = 2 * stored * self.dims.key_value_width(layer) * self.dtype_bytes
             if self.cached and any(block.mixer is not None for block in mixing):
                 kv_bytes += state_bytes(self.dims, layer, self.dtype_bytes)
         notes = _notes(self.counter.universe, queries, keys, mlp, mixing)
@@ -160,14 +164,14 @@ class _Run:
     def _mixing_flops(self, dims: DecoderDims, layer: int, block: Block) -> int:
         if block.mixes:
             return 0 if block.mixer is None else self.counter.width(block.keys) * dims.mixer_flops[layer]
-        if not block.tokens and block.update is None:
+        if not self._has_keys(block):
             return 0
         queries = self.counter.width(block.tokens) if block.tokens else 0
-        keys = self.counter.width(block.keys)
+        keys, supplied = self.counter.width(block.held), self.counter.width(block.supplies)
         if not block.fused:
-            return attention_flops(dims, queries, keys)
+            return attention_flops(dims, layer, queries, keys, supplied)
         # One matrix gives queries, keys and values of every token that is either
-        d, d_kv = dims.num_heads * dims.head_dim, dims.num_key_value_heads * dims.head_dim
+        d, d_kv = dims.query_width(layer), dims.key_value_width(layer)
         projections = 2 * dims.hidden_size * (self.counter.width(block.reads) * (d + 2 * d_kv) + queries * d)
         return projections + 4 * queries * keys * d
 
@@ -195,12 +199,13 @@ class _Run:
         if ranks.reads_next:
             row = self.counter.keep.layers[layer + 1]
             queries, keys = self._before_leaving(row.query, stage), self._before_leaving(row.key_value, stage)
-            widths = self.counter.width(queries) * dims.num_heads + self.counter.width(keys) * dims.num_key_value_heads
-            projections = 2 * dims.hidden_size * widths * dims.head_dim
+            query, key = dims.query_width(layer + 1), dims.key_value_width(layer + 1)
+            projections = 2 * dims.hidden_size * (self.counter.width(queries) * query + self.counter.width(keys) * key)
         groups = {g for g in self.counter.universe.groups for rater in ranks.raters if g.startswith(rater)}
         rows = self.counter.tokens(self.counter.universe.groups_set(groups) & queries)
         rows = 1 if ranking.criterion == "last_token" else rows
-        return projections + 4 * rows * self.counter.width(keys) * dims.num_heads * dims.head_dim
+        width = dims.query_width(layer + ranks.reads_next)
+        return projections + 4 * rows * self.counter.width(keys) * width
 
     def _before_leaving(self, groups: frozenset[str], stage: int) -> TokenSet:
         """Groups of the layer after a stage, with the tokens that leave there."""
@@ -230,6 +235,9 @@ def _notes(universe: Universe, queries: TokenSet, keys: TokenSet, mlp: TokenSet,
             notes.append(f"{group} frozen: only {held}")
     if only_requested:
         notes.append("updates requested rows only")
+    notes += [
+        f"reads the keys and values of layer {block.source.layer}" for block in mixing if block.source is not None
+    ]
     if any(block.fused for block in mixing):
         notes.append("fused projection: sliced after it")
     return notes

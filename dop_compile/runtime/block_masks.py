@@ -32,7 +32,7 @@ def gathered_block_mask(
     """
     batch, queries = rows.shape
     device = rows.device
-    slots, valid = entries.slots, entries.valid
+    slots, valid = entries.slots, entries.visible
     if slots is None:
         slots = torch.arange(entries.count, device=device).expand(batch, -1)
     if valid is None:

@@ -2,7 +2,8 @@
 
 Three coordinates are kept apart. A *column* is the caller's: the position in `input_ids` and `attention_mask` since
 the conversation began. A *slot* is the decoder's: the sequence after token reduction, which masks and sliding windows
-count in. An *entry* is what one layer stores: the slots whose group kept `mha_key_value` there.
+count in. An *entry* is what one layer stores: the slots whose group kept `mha_key_value` there, or in a later layer
+that reads the same keys and values. Such a layer stores nothing; which entries it sees is told of each layer.
 """
 
 from __future__ import annotations
@@ -217,12 +218,12 @@ class PrunedCache(DynamicCache):
         for layer, entries in self.entries.items():
             if id(entries) not in shared:
                 shared[id(entries)] = self._cropped(entries, slots, live)
-            kept = shared[id(entries)]
-            stored = cast(DynamicLayer, self.layers[layer])
-            if stored.keys is not None and stored.values is not None:
-                stored.keys = stored.keys[..., : kept.count, :]
-                stored.values = stored.values[..., : kept.count, :]
-            self.entries[layer] = kept
+            self.entries[layer] = shared[id(entries)]
+        for layer, stored in enumerate(self.layers):  # a layer that reads those of another one stores none
+            if isinstance(stored, DynamicLayer) and stored.keys is not None and stored.values is not None:
+                count = self.entries[layer].count
+                stored.keys = stored.keys[..., :count, :]
+                stored.values = stored.values[..., :count, :]
         if self.columns is not None:
             cut = self.columns[:, :slots]
             self.columns = torch.where(cut < keep, cut, -1)
@@ -232,7 +233,7 @@ class PrunedCache(DynamicCache):
     def _cropped(entries: Entries, slots: int, live: Tensor | None) -> Entries:
         """Slots stand in ascending order in every row, so the entries to drop are the last ones of each row."""
         if entries.slots is None and live is None:
-            return Entries(min(entries.count, slots))
+            return Entries(min(entries.count, slots))  # of which all are seen
         if entries.slots is None:
             assert live is not None
             keeps = live[:, : entries.count]
@@ -244,7 +245,8 @@ class PrunedCache(DynamicCache):
         count = int(torch.where(keeps, positions + 1, 0).max()) if keeps.numel() else 0
         keeps = keeps[:, :count]
         kept_slots = positions[:, :count] if entries.slots is None else entries.slots[:, :count]
-        return Entries(count, kept_slots.clamp(max=max(slots - 1, 0)), None if bool(keeps.all()) else keeps)
+        seen = None if entries.seen is None else entries.seen[:, :count]
+        return Entries(count, kept_slots.clamp(max=max(slots - 1, 0)), None if bool(keeps.all()) else keeps, seen)
 
 
 def _holds_tokens(layer: Any) -> bool:

@@ -72,7 +72,7 @@ class CallRankings:
         module: nn.Module,
         tensors: tuple[Tensor, Tensor, Tensor],
         mask: Any,
-        sets: tuple[TokenSet, TokenSet],
+        sets: tuple[TokenSet, TokenSet, TokenSet | None],
         settings: Mapping[str, Any],
         stream: Tensor | None,
         held: TokenSet | None,
@@ -90,6 +90,7 @@ class CallRankings:
         kept = torch.zeros_like(left)
         if any(counts):
             query, key, value = (tensor.detach() for tensor in tensors)
+            queries, keys, among = sets
             with span(SELECTION), torch.no_grad():
                 view = StoredLayerView(
                     layout,
@@ -98,8 +99,9 @@ class CallRankings:
                     key,
                     value,
                     mask,
-                    *sets,
-                    self._selector.entries(rule.layer + self._criterion.reads_next, sets[1]),
+                    queries,
+                    keys if among is None else among,
+                    self._selector.entries(rule.layer + self._criterion.reads_next, keys, among),
                     self._past_slots,
                     settings,
                     self._embeds.detach(),

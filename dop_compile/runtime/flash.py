@@ -124,7 +124,7 @@ class FlashTokens(KernelMask):
     def _is_plain_step(self, window: int | None) -> bool:
         """Whether the one query is the last token, which sees all that is stored: nothing has to be copied for it."""
         entries = self._entries
-        is_whole = entries.valid is None and self._padding is None
+        is_whole = entries.visible is None and self._padding is None
         return self._at_end and self._rows.shape[1] == 1 and is_whole and (window is None or entries.slots is None)
 
     # --- runs -----------------------------------------------------------------------------------------------------
@@ -135,7 +135,7 @@ class FlashTokens(KernelMask):
         slots = torch.arange(entries.count, device="cpu").expand(batch, -1)
         if entries.slots is not None:
             slots = entries.slots.cpu()
-        valid = torch.ones_like(slots, dtype=torch.bool) if entries.valid is None else entries.valid.cpu()
+        valid = torch.ones_like(slots, dtype=torch.bool) if entries.visible is None else entries.visible.cpu()
         return slots, valid if self._padding is None else valid & self._padding.cpu().gather(1, slots)
 
     def _cut(self, window: int | None) -> list[_Runs]:

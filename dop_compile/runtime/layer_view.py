@@ -190,8 +190,8 @@ class StoredLayerView:
             visible = visible & (distance < window)
         if mask is not None:
             visible = visible & mask.bool().gather(1, columns)[:, None]
-        if self.entries.valid is not None:
-            visible = visible & self.entries.valid[:, None]
+        if self.entries.visible is not None:
+            visible = visible & self.entries.visible[:, None]
         return additive(visible[:, None], self.query)
 
     def _of_function(self, mask: BlockMask, places: Tensor) -> Tensor:

@@ -194,6 +194,15 @@ class TokenLayout:
         result: tuple[Tensor, Tensor | None] = self._there[tokens]
         return result
 
+    def device_members(self, tokens: TokenSet, among: TokenSet) -> Tensor:
+        """(batch, count) bool, on the device: which positions of the grid of `among` hold a token of the set."""
+        key = ("members", tokens, among)
+        if key not in self._there:
+            slots, valid = self._slots(among)
+            (self._there[key],) = to_device([self._members(tokens)[self._rows, slots] & valid], self.device)
+        result: Tensor = self._there[key]
+        return result
+
     def _index(self, kind: str, tokens: TokenSet, others: tuple[TokenSet, ...]) -> Ints:
         if kind == "merge":
             return self._merge_index(tokens, others)

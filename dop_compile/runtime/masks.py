@@ -62,22 +62,29 @@ class MaskSelector:
         self._memo: dict[Any, Any] = {}
         self._appended: dict[Any, Entries] = {}
         # Most layers ask for what the one before asked for
-        self._last_entries: tuple[Any, Any, Any] = (_NOTHING, None, None)
+        self._last_entries: tuple[Any, Any, Any, Any] = (_NOTHING, None, None, None)
         self._last: tuple[Any, Any, Any, Any] = (_NOTHING, None, None, None)
 
-    def entries(self, layer: int, keys: TokenSet) -> Entries:
-        """What the layer holds after the call; equal histories give the same object."""
+    def entries(self, layer: int, keys: TokenSet, among: TokenSet | None = None) -> Entries:
+        """What the layer reads after the call; equal histories give the same object.
+
+        Args:
+            keys: the new tokens whose keys it sees.
+            among: those whose keys are stored where it reads them, if more.
+        """
         past = self._past.get(layer)
-        same_past, same_keys, entries = self._last_entries
-        if past is same_past and keys is same_keys:
+        same_past, same_keys, same_among, entries = self._last_entries
+        if past is same_past and keys is same_keys and among is same_among:
             known: Entries = entries
             return known
-        key = (Same(past), keys)
+        key = (Same(past), keys, among)
         if key not in self._appended:
-            count = self._layout.count(keys)
-            slots, valid = (None, None) if keys.is_all else self._layout.device_slots(keys)
-            self._appended[key] = (past or Entries()).append(self._past_slots, count, slots, valid)
-        self._last_entries = past, keys, self._appended[key]
+            held = keys if among is None else among
+            slots, valid = (None, None) if keys.is_all else self._layout.device_slots(held)
+            seen = None if among is None else self._layout.device_members(keys, among)
+            count = self._layout.count(held)
+            self._appended[key] = (past or Entries()).append(self._past_slots, count, slots, valid, seen)
+        self._last_entries = past, keys, among, self._appended[key]
         return self._appended[key]
 
     def padding(self, tokens: TokenSet) -> Tensor | None:
@@ -89,13 +96,15 @@ class MaskSelector:
         result: Tensor | None = self._memo[key]
         return result
 
-    def select(self, mask: Any, layer: int, queries: TokenSet, keys: TokenSet) -> tuple[Any, Tensor | None]:
-        """The layer's mask (batch, 1, queries, entries), and which queries see a key (batch, queries).
+    def select(
+        self, mask: Any, layer: int, queries: TokenSet, keys: TokenSet, among: TokenSet | None = None
+    ) -> tuple[Any, Tensor | None]:
+        """The layer's mask (batch, 1, queries, entries), and which queries see a key (batch, queries); see `entries`.
 
         The mask is None where the kernel needs none, the second where every query sees a key. The mask is the model's
         own, untouched, where every slot is a query and every slot is stored.
         """
-        entries = self.entries(layer, keys)
+        entries = self.entries(layer, keys, among)
         result: tuple[Any, Tensor | None]
         same_mask, same_queries, same_entries, result = self._last
         if mask is same_mask and queries is same_queries and entries is same_entries:
@@ -119,20 +128,20 @@ class MaskSelector:
         if isinstance(mask, BlockMask):
             return gathered_block_mask(mask, rows, entries, some_keyless=not queries <= keys)
         if mask is None:
-            if self._layout.length == 1 and entries.valid is None:
+            if self._layout.length == 1 and entries.visible is None:
                 return None, None
-            if queries == keys and entries.count == rows.shape[1] and rows_valid is None and entries.valid is None:
+            if queries == keys and entries.count == rows.shape[1] and rows_valid is None and entries.visible is None:
                 return None, None
             columns = self._columns(entries, rows)
             selected = columns[:, None, None, :] <= (rows + self._past_slots)[:, None, :, None]
         else:
             selected = _take(_take(mask, None if queries.is_all else rows, 2), entries.slots, 3)
         some_keyless = self._layout.has_padding or not queries <= keys
-        if entries.valid is None and rows_valid is None and not some_keyless:
+        if entries.visible is None and rows_valid is None and not some_keyless:
             return selected, None
         visible = selected if selected.dtype == torch.bool else selected > torch.finfo(selected.dtype).min / 2
-        if entries.valid is not None:
-            visible = visible & entries.valid[:, None, None, :]
+        if entries.visible is not None:
+            visible = visible & entries.visible[:, None, None, :]
             if selected.dtype == torch.bool:
                 selected = visible
             else:

@@ -47,16 +47,19 @@ class Program:
         self.reports = tuple(graph.reports)
         self.output_tokens = graph.output_tokens
         self.output_class = graph.traced.output_class
-        self.layer_keys: dict[int, TokenSet] = {
-            block.layer: block.keys for block in self.blocks if block.update is not None
+        self.layer_keys: dict[int, tuple[TokenSet, TokenSet | None]] = {
+            block.layer: (block.keys, None if block.held == block.keys else block.held)
+            for block in self.blocks
+            if block.update is not None or (graph.cached and block.source is not None)
         }
+        """Of each layer with entries in the cache, the keys that it sees, and those among which they are, if more."""
         attentions = [block for block in self.blocks if block.attention is not None]
         partial = {block.tokens for block in attentions if not block.tokens.is_all or not block.keys.is_all}
         self.grids: tuple[TokenSet, ...] = ()
         """Sets whose slots masks are made of; none where rankings move tokens between sets on the way."""
         if graph.keep.ranking is None:
             mixing = [*attentions, *(block for block in self.blocks if block.mixer is not None)]
-            self.grids = tuple(partial | {block.keys for block in mixing if not block.keys.is_all})
+            self.grids = tuple(partial | {block.held for block in mixing if not block.keys.is_all})
         mixers = [(block.mixer, block.keys) for block in self.blocks if block.mixer is not None]
         self.sequences: frozenset[TokenSet] = frozenset(keys for _, keys in mixers)
         """The sequences of its mixers, which keep a state of them."""

@@ -221,5 +221,5 @@ class Slots:
             dropped = self._sent.get("dropped")
             if dropped is not None:
                 cache.position_shift = dropped if cache.position_shift is None else cache.position_shift + dropped
-        entries = {layer: selector.entries(layer, keys) for layer, keys in program.layer_keys.items()}
+        entries = {layer: selector.entries(layer, *sets) for layer, sets in program.layer_keys.items()}
         cache.commit(self.tokens, self.count, self.columns, {**cache.entries, **entries})

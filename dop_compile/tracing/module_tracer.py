@@ -70,9 +70,11 @@ class ModuleTracer(fx.Tracer):
                 return tracer._read(kind.__getattr__(module, name))  # type: ignore[attr-defined]
 
             members: dict[str, Any] = {"__call__": __call__, "__getattr__": __getattr__, "__module__": kind.__module__}
-            for name in dir(kind):
-                method = inspect.getattr_static(kind, name)
-                if inspect.isfunction(method) and (rebuilt := self._rebuilt(method)) is not None:
+            methods = {name: value for base in reversed(kind.__mro__) for name, value in vars(base).items()}
+            for name, method in methods.items():
+                if method is vars(nn.Module).get(name) or not inspect.isfunction(method):
+                    continue  # torch's own use nothing that is replaced, and are most of them
+                if (rebuilt := self._rebuilt(method)) is not None:
                     members[name] = rebuilt
             self._classes[kind] = type(kind.__name__, (kind,), members)
         return self._classes[kind]

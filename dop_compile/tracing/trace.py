@@ -72,6 +72,12 @@ class TracedDecoder:
     output_class: type | None = None
     mixing: Mapping[int, int] = field(default_factory=dict)
     """Per layer, how many branches mix tokens: its attention, and what else keeps a state."""
+    sources: Mapping[int, int] = field(default_factory=dict)
+    """Of layers whose attention reads the keys and values of an earlier layer, which one that is."""
+
+    def can_begin_at(self, layer: int) -> bool:
+        """Whether nothing from this layer on reads keys and values of an earlier one."""
+        return all(reader < layer or source >= layer for reader, source in self.sources.items())
 
     def copy(self) -> TracedDecoder:
         """A graph of its own, to be rewritten; modules and example values are shared."""
@@ -233,7 +239,7 @@ def trace_decoder(decoder: nn.Module, inputs: DecoderInputs | None = None) -> Tr
         elif node.target in _OUT_OF_PLACE:
             node.target = _OUT_OF_PLACE[node.target]
     unflatten_tokens(graph, tracer.root)
-    return TracedDecoder(
+    traced = TracedDecoder(
         graph,
         tracer.root,
         inputs,
@@ -242,3 +248,15 @@ def trace_decoder(decoder: nn.Module, inputs: DecoderInputs | None = None) -> Tr
         output_class=output_class,
         mixing={number: _count_mixing(layer) for number, layer in enumerate(layers)},
     )
+    return replace(traced, sources=_sources(traced))
+
+
+def _sources(traced: TracedDecoder) -> dict[int, int]:
+    found: dict[int, int] = {}
+    for node in traced.graph.nodes:
+        if node.meta.get("attention"):
+            layer, key = traced.layer_of(node), node.args[2]
+            source = traced.layer_of(key) if isinstance(key, fx.Node) else None
+            if layer is not None and source is not None and source != layer:
+                found[layer] = source
+    return found

@@ -22,6 +22,7 @@ from dop_compile import ops
 from dop_compile.hf.copies import BOUND_CALLS, rebind
 from dop_compile.hf.kernels import ATTENTION_REGISTRY, MASK_BUILDERS, following_runs
 from dop_compile.hf.mixers import is_mixer
+from dop_compile.hf.names import LEAVES_ROWS_OUT
 from dop_compile.hf.spellings import CACHE, EMBEDS, MASK, POSITIONS, require, spelled
 from dop_compile.tracing.decoder_inputs import DecoderInputs
 from dop_compile.tracing.module_tracer import ModuleTracer
@@ -67,6 +68,9 @@ class DecoderTracer(ModuleTracer):
         root.decoder = decoder
         root.training = decoder.training
         super().__init__(root, opened)
+        # Which rows are asked for is known when a graph is pruned, and `remove_dead` leaves out more than these do
+        own: Any = self.copy.get_submodule("decoder")
+        vars(own).update({name: None for name in LEAVES_ROWS_OUT if name in vars(own)})
 
     def trace_decoder(self) -> tuple[fx.Graph, type | None]:
         """The graph, and the class of the decoder's output; None for a tuple."""

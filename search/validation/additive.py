@@ -108,7 +108,7 @@ def joint_grid(
     both, mlp, n = both[inside], mlp[inside], n[inside]
     space = Space(divergences, "dop", True)
     additive = space.divergence.reshape(layers + 1, layers + 1)[both, mlp] + space.tokens[n]
-    best = optimize(divergences, budget, space="dop", alpha=alpha)
+    best = optimize(divergences, budget, space="dop", alpha=alpha, faithful=True)
     source = best.provenance
     assert source is not None
     policies = [_policy(divergences, *map(int, one)) for one in zip(both, mlp, n, strict=True)]

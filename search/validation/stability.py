@@ -92,5 +92,5 @@ def stability(
 
 def _search(divergences: Divergences, samples: list[int], budget: float, settings: dict[str, Any]) -> Policy:
     """The policy that these samples give, without where it is from, so that equal ones are equal."""
-    found: Policy = optimize(divergences.subset(samples), budget, **settings)
+    found: Policy = optimize(divergences.subset(samples), budget, faithful=True, **settings)
     return found.replace(provenance=None)

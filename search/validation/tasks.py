@@ -40,7 +40,7 @@ def cross_task(
     if len(models) > 1:
         raise ValueError("divergences: expected those of one model, got several; measure all tasks on the same model")
     found = [
-        (budget, task, optimize(own, budget, **settings).replace(provenance=None))
+        (budget, task, optimize(own, budget, faithful=True, **settings).replace(provenance=None))
         for budget in budgets
         for task, own in divergences.items()
     ]

@@ -12,6 +12,7 @@ from transformers import models
 from tests.conformance.configs import tiny, tiny_tower
 from tests.conformance.images import fitted, grid_image, grid_video, pixels, placed_patches
 from tests.conformance.llava_like import vlm
+from tests.conformance.text_only import SHARED, SHARES
 from tests.families import END, HIDDEN, IMAGE, START, VOCAB, Family
 
 __all__ = ["OTHERS"]
@@ -191,6 +192,34 @@ _ALL = (
         },
         fitted(placed_patches(48)),
         _SLIDES | {"type_ids": "mm_token_type_ids", "seed": 1},
+        audio_config=None,
+        boi_token_id=START,
+        eoi_token_id=END,
+    ),
+    vlm(
+        "gemma4_shared",
+        "Gemma4ForConditionalGeneration",
+        functools.partial(
+            tiny,
+            models.gemma4.configuration_gemma4.Gemma4TextConfig,
+            tie_word_embeddings=True,
+            **SHARED,
+            use_double_wide_mlp=True,
+            hidden_size_per_layer_input=16,
+            vocab_size_per_layer_input=VOCAB,
+        ),
+        lambda: {
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "patch_size": 4,
+            "position_embedding_size": 36,
+        },
+        fitted(placed_patches(48)),
+        _SLIDES | SHARES | {"type_ids": "mm_token_type_ids", "seed": 3},
         audio_config=None,
         boi_token_id=START,
         eoi_token_id=END,

@@ -194,12 +194,6 @@ _ALL = (
         )
     ),
     Refusal(
-        text("gemma4_shared", "Gemma4ForCausalLM", tie_word_embeddings=True, hidden_size_per_layer_input=16,
-             vocab_size_per_layer_input=VOCAB, num_kv_shared_layers=2, **_ALTERNATING),
-        "num_kv_shared_layers=2.*keys and values of earlier layers",
-        "layers that read the keys and values of earlier ones (`num_kv_shared_layers`)",
-    ),
-    Refusal(
         text("gemma3n", "Gemma3nForCausalLM", tie_word_embeddings=True, hidden_size_per_layer_input=16, laurel_rank=8,
              vocab_size_per_layer_input=VOCAB, num_kv_shared_layers=0, activation_sparsity_pattern=[0.0] * 4,
              **_ALTERNATING),

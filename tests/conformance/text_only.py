@@ -10,7 +10,7 @@ import transformers as hf
 from tests.conformance.configs import tiny
 from tests.families import HEADS, VOCAB, Family
 
-__all__ = ["TEXT_ONLY", "text"]
+__all__ = ["SHARED", "SHARES", "TEXT_ONLY", "text"]
 
 _ALTERNATING: dict[str, Any] = {
     "sliding_window": 8,
@@ -25,6 +25,15 @@ def text(name: str, model: str, flags: dict[str, Any] | None = None, **overrides
 
 
 _SLIDES = {"has_sliding_layers": True}
+SHARES: dict[str, Any] = {"num_layers": 6, "replays_from": 1}
+SHARED: dict[str, Any] = {
+    "num_hidden_layers": 6,
+    "num_kv_shared_layers": 3,
+    "global_head_dim": 32,
+    "sliding_window": 8,
+    "layer_types": ["sliding_attention", "full_attention"] * 3,
+}
+"""Layers 3 and 5 read the keys and values of layer 1, layer 4 those of layer 2, a sliding one."""
 _ABSOLUTE = {"has_absolute_positions": True}
 _PARALLEL = {"is_parallel": True}
 
@@ -87,6 +96,16 @@ _ALL = (
         vocab_size_per_layer_input=VOCAB,
         **_ALTERNATING,
     ),
+    text(
+        "gemma4_shared_text",
+        "Gemma4ForCausalLM",
+        _SLIDES | SHARES | {"seed": 2},
+        tie_word_embeddings=True,
+        hidden_size_per_layer_input=16,
+        vocab_size_per_layer_input=VOCAB,
+        use_double_wide_mlp=True,
+        **SHARED,
+    ),
     text("nanochat", "NanoChatForCausalLM"),
     text("bitnet", "BitNetForCausalLM"),
     text("flex_olmo", "FlexOlmoForCausalLM"),
@@ -111,6 +130,13 @@ _ALL = (
         _SLIDES | {"seed": 1},
         tie_word_embeddings=True,
         **_ALTERNATING,
+    ),
+    text(
+        "gemma4_unified_shared_text",
+        "Gemma4UnifiedForCausalLM",
+        _SLIDES | SHARES,
+        tie_word_embeddings=True,
+        **SHARED,
     ),
     text("granite_swa", "GraniteSWAForCausalLM", _SLIDES, **_ALTERNATING),
     text("granitemoe_swa", "GraniteMoeSWAForCausalLM", _SLIDES, **_ALTERNATING),

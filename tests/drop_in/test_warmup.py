@@ -255,6 +255,7 @@ def test_inputs_are_asked_for_where_the_configuration_says_too_little(name: str,
         compiled.warmup()
 
 
+@pytest.mark.conformance
 @pytest.mark.inductor
 def test_inductor_compiles_nothing_afterwards() -> None:
     """Its calls past the guards, too, are made by then: no place of a program goes through torch.compile again."""

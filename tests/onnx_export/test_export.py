@@ -23,6 +23,7 @@ from dop_compile.onnx.run.plain import PlainPipeline
 from dop_compile.onnx.run.sessions import GraphSession
 from dop_compile.reducers import VisualContext, create, select_tokens
 from tests.conformance.hybrid import HYBRID
+from tests.conformance.text_only import TEXT_ONLY
 from tests.drawing import examples
 from tests.families import FAMILIES
 from tests.onnx_export.exported import (
@@ -272,6 +273,13 @@ def test_a_decoder_that_keeps_states_is_refused(tmp_path: Path) -> None:
     model = HYBRID["lfm2_vl"].build()
     with pytest.raises(UnsupportedModelError, match=r"layers with Lfm2ShortConv keep a state"):
         export_onnx(model, Policy.full(4), tmp_path / "onnx", examples=[{"input_ids": torch.arange(3)[None]}])
+    assert not (tmp_path / "onnx").exists()
+
+
+def test_layers_that_read_earlier_keys_are_refused(tmp_path: Path) -> None:
+    model = TEXT_ONLY["gemma4_unified_shared_text"].build()
+    with pytest.raises(UnsupportedModelError, match=r"layers \[3, 4, 5\] read the keys and values of earlier layers"):
+        export_onnx(model, Policy.full(6), tmp_path / "onnx")
     assert not (tmp_path / "onnx").exists()
 
 

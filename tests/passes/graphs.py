@@ -19,6 +19,7 @@ from dop_compile.runtime.pieces import PieceLibrary
 from dop_compile.runtime.program import Program
 from dop_compile.tokens import Universe
 from dop_compile.tracing.trace import DecoderInputs, trace_decoder
+from tests.conformance.text_only import TEXT_ONLY
 from tests.families import FAMILIES, HIDDEN
 
 GROUPS = ("system", "visual", "text")
@@ -30,6 +31,15 @@ LAYERS = 4
 def decoder(name: str = "llama") -> nn.Module:
     """The text decoder of a tiny model; no test changes it."""
     return FAMILIES[name].build().get_decoder()
+
+
+SHARING_LAYERS = 6
+
+
+@functools.cache
+def sharing_decoder() -> nn.Module:
+    """Six layers: 3 and 5 read the keys and values of layer 1, layer 4 those of layer 2, a sliding one."""
+    return TEXT_ONLY["gemma4_unified_shared_text"].build().get_decoder()
 
 
 def kv_only_from(layer: int, layers: int = LAYERS) -> Policy:

@@ -16,7 +16,7 @@ from dop_compile.passes.graph import DecoderGraph
 from dop_compile.passes.slice_operations import SLICE_OPERATIONS
 from dop_compile.tracing.trace import DecoderInputs, trace_decoder
 from tests.families import FAMILIES
-from tests.passes.graphs import LAYERS, build, decoder, kv_only_from
+from tests.passes.graphs import LAYERS, SHARING_LAYERS, build, decoder, kv_only_from, sharing_decoder
 
 FULL = Policy.full(LAYERS)
 
@@ -53,6 +53,32 @@ def test_sets_come_from_the_keep_table() -> None:
     assert sets["L01_mha"] == ("all", "all")
     assert sets["L02_mha"] == ("system_text", "all")
     assert sets["L02_mlp"] == ("system_text", "none")
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_readers_of_earlier_keys_name_their_source(cached: bool) -> None:
+    pruned = [("visual", 1, "mha_key_value"), ("visual", 3, "mha_key_value"), ("system", 1, "mha_key_value")]
+    policy = Policy.from_operations(SHARING_LAYERS, [*pruned, ("text", 2, "mha_key_value")])
+    graph = build(policy, [ANNOTATE], model=sharing_decoder(), cached=cached)
+    found = {block.layer: block for block in graph.blocks if block.kind == MHA}
+    sources = {layer: block.source.layer for layer, block in found.items() if block.source is not None}
+    assert sources == graph.traced.sources == {3: 1, 4: 2, 5: 1}
+    assert str(found[1].keys) == "text"
+    assert str(found[1].supplies) == "all"  # layer 5 sees what layers 1 and 3 do not
+    assert str(found[3].keys) == "system_text"
+    assert not any(found[layer].supplies for layer in sources)
+    assert str(found[3].held) == "all"
+
+
+def test_keys_made_of_earlier_ones_are_refused() -> None:
+    graph = build(Policy.full(SHARING_LAYERS), [], model=sharing_decoder())
+    kernel = next(n for n in graph.graph.nodes if n.meta.get("attention") and graph.traced.layer_of(n) == 3)
+    with graph.graph.inserting_before(kernel):
+        made = graph.call(torch.neg, (kernel.args[2],), name="made", like=kernel.args[2], layer=3)
+    kernel.update_arg(2, made)
+    with pytest.raises(PassError, match="made of those of an earlier layer") as caught:
+        run_passes(graph, [ANNOTATE])
+    assert caught.value.layer == 3
 
 
 def test_rotary_tables_are_unpacked_once() -> None:

@@ -11,7 +11,16 @@ from dop_compile.passes import run_passes
 from dop_compile.passes.annotate import ANNOTATE
 from dop_compile.passes.remove_dead import REMOVE_DEAD
 from dop_compile.passes.slice_operations import SLICE_OPERATIONS
-from tests.passes.graphs import LAYERS, build, codes_of, kv_only_from, run_graph, up_to
+from tests.passes.graphs import (
+    LAYERS,
+    SHARING_LAYERS,
+    build,
+    codes_of,
+    kv_only_from,
+    run_graph,
+    sharing_decoder,
+    up_to,
+)
 
 TEXT_ONLY = frozenset({"text"})
 NEVER_KEYS_FROM_2 = Policy.depthwise(LAYERS, mha_key_value_depth=2)
@@ -61,6 +70,38 @@ def test_requested_rows_do_not_change(policy: Policy, cached: bool) -> None:
     removed, cache = run_graph(build(policy, **arguments), codes, last_rows=1)
     torch.testing.assert_close(removed, without, rtol=1e-5, atol=1e-5)
     assert (cache is not None) == cached
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_where_layers_supply_no_keys_only_requested_rows_are_live(cached: bool) -> None:
+    graph = build(
+        Policy.full(SHARING_LAYERS),
+        [ANNOTATE, REMOVE_DEAD],
+        model=sharing_decoder(),
+        requested=TEXT_ONLY,
+        cached=cached,
+    )
+    sets = {block.name: (str(block.tokens), str(block.keys), str(block.supplies)) for block in graph.blocks}
+    assert sets["L01_mha"] == ("all", "all", "all")
+    assert sets["L01_mlp"] == ("all", "none", "none")
+    assert sets["L02_mha"] == ("requested", "all", "all")  # the last that computes keys and values
+    for layer in range(3, SHARING_LAYERS):
+        assert sets[f"L{layer:02d}_mha"] == ("requested", "all", "none")
+        assert sets[f"L{layer:02d}_mlp"] == ("requested", "none", "none")
+
+
+def test_keys_that_no_reader_sees_either_go() -> None:
+    # Layer 1 itself keeps none of the visual keys, and only layer 5, which updates nothing, would read them
+    pruned = [("visual", layer, "mha_key_value") for layer in (1, 3)] + [("text", 5, "mha_query")]
+    policy = Policy.from_operations(SHARING_LAYERS, [*pruned, ("visual", 5, "mha_query"), ("system", 5, "mha_query")])
+    arguments = {"model": sharing_decoder(), "requested": TEXT_ONLY}
+    supplied = {cached: _supplied(policy, cached=cached, **arguments)["L01_mha"] for cached in (True, False)}
+    assert supplied == {True: "all", False: "system_text"}  # generated tokens may read them
+
+
+def _supplied(policy: Policy, **arguments: object) -> dict[str, str]:
+    graph = build(policy, [ANNOTATE, REMOVE_DEAD], **arguments)  # type: ignore[arg-type]
+    return {block.name: str(block.supplies) for block in graph.blocks}
 
 
 def test_after_slicing_it_is_refused() -> None:

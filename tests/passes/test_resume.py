@@ -21,7 +21,17 @@ from dop_compile.tokens import Universe
 from dop_compile.tracing.trace import DecoderInputs, trace_decoder
 from tests.drawing import examples
 from tests.families import FAMILIES
-from tests.passes.graphs import GROUPS, LAYERS, calls_of, codes_of, decoder, kv_only_from, run_graph
+from tests.passes.graphs import (
+    GROUPS,
+    LAYERS,
+    SHARING_LAYERS,
+    calls_of,
+    codes_of,
+    decoder,
+    kv_only_from,
+    run_graph,
+    sharing_decoder,
+)
 from tests.strategies import policies
 
 CODES = codes_of("ssvvvvtt", "..vvtttt")
@@ -183,3 +193,16 @@ def test_its_place_is_before_anything_is_pruned() -> None:
         run_passes(resumed(1), [RESUME])
     with pytest.raises(ValueError, match="'resume' is not an optional pass"):
         run_passes(graph_from(1), PIPELINE, disable=["resume"])
+
+
+@pytest.mark.parametrize("first", range(SHARING_LAYERS))
+def test_it_begins_no_later_than_where_keys_are_read_from(first: int) -> None:
+    policy = Policy.full(SHARING_LAYERS)
+    keep = KeepTable.from_policy(policy, GROUPS)
+    traced = trace_decoder(sharing_decoder(), DecoderInputs(cached=False, first_layer=first))
+    graph = DecoderGraph(traced, keep, Universe(keep.groups), False)
+    if first <= 1:
+        assert layers_in(dump(run_passes(graph, [ANNOTATE, RESUME]).graph)) == set(range(first, SHARING_LAYERS))
+        return
+    with pytest.raises(PassError, match="read keys and values of earlier layers"):
+        run_passes(graph, [ANNOTATE, RESUME])

@@ -112,6 +112,13 @@ SIZES: dict[str, Any] = {
 WIDE: dict[str, Any] = {**SIZES, "intermediate_size": 80}
 GQA: dict[str, Any] = {**WIDE, "num_key_value_heads": 2}
 OWN_HEADS: dict[str, Any] = {**GQA, "head_dim": 20}
+GEMMA4: dict[str, Any] = {
+    **{**OWN_HEADS, "head_dim": 16},
+    "global_head_dim": 32,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": 32,
+    "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+}
 SHARED: dict[str, Any] = {"moe_intermediate_size": 24, "num_experts_per_tok": 2}
 MODELS: list[tuple[str, dict[str, Any]]] = [
     ("LlamaConfig", OWN_HEADS),
@@ -121,6 +128,8 @@ MODELS: list[tuple[str, dict[str, Any]]] = [
     ("GemmaConfig", OWN_HEADS),
     ("Gemma2Config", OWN_HEADS),
     ("Gemma3TextConfig", OWN_HEADS),
+    ("Gemma4TextConfig", GEMMA4),
+    ("Gemma4TextConfig", {**GEMMA4, "num_kv_shared_layers": 1, "use_double_wide_mlp": True}),
     ("Phi3Config", GQA),
     ("Cohere2Config", GQA),
     ("GraniteConfig", GQA),
@@ -155,7 +164,7 @@ MODELS: list[tuple[str, dict[str, Any]]] = [
 def router_flops(layer: torch.nn.Module, tokens: int) -> int:
     """What eq. 11 leaves out of a mixture: choosing the experts, and the gate of a shared expert."""
     names = ("gate.weight", "router.weight", "router.layer.weight", "shared_expert_gate.weight")
-    weights = [weight for name, weight in layer.named_parameters() if name.endswith(names)]
+    weights = [weight for name, weight in layer.named_parameters() if name.endswith(names) and "per_layer" not in name]
     return sum(2 * tokens * weight.numel() for weight in weights)
 
 
@@ -181,6 +190,20 @@ def test_prefill_flops_are_what_pytorch_counts(name: str, sizes: dict[str, Any])
     counted = sum(sum(counts[f"{root}.{path}.{n}"].values()) for n in range(3))
     routers = sum(router_flops(layer, tokens) for layer in layers)
     assert prefill_flops(config, Policy.full(3), system=2, visual=4, text=3) == counted - routers
+
+
+def test_layers_that_read_earlier_keys_store_none() -> None:
+    config = hf.Gemma4TextConfig(**{**GEMMA4, "num_kv_shared_layers": 1})
+    torch.manual_seed(0)
+    model = hf.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        cache = model(input_ids=torch.arange(9)[None] + 3).past_key_values
+    stored = [0 if layer.keys is None else layer.keys.nbytes + layer.values.nbytes for layer in cache.layers]
+    dims = DecoderDims.from_config(config)
+    tokens = policy_tokens(Policy.full(3), system=2, visual=4, text=3)
+    assert stored[-1] == dims.key_value_width(2) == 0
+    assert kv_cache_bytes(dims, tokens, 4) == sum(stored)
+    assert DecoderDims(**dims.as_document()) == dims
 
 
 # --- decoders with other token mixers
@@ -292,8 +315,9 @@ def test_dense_and_sparse_layers_named_one_by_one() -> None:
     ("config", "message"),
     [
         (hf.DeepseekV3Config(), r"deepseek_v3: .*latent attention"),
-        (hf.Gemma4TextConfig(), r"gemma4_text: .*layers of unlike head sizes"),
-        (hf.Gemma3nTextConfig(), r"gemma3n_text: .*K/V shared between layers"),
+        (hf.Gemma4TextConfig(enable_moe_block=True, num_experts=4), r"gemma4_text: .*a mixture of experts"),
+        (hf.Gemma4TextConfig(attention_k_eq_v=True), r"gemma4_text: .*without a projection each"),
+        (hf.Gemma3nTextConfig(), r"gemma3n_text: .*several residual streams"),
         (hf.AriaTextConfig(), r"aria_text: this mixture of experts is not recognised"),
         (hf.BertConfig(), r"bert: unknown whether its MLP is gated .*'gelu'"),
         (hf.GPT2Config(), r"gpt2: the configuration has no intermediate_size or ffn_dim"),

@@ -16,9 +16,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dop_compile import Policy, dop_compile, executed_flops, explain, prefill_flops
 from dop_compile.reports.table import show_bytes, show_flops
+from tests.conformance.text_only import TEXT_ONLY as SHARING
 from tests.drawing import examples
 from tests.families import FAMILIES, HIDDEN, LAYERS, VOCAB
 from tests.strategies import policies
+from tests.support import random_operations
 
 SPLIT = {"mha_query_depth": 1, "mha_key_value_depth": 3, "mlp_depth": 1}
 NO_KEYS = Policy.from_operations(LAYERS, [(group, 2, "mha_key_value") for group in ("system", "visual", "text")])
@@ -85,6 +87,25 @@ def test_flops_and_bytes_are_those_that_pytorch_counts(
     if not any(op.group == "text" for op in policy.pruned):
         # With text in every module no set is empty: an empty one still costs the padding that stands in its place
         assert counted <= cost.eq11_flops
+
+
+@pytest.mark.parametrize(("rows", "use_cache"), [(0, True), (1, True), (2, False)])
+@pytest.mark.parametrize("seed", [None, 0, 1])
+def test_layers_that_read_earlier_keys(seed: int | None, rows: int, use_cache: bool) -> None:
+    layers, pruned = 6, [] if seed is None else random_operations(6, seed)
+    model = SHARING["gemma4_unified_shared_text"].build(attn="eager")
+    compiled = dop_compile(model, Policy.from_operations(layers, pruned), backend="eager")
+    counted, cache = run(compiled, (2, 5, 4), rows, use_cache)
+    result = explain(compiled, system=2, visual=5, text=4, rows=rows, use_cache=use_cache)
+    assert sum(layer.flops or 0 for layer in result.layers) == counted
+    stored = [layer.keys.nbytes + layer.values.nbytes for layer in cache.layers] if use_cache else [0] * 3
+    assert [layer.kv_bytes for layer in result.layers] == [*stored, 0, 0, 0]
+    assert [layer.note.partition("reads the keys and values of ")[2] for layer in result.layers[3:]] == [
+        f"layer {source}" for source in (1, 2, 1)
+    ]
+    if seed is None and rows == 1:
+        assert result.summary.eq11_ratio == 1
+        assert [layer.query for layer in result.layers] == [11, 11, 1, 1, 1, 1]
 
 
 # --- the full policy, monotone

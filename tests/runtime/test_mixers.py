@@ -288,6 +288,7 @@ def test_a_cache_with_the_states_of_another_model_is_refused() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.conformance
 def test_compiled_by_inductor() -> None:
     batch = make_batch(CONVOLUTION, TWO_ROWS)
     settings = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}

@@ -11,6 +11,7 @@ from torch import Tensor
 from dop_compile import Policy
 from dop_compile.errors import UnsupportedUsageError
 from dop_compile.policy.ranking import Ranking, Stage
+from tests.conformance.text_only import TEXT_ONLY
 from tests.families import FAMILIES
 from tests.reference import text_decoder
 from tests.support import (
@@ -51,8 +52,8 @@ def packed(batch: Batch) -> dict[str, Any]:
 
 
 def samples(name: str) -> Batch:
-    family = FAMILIES[name]
-    return make_batch(name, [[("text", 14)], [("text", 9)], [("text", 5)]] if family.is_text_only else SAMPLES)
+    family = FAMILIES[name] if name in FAMILIES else TEXT_ONLY[name]
+    return make_batch(family, [[("text", 14)], [("text", 9)], [("text", 5)]] if family.is_text_only else SAMPLES)
 
 
 def in_one_row(rows: Tensor, batch: Batch) -> Tensor:
@@ -60,7 +61,7 @@ def in_one_row(rows: Tensor, batch: Batch) -> Tensor:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, "gemma4_unified_shared_text"])
 def test_samples_of_a_packed_row_are_those_samples_alone(name: str) -> None:
     batch = samples(name)
     inputs = packed(batch)

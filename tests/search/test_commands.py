@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,8 +17,8 @@ import pytest
 from dop_compile import Policy
 from dop_compile.policy.costs import prefill_flops_ratio
 from dop_compile.policy.provenance import Provenance
-from dop_compile.search import Divergences, OperationOrder, measure_policies
-from dop_compile.search.optimize import candidates
+from dop_compile.search import Divergences, OperationOrder, joint, measure_policies
+from dop_compile.search.candidates import candidates, tokens_only
 from tests.command_line import refused, run
 from tests.local_llava import local_llava, local_processor, picture
 
@@ -90,6 +91,36 @@ def test_search_saves_a_policy_per_budget(capsys: pytest.CaptureFixture[str], pr
     assert dop.pruned_layers("visual", "mha_query") == dop.pruned_layers("visual", "mha_key_value")
 
 
+def test_candidates_go_on_where_they_were_stopped(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    folder: Path,
+    profiled: Path,
+    tmp_path: Path,
+) -> None:
+    samples: list[int] = []
+    made = joint.SampleMeter.__init__
+
+    def counted(self: joint.SampleMeter, *args: Any, **settings: Any) -> None:
+        if len(samples) == stops_at:
+            raise KeyboardInterrupt
+        samples.append(1)
+        made(self, *args, **settings)
+
+    monkeypatch.setattr(joint.SampleMeter, "__init__", counted)
+    argv = ["search", str(profiled), "--budget", "0.6", "--out", str(tmp_path / "out")]
+    argv += ["--model", str(folder / "model"), "--samples", str(folder / "samples.jsonl")]
+    stops_at = 2
+    assert run(capsys, *argv)[0] == 130
+    assert [file.name.split("-")[0] for file in (tmp_path / "out").iterdir()] == ["candidates"]
+    stops_at = -1
+    code, text, _ = run(capsys, *argv)
+    assert code == 0
+    assert len(samples) == 4, "finished samples are not measured again"
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["60.json"]
+    assert "60% tokens only" in text
+
+
 def test_search_verifies_on_samples_and_bounds_time(
     capsys: pytest.CaptureFixture[str], folder: Path, profiled: Path, tmp_path: Path
 ) -> None:
@@ -100,7 +131,9 @@ def test_search_verifies_on_samples_and_bounds_time(
     assert code == 0
     policy = Policy.load(tmp_path / "70.json")
     divergences = Divergences.load(profiled)
-    known = [candidate.policy for candidate in candidates(divergences, 0.7, alpha=None, top=2)]
+    alone = tokens_only(divergences, 0.7)
+    assert alone is not None
+    known = [candidate.policy for candidate in (*candidates(divergences, 0.7, alpha=None, top=2), alone)]
     assert policy.provenance is not None
     assert policy.provenance.measured_divergence is not None
     plain = dataclasses.replace(policy.provenance, measured_divergence=None)
@@ -108,14 +141,18 @@ def test_search_verifies_on_samples_and_bounds_time(
     assert text.splitlines()[1].split()[-2:] == [
         f"{value:.4f}" for value in (policy.provenance.divergence, policy.provenance.measured_divergence)
     ]
+    assert text.splitlines()[2].startswith("70% tokens only")
+    assert "taken by 2 of the samples; the measured divergence is of the other 2" in text
     assert "there already" in refused(capsys, *verified), "said before anything is run"
     latency = tmp_path / "latency.json"
     assert run(capsys, *argv, "--max-ms", "1e6", "--latency", str(latency))[0] == 0
-    assert not Policy.load(tmp_path / "policy.json").pruned
+    unbounded = Policy.load(tmp_path / "policy.json").provenance
+    assert unbounded is not None
+    assert unbounded.measured_divergence == pytest.approx(0, abs=1e-6), "pruned at most where nothing is lost"
     bounded = [*argv[:-4], "--max-ms", "1e-6", "--latency", str(latency)]
     assert "max_ms" in refused(capsys, *bounded)
     assert "measured under backend 'eager'" in refused(capsys, *bounded, *model, "--backend", "aot_eager")
-    code, _, said = run(capsys, *bounded[:-4], "--max-ms", "1e6", "--latency", str(latency), *model)
+    code, _, said = run(capsys, *bounded[:-4], "--max-ms", "1e6", "--latency", str(latency), *model, "--force")
     assert code == 0
     assert f"{latency} is there" in said
     document = json.loads(latency.read_text())

@@ -37,6 +37,9 @@ def decoder_dims(draw: st.DrawFn) -> DecoderDims:
         window_numbers=tuple(draw(st.lists(st.integers(0, 9), **per_layer))),
         state_numbers=tuple(draw(st.lists(st.integers(0, 9), **per_layer))),
         gated_attention=draw(st.booleans()),
+        query_widths=tuple(draw(st.just([]) | st.lists(st.integers(1, 64), **per_layer))),
+        key_value_widths=tuple(draw(st.just([]) | st.lists(st.integers(0, 16), **per_layer))),
+        side_sizes=tuple(draw(st.lists(st.integers(0, 16), **per_layer))),
     )
 
 

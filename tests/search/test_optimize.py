@@ -250,8 +250,8 @@ def test_the_split_space_is_the_default_and_finds_queries_apart() -> None:
 def test_the_automatic_alpha_is_the_papers(model_type: str, alpha: float) -> None:
     given_curves = fixed(visual=40, model_type=model_type)
     for budget in (0.3, 0.6, 0.9):
-        policy = optimize(given_curves, budget)
-        assert policy == optimize(given_curves, budget, alpha=alpha)
+        policy = optimize(given_curves, budget, faithful=True)
+        assert policy == optimize(given_curves, budget, alpha=alpha, faithful=True)
         entering = 40 if policy.visual_tokens is None else policy.visual_tokens
         assert entering >= least_tokens(given_curves, budget, alpha) > least_tokens(given_curves, budget, 0.5)
 
@@ -351,16 +351,17 @@ def test_the_least_budget_pays_for_the_tokens_that_it_asks_for() -> None:
     depths = {axis: (3,) for axis in ("mha_depth", "mlp_depth")}
     values = {axis: [[0.1]] for axis in depths} | {"visual_tokens": [[0.5], [2.0]]}
     given_curves = divergences_of(depths | {"visual_tokens": (0.5, 0.0)}, values, [(1, 40, 3)], dims_of(4))
+    paper: dict[str, Any] = {"space": "dop", "faithful": True}
     with pytest.raises(InfeasibleBudgetError) as raised:
-        optimize(given_curves, 0.3, space="dop")
+        optimize(given_curves, 0.3, **paper)
     asked, least = named_bounds(raised.value)["budget"]
     assert asked == 0.3
-    assert optimize(given_curves, least, space="dop").visual_tokens is None
+    assert optimize(given_curves, least, **paper).visual_tokens is None
     cheapest_now = policy_at(4, (3, 3, 3), least_tokens(given_curves, 0.3, 1.5))
     assert least > spent_share(given_curves, cheapest_now) + 0.1, "which is no answer, for it asks for more tokens"
     for budget in np.linspace(0.3, least - 0.001, 9):
         with pytest.raises(InfeasibleBudgetError):
-            optimize(given_curves, float(budget), space="dop")
+            optimize(given_curves, float(budget), **paper)
 
 
 def test_unmeasured_depths_are_not_used() -> None:
@@ -389,8 +390,8 @@ def test_the_jointly_best_candidate_is_returned() -> None:
         asked.append(policies)
         return [5.0, 3.0, 0.25, 4.0][: len(policies)]
 
-    options: dict[str, Any] = {"alpha": None}
-    best = candidates(fixed(), 0.4, top=4, **options)
+    options: dict[str, Any] = {"alpha": None, "faithful": True}
+    best = candidates(fixed(), 0.4, top=4, alpha=None)
     policy = optimize(fixed(), 0.4, verify_top=4, measure=measure, **options)
     assert asked == [[candidate.policy for candidate in best]]
     assert policy.replace(provenance=None) == best[2].policy.replace(provenance=None)
@@ -436,7 +437,7 @@ def test_the_largest_geometry_takes_a_fraction_of_a_second() -> None:
         (lambda d: optimize(d, 28), "budget: .*got 28"),
         (lambda d: optimize(d, math.nan), "budget: expected a finite number, got nan"),
         (lambda d: optimize(d, True), "budget: expected a number, got True"),
-        (lambda d: optimize(d, "0.5"), "budget: expected a number, got '0'"),
+        (lambda d: optimize(d, "0.5"), "budget: expected a number, got '0.5'"),
         (lambda d: optimize(d, [0.5, 2]), "budget: .*got 2"),
         (lambda d: optimize(d, 0.5, space="joint"), "space: expected one of dop, split, got 'joint'"),
         (lambda d: optimize(d, 0.5, alpha=-1), "alpha: .*got -1"),

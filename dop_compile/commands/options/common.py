@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-__all__ = ["BACKEND", "DTYPES", "count", "policy_options", "positive", "samples_options"]
+__all__ = ["BACKEND", "DTYPES", "count", "policy_options", "positive", "samples_options", "share"]
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 BACKEND = "eager (default), inductor (compiles first, then faster), or any backend of torch.compile"
@@ -26,6 +26,15 @@ def positive(text: str) -> int:
     return value
 
 
+def share(text: str) -> float:
+    """A fraction, or a percentage: 0.01 or 1%."""
+    value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"expected a fraction or a percentage, such as 0.01 or 1%, got {text}")
+    return value
+
+
+share.__name__ = "fraction"
 count.__name__ = positive.__name__ = "whole number"  # argparse names the type in its messages
 
 

@@ -83,6 +83,8 @@ def add_model_commands(command: Callable[..., argparse.ArgumentParser], policy: 
     two.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
     two.add_argument("--max-new-tokens", type=positive, default=64, metavar="N", help="length of the answer (64)")
     two.add_argument("--compare", action="store_true", help="also the original's answer, and times")
+    two.add_argument("--show-kept", metavar="FILE", help="draw which patches each layer reads (.png, .svg, .pdf)")
+    two.add_argument("--force", action="store_true", help="replace a picture that is there")
 
     four = command("warmup", "compile ahead of time", WARMUP, policy_options(one_tier=False))
     four.add_argument("model", metavar="MODEL", help="model directory or hub id")

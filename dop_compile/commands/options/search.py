@@ -35,8 +35,13 @@ a fraction of the original's policy FLOPs: eq. 11 at the token counts of the mea
   split   (default) queries and keys apart: visual tokens may stop being updated and still be read
   dop     one depth for attention, one for the MLP, and a number of tokens: the paper's space
 
-With --verify-top the best candidates are run on samples, and the best of those is taken: the predicted
-divergence is a sum of curves, the measured one that of the policy as a whole.
+With --model and --samples the best candidates are run, and what only drops tokens with them: the best on one
+half of the samples is taken, and its divergence on the other half reported, beside that of tokens only. What
+is taken is then never worse than tokens only on the samples that it was taken by. Without a model the
+predicted divergences decide, which are sums of curves.
+
+--faithful is the search as published: at least alpha n_e visual tokens (C.4), and no comparison with fewer
+tokens alone.
 """
 GREEDY = """\
 Sort operations by how little they are missed, one after the other (GSOP): finer than depths, and slower.
@@ -71,8 +76,11 @@ def add_search_commands(command: Callable[..., argparse.ArgumentParser]) -> None
     two.add_argument("--space", choices=("split", "dop"), default="split", help="of policies (split)")
     two.add_argument("--alpha", default="auto", help="at least alpha n_e visual tokens: a number, auto, or off")
     two.add_argument("--raw-curves", action="store_true", help="do not make the curves monotone")
-    two.add_argument("--verify-top", type=positive, default=1, metavar="N", help="candidates that are run (1)")
-    two.add_argument("--model", metavar="MODEL", help="for --verify-top and --latency")
+    two.add_argument("--faithful", action="store_true", help="the search as published")
+    two.add_argument(
+        "--verify-top", type=positive, metavar="N", help="candidates that are run, with alpha and without (4; 1: none)"
+    )
+    two.add_argument("--model", metavar="MODEL", help="runs the candidates, and measures --latency")
     two.add_argument("--force", action="store_true", help="replace policies that are there")
 
     three = command("greedy", "sort operations by how little they are missed", GREEDY, samples_options(True))

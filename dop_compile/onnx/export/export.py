@@ -76,6 +76,7 @@ def export_onnx(
     tiers = {"default": tiers} if isinstance(tiers, Policy) else dict(tiers)
     compiled = dop_compile(model, tiers, backend="eager")  # checks model and policies
     _check(model, opset)
+    _check_sources(model, compiled)
     check_layout(layout, str(model.dtype).removeprefix("torch."))
     examples = _examples(model, examples, processor)
     captures = [capture_prompt(model, example) for example in examples]
@@ -111,6 +112,14 @@ def _check(model: Any, opset: int) -> None:
         )
     if any(p.device.type == "meta" for p in model.parameters()):
         raise ValueError("the model has no weights (meta device); load it with its weights before the export")
+
+
+def _check_sources(model: Any, compiled: Any) -> None:
+    if readers := sorted(compiled.dop.sources()):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot be exported to ONNX: its layers {readers} read the keys and values of "
+            "earlier layers, and an exported layer attends to what it stores itself; run the compiled model in PyTorch"
+        )
 
 
 def _examples(model: Any, examples: Sequence[Mapping[str, Any]] | None, processor: Any) -> Sequence[Mapping[str, Any]]:
