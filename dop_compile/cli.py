@@ -14,16 +14,17 @@ import sys
 from collections.abc import Callable, Sequence
 
 from dop_compile import __version__
-from dop_compile.commands.options import bench, evaluate, model, onnx, search, vllm, zoo
+from dop_compile.commands.options import bench, evaluate, model, onnx, search, serve, vllm, zoo
 from dop_compile.commands.options.common import policy_options
 from dop_compile.commands.unused import check_unused, given_options
 from dop_compile.commands.usage import UsageError
+from dop_compile.logs import quiet_transformers
 
 __all__ = ["main"]
 
 ACTIONS = {
     name: action
-    for options in (model, bench, search, evaluate, onnx, vllm, zoo)
+    for options in (model, bench, search, evaluate, onnx, serve, vllm, zoo)
     for name, action in options.ACTIONS.items()
 }
 """What does what a command says: loaded once it is run, since torch takes seconds."""
@@ -58,6 +59,7 @@ examples:
   dop-compile eval ./my-model --samples samples.jsonl --method random --budget 0.28 --out comparison
   dop-compile export ./my-model --policy 28%=policies/28.json --out exported
   dop-compile verify exported --samples samples.jsonl
+  dop-compile serve exported --port 8000
   dop-compile vllm ./my-model --policy 28%=policies/28.json --out served
   dop-compile zoo show llava-1.5-7b 28%
 """
@@ -66,6 +68,7 @@ STOPPED = {
     **dict.fromkeys(("profile", "greedy", "eval", "recommend"), "the same command goes on with what is finished"),
     "search": "no policy was kept; the same command goes on with the samples that all candidates had",
     "warmup": "what was compiled is kept",
+    "serve": "the server has ended",
 }
 NOTHING = "nothing was kept"
 """What Ctrl-C leaves behind, by command."""
@@ -90,6 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     search.add_search_commands(command)
     evaluate.add_eval_command(command)
     onnx.add_onnx_commands(command, policy)
+    serve.add_serve_command(command)
     vllm.add_vllm_command(command, policy)
     zoo.add_zoo_command(command)
     return parser
@@ -114,14 +118,12 @@ def _action(name: str, debug: bool) -> Callable[[argparse.Namespace], int | None
     if not debug:
         logging.disable(max(before, logging.WARNING))
     try:
-        from transformers.utils import logging as hf_logging  # late: it takes seconds
-
         module, _, function = ACTIONS[name].partition(":")
         action: Callable[[argparse.Namespace], int | None] = getattr(importlib.import_module(module), function)
     finally:
         logging.disable(before)
-    if not debug:
-        hf_logging.set_verbosity(logging.ERROR)
+    if not debug and "transformers" in sys.modules:
+        quiet_transformers()
     return action
 
 

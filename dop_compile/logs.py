@@ -5,7 +5,7 @@
     compile    pieces that torch.compile was given, and again for which arguments
 
 They are the loggers `dop_compile.trace`, `dop_compile.passes` and `dop_compile.compile`, at level INFO; an application
-may as well set them up by the logging module. Loggers of torch and transformers are not touched.
+may as well set them up by the logging module. Loggers of torch and transformers are not touched, but for commands.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import os
 import sys
 import warnings
 
-__all__ = ["COMPILE", "PASSES", "TRACE", "configure"]
+__all__ = ["COMPILE", "PASSES", "TRACE", "configure", "quiet_transformers"]
 
 VARIABLE = "DOP_COMPILE_LOGS"
 TRACE, PASSES, COMPILE = (logging.getLogger(f"dop_compile.{name}") for name in ("trace", "passes", "compile"))
@@ -38,6 +38,13 @@ def configure(names: str) -> None:
             logger.handlers[:] = [handler]
             logger.setLevel(logging.INFO)
             logger.propagate = False
+
+
+def quiet_transformers() -> None:
+    """Let transformers say what went wrong and nothing else, as commands do."""
+    from transformers.utils import logging as hf_logging  # late: it takes seconds
+
+    hf_logging.set_verbosity(logging.ERROR)
 
 
 configure(os.environ.get(VARIABLE, ""))

@@ -7,6 +7,7 @@ from argparse import Namespace
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
+from dop_compile.commands.options.serve import OF_TORCH
 from dop_compile.commands.usage import UsageError
 
 __all__ = ["check_unused", "given_options"]
@@ -39,7 +40,13 @@ def check_unused(arguments: Namespace, given: Collection[str]) -> None:
         _check_policy(given)
     if "samples" in arguments:
         _check_samples(arguments, given)
-    check = {"profile": _check_profile, "search": _check_search, "report": _check_report, "eval": _check_eval}
+    check = {
+        "profile": _check_profile,
+        "search": _check_search,
+        "report": _check_report,
+        "eval": _check_eval,
+        "serve": _check_serve,
+    }
     if arguments.command in check:
         check[arguments.command](arguments, given)
 
@@ -118,3 +125,10 @@ def _check_eval(arguments: Namespace, given: Collection[str]) -> None:
         _refuse(["positions"], given, "it is of reducers alone; the methods given bring their own")
     if methods <= {ORIGINAL, RESIZE} and not arguments.policy and not arguments.order:
         _refuse(["backend"], given, "nothing is compiled: the original and resize run as they are")
+
+
+def _check_serve(arguments: Namespace, given: Collection[str]) -> None:
+    if arguments.backend != "torch":
+        _refuse(OF_TORCH, given, "it is fixed in an export; give also --backend torch, for a model")
+    if arguments.no_measure:
+        _refuse(["max_ms"], given, "--no-measure leaves out what it needs; leave one of them out")

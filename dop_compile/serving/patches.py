@@ -15,14 +15,14 @@ class PatchView:
     """The visual tokens of one prompt, in raster order, picture after picture.
 
     Args:
-        grids: (rows, columns) of each picture; empty where its tokens are in no known grid.
-        tokens: of each picture, before reduction.
-        read: per layer, numbers of the tokens whose keys and values later tokens read.
+        grids: (rows, columns) of tokens of each picture, before reduction.
+        read: per layer, numbers of the tokens whose keys and values later tokens read, ascending.
+        cropped: whether the model sees the middle of a picture, cut to the grid's shape, and not all of it scaled.
     """
 
-    tokens: tuple[int, ...]
     grids: tuple[tuple[int, int], ...]
     read: tuple[tuple[int, ...], ...]
+    cropped: bool
 
 
 @runtime_checkable

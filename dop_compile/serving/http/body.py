@@ -1,8 +1,8 @@
 """A request's body, read and parsed within limits.
 
 1. Its bytes are counted while they come; what is too long or too slow is not read to its end.
-2. It is JSON: nested no deeper than allowed, which is looked at before it is parsed, without NaN and infinities, without
-   a name that stands twice in an object, and all its texts can be written as UTF-8.
+2. It is JSON: nested no deeper than allowed, which is looked at before it is parsed, without NaN and infinities,
+   without a name that stands twice in an object, and all its texts can be written as UTF-8.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What every request passes before the application sees it, and every response after.
 
-1. The name by which the server is addressed has to be one of its own: a page of another site that lets its name point to
-   this machine is kept out, as browsers send the name that they were told.
+1. The name by which the server is addressed has to be one of its own: a page of another site that lets its name point
+   to this machine is kept out, as browsers send the name that they were told.
 2. The API key, where there is one, in constant time, for everything but the pages without content of anyone's.
 3. Headers for browsers. No other site may read answers: there is no CORS, and bodies have to be JSON, which a browser
    does not send elsewhere without asking first.

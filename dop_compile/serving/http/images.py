@@ -1,8 +1,8 @@
 """Pictures in requests, decoded within limits: a `data:` URL in, an upright RGB picture out.
 
 1. What is decoded is a still PNG, JPEG, WebP or GIF; its size is looked at before its pixels are.
-2. It is turned by its EXIF orientation and brought to RGB, as transformers does with files. Of grey pictures with 16 bits
-   the upper 8 are taken, where Pillow's own conversion would cut values off.
+2. It is turned by its EXIF orientation and brought to RGB, as transformers does with files. Of grey pictures with 16
+   bits the upper 8 are taken, where Pillow's own conversion would cut values off.
 (refused) 3. Animated pictures, whose first frame would silently stand for all. 4. Other formats, other URLs.
 """
 

@@ -23,7 +23,7 @@ class Metrics:
         self.finished = Counter(
             "dop_compile_requests", "Requests for text by how they ended", ("tier", "outcome"), registry=registry
         )
-        self.refused = Counter("dop_compile_refused", "Requests for text that were not begun, by status", ("status",), registry=registry)
+        self.refused = Counter("dop_compile_refused", "Requests that were not begun", ("status",), registry=registry)
         self.prompt_tokens = Counter("dop_compile_prompt_tokens", "Of prompts", ("tier",), registry=registry)
         self.new_tokens = Counter("dop_compile_generated_tokens", "Of answers", ("tier",), registry=registry)
         self.first_token = Histogram(

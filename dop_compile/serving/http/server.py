@@ -34,9 +34,7 @@ class Server(uvicorn.Server):
         ready: called when requests are taken.
     """
 
-    def __init__(
-        self, engine: Engine, settings: Settings, *, grace: int, access_log: bool, ready: Callable[[], None]
-    ):
+    def __init__(self, engine: Engine, settings: Settings, *, grace: int, access_log: bool, ready: Callable[[], None]):
         self.scheduler = Scheduler(engine, queue=settings.queue)
         self._ready = ready
         config = uvicorn.Config(

@@ -31,7 +31,9 @@ class EventStream(Response):
     """
 
     def __init__(self, pieces: AsyncIterator[str], close: Callable[[], None]):
-        super().__init__(media_type="text/event-stream", headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+        super().__init__(
+            media_type="text/event-stream", headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        )
         del self.headers["content-length"]
         self._pieces, self._close = pieces, close
 

@@ -23,7 +23,14 @@ ODD: tuple[Any, ...] = (
     *(None, True, False, 0, -1, 1, 2**31, 2**63, -(2**63) - 1, 10**400, 0.5, -0.0, 1e308, 1e-308),
     *("", " ", "\0", "\ud800", "é" * 50, "{{ 7 * 7 }}", "{% for x in y %}", "<image>", "</s>", "\u202e", "x" * 10_000),
     *([], {}, [[]], [None], {"type": "text"}, {"type": "image_url", "image_url": {"url": 3}}, {"": ""}),
-    *("data:", "data:image/png;base64,", "data:image/png;base64,AAAA", "data:text/html;base64,AAAA", "http://[::1", "file:///"),
+    *(
+        "data:",
+        "data:image/png;base64,",
+        "data:image/png;base64,AAAA",
+        "data:text/html;base64,AAAA",
+        "http://[::1",
+        "file:///",
+    ),
 )
 """What stands in for values."""
 
@@ -103,7 +110,11 @@ async def send_all(seed: int, count: int) -> list[httpx.Response]:
         for _ in range(count):
             path = PATHS[0] if rng.random() < 0.85 else rng.choice(PATHS)
             method = "POST" if rng.random() < 0.97 else rng.choice(("GET", "PUT", "DELETE", "BREW"))
-            kind = "application/json" if rng.random() < 0.97 else rng.choice(("", "text/plain", "application/json; x=\"", "é"))
+            kind = (
+                "application/json"
+                if rng.random() < 0.97
+                else rng.choice(("", "text/plain", 'application/json; x="', "é"))
+            )
             host = "localhost" if rng.random() < 0.98 else rng.choice(("evil.example", "", "[", "127.0.0.1:99999"))
             headers = [(b"Content-Type", kind.encode()), (b"Host", host.encode())]
             async with asyncio.timeout(5):

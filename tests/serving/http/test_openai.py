@@ -77,9 +77,7 @@ def test_a_stop_string_ends_an_answer(served: Served) -> None:
 def test_the_automatic_model_chooses_by_milliseconds(served: Served) -> None:
     client = served.openai()
     for milliseconds, tier in ((1000, "100%"), (20, "28%")):
-        found = client.chat.completions.create(
-            model=NAME, messages=ask("Go on."), extra_body={"max_ms": milliseconds}
-        )
+        found = client.chat.completions.create(model=NAME, messages=ask("Go on."), extra_body={"max_ms": milliseconds})
         assert found.model == f"{NAME}@{tier}"
         assert found.choices[0].message.content == answer(as_request("Go on."), tier)[0]
     with pytest.raises(openai.BadRequestError, match="no tier fits"):

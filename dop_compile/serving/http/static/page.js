@@ -96,18 +96,25 @@ function runs(read) {
   return found;
 }
 
-function drawn(picture, grid, offset, run) {
+function drawPicture(context, picture, cropped) {
+  const { width, height } = context.canvas;
+  const scale = Math.max(width / picture.width, height / picture.height);
+  const [w, h] = cropped ? [width / scale, height / scale] : [picture.width, picture.height];
+  context.drawImage(picture, (picture.width - w) / 2, (picture.height - h) / 2, w, h, 0, 0, width, height);
+}
+
+function drawn(picture, grid, cropped, run) {
   const [rows, columns] = grid;
   const canvas = document.createElement("canvas");
   canvas.width = SIDE;
   canvas.height = Math.max(1, Math.round((SIDE * rows) / columns));
   const context = canvas.getContext("2d");
-  context.drawImage(picture, 0, 0, canvas.width, canvas.height);
+  drawPicture(context, picture, cropped);
   context.fillStyle = "rgba(20, 20, 20, 0.85)";
   const [width, height] = [canvas.width / columns, canvas.height / rows];
   let kept = 0;
   for (let token = 0; token < rows * columns; token += 1) {
-    if (run.tokens.has(offset + token)) kept += 1;
+    if (run.tokens.has(token)) kept += 1;
     else context.fillRect((token % columns) * width, Math.floor(token / columns) * height, width, height);
   }
   const layers = run.first === run.last ? `layer ${run.first}` : `layers ${run.first} to ${run.last}`;
@@ -124,7 +131,7 @@ async function showPatches(body, signal) {
   const options = { method: "POST", headers: headers(), body: JSON.stringify(body), signal };
   const view = await (await checked(await fetch("/v1/chat/patches", options))).json();
   const picture = await createImageBitmap(byId("file").files[0]);
-  const figures = runs(view.read).map((run) => drawn(picture, view.grids[0], 0, run));
+  const figures = runs(view.read).map((run) => drawn(picture, view.grids[0], view.cropped, run));
   byId("patches").replaceChildren(...figures);
   byId("patches-note").textContent = `tier ${view.tier}; patches that no later token reads are dark`;
   byId("patches-section").hidden = false;
