@@ -1,9 +1,9 @@
 """What a server asks of an engine, and what it is told: no torch, no HTTP.
 
-    prepare(request) -> Prepared        any thread
-    admit(prepared) -> id               the engine's thread, from here on
-    step() -> events of some or all of the running requests; the one with a finish reason is a request's last
-    cancel(id)
+prepare(request) -> Prepared        any thread
+admit(prepared) -> id               the engine's thread, from here on
+step() -> events of some or all of the running requests; the one with a finish reason is a request's last
+cancel(id)
 """
 
 from __future__ import annotations

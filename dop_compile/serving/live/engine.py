@@ -215,7 +215,7 @@ class LiveEngine:
         device = torch.device(self._model.device)
         draws = Draws(device, first.request.seed)
         group = Group(self._model, inputs.to(device, self._model.dtype), _settings(first), rows, draws)
-        self._batches.append((group, taken))
+        self._batches.appendleft((group, taken))  # its first token is waited for
 
     def _go_unpadded(self, taken: list[_Taken]) -> None:
         """The model does not take padded batches, of this kind at least: from now on none are made."""
