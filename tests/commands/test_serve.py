@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -18,6 +21,7 @@ from tests.command_line import refused
 from tests.serving.live.digits import CHECKPOINTS, LAYERS, QUESTIONS, canvas, generated, question
 from tests.serving.served import ask, data_url
 
+ROOT = Path(__file__).parents[2]
 LLAVA = str(CHECKPOINTS / "llava")
 TORCH = ("serve", LLAVA, "--backend", "torch")
 
@@ -25,7 +29,7 @@ TORCH = ("serve", LLAVA, "--backend", "torch")
 def started(*argv: str, **environment: str) -> tuple[subprocess.Popen[str], str]:
     """The process, and the line that says where it listens."""
     command = [sys.executable, "-m", "dop_compile.cli", "serve", *argv, "--port", "0"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **environment})
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env={**os.environ, **environment})
     assert process.stdout is not None
     return process, process.stdout.readline().strip()
 
@@ -61,9 +65,7 @@ def test_a_live_model_answers_as_generate_does(served: str) -> None:
         assert (found.choices[0].message.content, found.choices[0].finish_reason) == (text, finish)
         assert found.usage is not None
         assert (found.usage.prompt_tokens, found.usage.completion_tokens) == (157, tokens)
-        stream = client.chat.completions.create(
-            model=f"digits@{tier}", messages=messages, max_tokens=8, stream=True
-        )
+        stream = client.chat.completions.create(model=f"digits@{tier}", messages=messages, max_tokens=8, stream=True)
         assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == text
 
 
@@ -115,3 +117,22 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch, capsys: pyt
 
 def test_what_is_served_is_a_path(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert refused(capsys, "serve", str(tmp_path / "nothing"))
+
+
+def test_the_commands_of_the_readme_run_as_printed() -> None:
+    readme = (ROOT / "README.md").read_text()
+    (section,) = re.findall(r"<!-- SERVE -->\n(.*?)<!-- /SERVE -->", readme, re.DOTALL)
+    serve, ask_it = re.findall(r"```sh\n(.*?)```", section, re.DOTALL)
+    words = shlex.split(serve)
+    assert words[:2] == ["dop-compile", "serve"]
+    process, line = started(*words[2:])
+    try:
+        command = ask_it.replace("http://127.0.0.1:8000", line.rpartition(" ")[2])
+        assert command != ask_it
+        found = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=60)
+        answer = json.loads(found.stdout)
+    finally:
+        process.terminate()
+        process.wait(20)
+    assert answer["choices"][0]["message"]["content"] == "7 5 6"
+    assert answer["model"] == "llava@policy"

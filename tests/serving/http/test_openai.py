@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import openai
 import pytest
+from PIL import Image
 
 from tests.serving.served import NAME, Served, as_request, ask, data_url, picture, serving
 from tests.serving.words import WordEngine, answer
@@ -116,6 +119,19 @@ def test_conversations_keep_their_roles(served: Served) -> None:
     expected = as_request("")
     object.__setattr__(expected, "messages", turns)
     assert found.choices[0].message.content == answer(expected, "100%")[0]
+
+
+def test_the_example_of_the_documentation_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (Path(__file__).parents[3] / "docs" / "server.md").read_text()
+    (source,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    picture().save("photo.jpg")
+    with serving(WordEngine(), name="my-model") as served:
+        exec(source.replace("http://127.0.0.1:8000", served.url), {})
+    expected, _, _ = answer(as_request("What is this?", Image.open("photo.jpg")), "100%")
+    assert capsys.readouterr().out.startswith(f"my-model@100% {expected} ")
 
 
 def test_a_key_is_asked_for_where_there_is_one() -> None:

@@ -129,7 +129,7 @@ def test_addresses_that_are_not_public_are_not_connected_to(
 
 
 def test_the_way_leads_on_to_allowed_origins_alone(other: tuple[str, Any]) -> None:
-    base, server = other
+    base, _server = other
     assert fetch(f"{base}/to?/photo.png", base) == file()
     assert "not fetched from there" in refused(f"{base}/to?http://localhost:1/photo.png", base)
     assert "could not be fetched" in refused(f"{base}/to?{base}/to?{base}/to?{base}/to?/photo.png", base)

@@ -175,7 +175,7 @@ def test_a_budget_chooses_the_largest_tier_that_fits(monkeypatch: pytest.MonkeyP
     assert served.prepare(question(0, max_ms=1000.0)).tier == "100%"
     assert served.prepare(question(0, max_ms=123.0)).tier == "34%"  # 157 tokens: 123.5 and 49.4 ms
     assert served.prepare(question(0, max_ms=123.6)).tier == "100%"
-    with pytest.raises(RequestError, match="the fastest, '34%', takes about 49.4 ms"):
+    with pytest.raises(RequestError, match=r"the fastest, '34%', takes about 49\.4 ms"):
         served.prepare(question(0, max_ms=49.3))
 
 
