@@ -59,7 +59,7 @@ examples:
   dop-compile eval ./my-model --samples samples.jsonl --method random --budget 0.28 --out comparison
   dop-compile export ./my-model --policy 28%=policies/28.json --out exported
   dop-compile verify exported --samples samples.jsonl
-  dop-compile serve exported --port 8000
+  dop-compile serve ./my-model --policy 28%=policies/28.json --port 8000
   dop-compile vllm ./my-model --policy 28%=policies/28.json --out served
   dop-compile zoo show llava-1.5-7b 28%
 """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import ipaddress
 import logging
 import os
@@ -16,8 +15,6 @@ from dop_compile.commands.usage import UsageError, one_line, usage_errors
 __all__ = ["serve_command"]
 
 KEY = "DOP_COMPILE_API_KEY"
-RUNTIME = "dop_compile.serving.engine"
-"""Runs exported directories, without torch."""
 PACKAGES = {"fastapi": "fastapi", "uvicorn": "uvicorn", "httpx": "httpx", "prometheus_client": "prometheus-client"}
 
 
@@ -55,28 +52,17 @@ def _require() -> None:
 
 
 def _engine(arguments: Namespace) -> Any:
-    if arguments.backend == "torch":
-        return _torch_engine(arguments)
-    return _exported_engine(arguments)
-
-
-def _exported_engine(arguments: Namespace) -> Any:
-    if find_spec(RUNTIME) is None:
-        raise UsageError(
-            "exported directories cannot be served by this version; serve the model that it was made of, with "
-            "--backend torch"
-        )
-    with usage_errors():
-        load = importlib.import_module(RUNTIME).load
-        return load(arguments.model, max_batch=arguments.max_batch, measure=not arguments.no_measure)
-
-
-def _torch_engine(arguments: Namespace) -> Any:
     from dop_compile.commands.inputs import compile_model, load_processor, load_vision_config, load_vision_model
     from dop_compile.commands.policies import NO_POLICY, read_policies
     from dop_compile.logs import quiet_transformers
+    from dop_compile.onnx.contract.manifest import MANIFEST
     from dop_compile.serving.live.engine import LiveEngine
 
+    if (Path(arguments.model).expanduser() / MANIFEST).is_file():
+        raise UsageError(
+            f"model {arguments.model!r}: an exported directory, which runs in ONNX Runtime (OnnxPipeline) and Triton "
+            "(docs/serving.md); name the model that it was made of"
+        )
     if not arguments.debug:
         quiet_transformers()
     config = load_vision_config(arguments.model)
@@ -86,7 +72,7 @@ def _torch_engine(arguments: Namespace) -> Any:
         raise UsageError(NO_POLICY)
     processor = load_processor(arguments.model)
     model = load_vision_model(arguments.model, arguments.device, arguments.dtype)
-    compiled = compile_model(model, tiers, arguments.compiler)
+    compiled = compile_model(model, tiers, arguments.backend)
     with usage_errors():
         return LiveEngine(compiled, processor, max_batch=arguments.max_batch, measure=not arguments.no_measure)
 

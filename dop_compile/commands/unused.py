@@ -7,7 +7,6 @@ from argparse import Namespace
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from dop_compile.commands.options.serve import OF_TORCH
 from dop_compile.commands.usage import UsageError
 
 __all__ = ["check_unused", "given_options"]
@@ -128,7 +127,5 @@ def _check_eval(arguments: Namespace, given: Collection[str]) -> None:
 
 
 def _check_serve(arguments: Namespace, given: Collection[str]) -> None:
-    if arguments.backend != "torch":
-        _refuse(OF_TORCH, given, "it is fixed in an export; give also --backend torch, for a model")
     if arguments.no_measure:
         _refuse(["max_ms"], given, "--no-measure leaves out what it needs; leave one of them out")

@@ -23,7 +23,7 @@ from tests.serving.served import ask, data_url
 
 ROOT = Path(__file__).parents[2]
 LLAVA = str(CHECKPOINTS / "llava")
-TORCH = ("serve", LLAVA, "--backend", "torch")
+TORCH = ("serve", LLAVA)
 
 
 def started(*argv: str, **environment: str) -> tuple[subprocess.Popen[str], str]:
@@ -46,9 +46,7 @@ def policies(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def served(policies: list[str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     key = tmp_path_factory.mktemp("key") / "key"
     key.write_text("open sesame\n")
-    process, line = started(
-        LLAVA, "--backend", "torch", *policies, "--name", "digits", "--no-measure", "--api-key-file", str(key)
-    )
+    process, line = started(LLAVA, *policies, "--name", "digits", "--no-measure", "--api-key-file", str(key))
     assert line.startswith("serving digits (100%, 34%) at http://127.0.0.1:"), line
     yield line.rpartition(" ")[2]
     process.send_signal(signal.SIGTERM)
@@ -84,7 +82,7 @@ def test_wrong_requests_are_answered_by_the_engine(served: str) -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([*TORCH], "no policy: give --policy FILE"),
+        ([*TORCH, "--port", "0"], "no policy: give --policy FILE"),
         ([*TORCH, "--mha-depth", "4", "--host", "0.0.0.0"], "--host 0.0.0.0: others could use the server"),
         ([*TORCH, "--mha-depth", "4", "--private-images"], "--private-images: nothing is fetched"),
         ([*TORCH, "--mha-depth", "4", "--image-origin", "example.org"], "expected an address such as https://"),
@@ -92,8 +90,6 @@ def test_wrong_requests_are_answered_by_the_engine(served: str) -> None:
         ([*TORCH, "--mha-depth", "4", "--new-tokens", "2000"], "--new-tokens: more than --max-new-tokens"),
         ([*TORCH, "--mha-depth", "4", "--port", "70000"], "--host 127.0.0.1 --port 70000"),
         ([*TORCH, "--mha-depth", "4", "--host", "192.0.2.1", "--no-api-key"], "--host 192.0.2.1 --port 8000: "),
-        (["serve", LLAVA, "--mha-depth", "4"], "--mha-depth: it is fixed in an export"),
-        (["serve", LLAVA, "--device", "cpu"], "--device: it is fixed in an export"),
         ([*TORCH, "--mha-depth", "4", "--no-measure", "--max-ms", "5"], "--max-ms: --no-measure leaves out"),
     ],
 )
@@ -115,8 +111,10 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert "no-such-package: not installed; pip install dop_compile[serve]" in refused(capsys, *TORCH)
 
 
-def test_what_is_served_is_a_path(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert refused(capsys, "serve", str(tmp_path / "nothing"))
+def test_what_is_served_is_a_model(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert refused(capsys, "serve", str(tmp_path / "nothing"), "--port", "0")
+    (tmp_path / "manifest.json").write_text("{}")
+    assert "an exported directory, which runs in ONNX Runtime" in refused(capsys, "serve", str(tmp_path), "--port", "0")
 
 
 def test_the_commands_of_the_readme_run_as_printed() -> None:

@@ -8,23 +8,17 @@ from collections.abc import Callable
 
 from dop_compile.commands.options.common import BACKEND, DTYPES, policy_options, positive
 
-__all__ = ["ACTIONS", "OF_TORCH", "add_serve_command"]
+__all__ = ["ACTIONS", "add_serve_command"]
 
 ACTIONS = {"serve": "dop_compile.commands.serve:serve_command"}
-
-OF_TORCH = (
-    *("policy", "mha_depth", "mha_query_depth", "mha_key_value_depth", "mlp_depth", "system_mha_depth"),
-    *("system_mlp_depth", "visual_tokens", "reducer", "positions", "compiler", "dtype", "device"),
-)
-"""What only a model that runs in PyTorch looks at."""
 
 SERVE = """\
 Answer over HTTP as OpenAI's API does: /v1/chat/completions (pictures as data URLs, streaming), /v1/models
 with a model per tier (NAME@28%) and NAME, whose tier is chosen by max_ms; /health, /metrics, and a page
 to try it at /. Needs pip install dop_compile[serve].
 
-MODEL is what export wrote, and runs in ONNX Runtime; with --backend torch it is a model directory or hub id,
-and the policies given, or those saved with it, are its tiers.
+The model runs in PyTorch; the policies given, or those saved with it, are its tiers. What export wrote is
+served by OnnxPipeline and Triton instead (docs/serving.md).
 
 Only this machine is served unless --host names another address, which then needs a key: in a file, or in the
 variable DOP_COMPILE_API_KEY. Ctrl-C, or SIGTERM, finishes the requests that run.
@@ -45,13 +39,12 @@ _seconds.__name__ = "number"
 def add_serve_command(command: Callable[..., argparse.ArgumentParser]) -> None:
     """Add the command by `command(name, summary, text, *parents)`, which makes a subparser."""
     one = command("serve", "answer over HTTP, as OpenAI's API does", SERVE, policy_options(one_tier=False))
-    one.add_argument("model", metavar="MODEL", help="what export wrote; with --backend torch, a model or hub id")
-    one.add_argument("--backend", choices=("onnx", "torch"), default="onnx", help="what runs it (onnx)")
+    one.add_argument("model", metavar="MODEL", help="model directory or hub id")
     one.add_argument("--name", help="of the model in requests; unless given, the directory's")
     one.add_argument("--max-batch", type=positive, default=8, metavar="N", help="requests that run at once (8)")
     one.add_argument("--no-measure", action="store_true", help="start sooner, without latencies for max_ms")
-    torch = one.add_argument_group("with --backend torch")
-    torch.add_argument("--compiler", default="eager", metavar="NAME", help=BACKEND)
+    torch = one.add_argument_group("model")
+    torch.add_argument("--backend", default="eager", metavar="NAME", help=BACKEND)
     torch.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights; auto: as saved")
     torch.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
     _add_access(one.add_argument_group("access"))
