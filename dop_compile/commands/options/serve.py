@@ -79,5 +79,7 @@ def _add_limits(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--max-new-tokens", type=positive, default=1024, metavar="N", help="of an answer (1024)")
     group.add_argument("--max-ms", type=_seconds, metavar="MS", help="to the first token, unless a request says")
     group.add_argument("--max-images", type=positive, default=8, metavar="N", help="of a request (8)")
-    group.add_argument("--max-pixels", type=positive, default=40_000_000, metavar="N", help="of a picture (40000000)")
+    group.add_argument(
+        "--max-pixels", type=positive, default=16_000_000, metavar="N", help="of its pictures (16 million)"
+    )
     group.add_argument("--max-bytes", type=positive, default=20 << 20, metavar="N", help="of a request (20 MiB)")

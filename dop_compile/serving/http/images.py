@@ -59,7 +59,7 @@ def decode_image(data: bytes, limits: Limits, param: str) -> Image.Image:
     except ApiError:
         raise
     except Image.DecompressionBombError:
-        raise _too_large(f"it has more than {limits.pixels} pixels", param) from None
+        raise _too_large(f"it has more than the {limits.pixels} pixels that are left for it", param) from None
     except Exception:  # damaged files raise whatever their decoder meets
         expected = ", ".join(FORMATS)
         raise invalid(f"not a picture that can be decoded ({expected})", param, "invalid_image") from None
@@ -70,7 +70,7 @@ def _check(image: Image.Image, limits: Limits, param: str) -> None:
     if min(width, height) < 1:
         raise invalid("the picture has no pixels", param, "invalid_image")
     if width * height > limits.pixels:
-        raise _too_large(f"it has {width} x {height} pixels, more than {limits.pixels}", param)
+        raise _too_large(f"it has {width} x {height} pixels, and {limits.pixels} are left for it", param)
     if max(width, height) > limits.side:
         raise _too_large(f"it has {width} x {height} pixels, a side of more than {limits.side}", param)
     if max(width, height) > limits.aspect * min(width, height):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from PIL import Image
@@ -40,11 +41,15 @@ def read_messages(chat: ChatRequest, fetched: dict[Place, bytes], limits: Limits
         ApiError: a picture cannot be decoded, or is too large.
     """
     pictures: dict[Place, Image.Image] = {}
+    left = limits.pixels
     for place, part in _images(chat):
+        rest = dataclasses.replace(limits, pixels=left)
         if place in fetched:
-            pictures[place] = decode_image(fetched[place], limits, _param(place))
+            picture = decode_image(fetched[place], rest, _param(place))
         else:
-            pictures[place] = from_data_url(part.image_url.url, limits, _param(place))
+            picture = from_data_url(part.image_url.url, rest, _param(place))
+        left -= picture.width * picture.height
+        pictures[place] = picture
     messages = []
     for number, message in enumerate(chat.messages):
         content: Any = message.content

@@ -17,8 +17,8 @@ class Limits:
         json_depth: lists and objects inside each other.
         messages, images: in one request.
         image_bytes: of one picture's file.
-        pixels: of one picture, before it is decoded.
-        side: its longer side, in pixels.
+        pixels: of all its pictures together; each is looked at before it is decoded.
+        side: of a picture, its longer side, in pixels.
         aspect: its longer side by its shorter one. Processors scale the shorter side up to a fixed size, so that a long
             strip of few pixels can become a picture of many.
         new_tokens: generated at most.
@@ -31,7 +31,7 @@ class Limits:
     messages: int = 256
     images: int = 8
     image_bytes: int = 10 << 20
-    pixels: int = 40_000_000
+    pixels: int = 16_000_000
     side: int = 16_384
     aspect: float = 50.0
     new_tokens: int = 1024

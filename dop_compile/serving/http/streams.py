@@ -48,7 +48,7 @@ class EventStream(Response):
             self._close()
             for task in (gone, body):
                 task.cancel()
-                with contextlib.suppress(BaseException):
+                with contextlib.suppress(Exception, asyncio.CancelledError):
                     await task
 
     async def _send(self, send: Send) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
+from dop_compile.serving.http.settings import Limits
 from tests.serving.served import NAME, Served, as_request, ask, post, serving
 from tests.serving.words import WordEngine, answer
 
@@ -153,8 +154,6 @@ def test_an_engine_that_does_not_let_go_is_given_up() -> None:
 
 
 def test_a_body_that_does_not_come_is_not_waited_for() -> None:
-    from dop_compile.serving.http.settings import Limits
-
     with serving(WordEngine(), limits=Limits(body_seconds=0.1)) as served:
         connection = socket.create_connection(("127.0.0.1", int(served.url.rpartition(":")[2])))
         connection.sendall(
@@ -162,6 +161,20 @@ def test_a_body_that_does_not_come_is_not_waited_for() -> None:
             b"Content-Length: 100\r\n\r\n{"
         )
         assert connection.recv(12) == b"HTTP/1.1 408"
+
+
+def test_a_body_that_is_too_long_is_not_read() -> None:
+    with serving(WordEngine(), limits=Limits(body_bytes=1000)) as served:
+        for content in (b"x" * 1001, b"x" * 10_000_000):
+            headers = {"Content-Type": "application/json"}
+            refused = httpx.post(f"{served.url}/v1/chat/completions", content=content, headers=headers)
+            assert (refused.status_code, refused.json()["error"]["code"]) == (413, "request_too_large")
+        connection = socket.create_connection(("127.0.0.1", int(served.url.rpartition(":")[2])))
+        connection.sendall(
+            b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            b"Transfer-Encoding: chunked\r\n\r\n3e8\r\n" + b" " * 1000 + b"\r\n1\r\n \r\n"
+        )
+        assert connection.recv(12) == b"HTTP/1.1 413"
 
 
 def test_what_is_counted() -> None:

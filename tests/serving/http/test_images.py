@@ -15,8 +15,10 @@ from PIL import Image
 from dop_compile.hf.images import load_image
 from dop_compile.serving.http.errors import ApiError
 from dop_compile.serving.http.images import from_data_url
+from dop_compile.serving.http.messages import read_messages
 from dop_compile.serving.http.settings import Limits
-from tests.serving.served import data_url
+from dop_compile.serving.http.wire import read_chat
+from tests.serving.served import ask, data_url
 
 LIMITS = Limits()
 
@@ -84,6 +86,15 @@ def test_sixteen_bits_keep_their_upper_eight() -> None:
     values = np.linspace(0, 65535, 64, dtype=np.uint16).reshape(8, 8)
     found = np.asarray(decoded(data_url(Image.fromarray(values))))
     assert np.array_equal(found[..., 0], values >> 8)
+
+
+def test_the_pictures_of_a_request_have_a_limit_together() -> None:
+    urls = [data_url(noise())] * 2
+    chat = read_chat({"model": "m", "messages": ask("Hi.", *urls)}, LIMITS)
+    assert len(read_messages(chat, {}, Limits(pixels=2 * 31 * 17))[0]["content"]) == 3
+    with pytest.raises(ApiError) as failed:
+        read_messages(chat, {}, Limits(pixels=2 * 31 * 17 - 1))
+    assert (failed.value.status, failed.value.param) == (413, "messages[0].content[1].image_url.url")
 
 
 def test_an_animated_picture_is_refused() -> None:
