@@ -15,6 +15,9 @@ from dop_compile.serving.scheduler import Scheduler
 __all__ = ["Server", "bind"]
 
 
+BACKLOG = 2048
+
+
 def bind(host: str, port: int) -> socket.socket:
     """A socket that listens; port 0 is any free one.
 
@@ -22,7 +25,16 @@ def bind(host: str, port: int) -> socket.socket:
         OSError: the address cannot be had.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    return socket.create_server((host, port), family=family, backlog=2048)
+    # asyncio sends small pieces at once where the protocol is named; else each waits for an acknowledgement, 40 ms
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(BACKLOG)
+    except BaseException:
+        listener.close()
+        raise
+    return listener
 
 
 class Server(uvicorn.Server):

@@ -177,6 +177,17 @@ def test_a_body_that_is_too_long_is_not_read() -> None:
         assert connection.recv(12) == b"HTTP/1.1 413"
 
 
+def test_small_pieces_are_sent_at_once() -> None:
+    """A connection that waits for acknowledgements takes 40 ms for an answer of two pieces, each time."""
+    with serving(WordEngine()) as served, httpx.Client() as client:
+        times = []
+        for _ in range(20):
+            begun = time.perf_counter()
+            assert client.get(f"{served.url}/health").status_code == 200
+            times.append(time.perf_counter() - begun)
+    assert sorted(times)[5] < 0.03
+
+
 def test_what_is_counted() -> None:
     with serving(WordEngine()) as served:
         post(served.url, BODY)
