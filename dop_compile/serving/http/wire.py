@@ -165,13 +165,18 @@ def _check_limits(chat: ChatRequest, limits: Limits) -> None:
 def _first(error: ValidationError) -> ApiError:
     """The first thing that is wrong, without the value, which may be long."""
     found = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    param = ""
-    for step in found["loc"]:
-        if isinstance(step, int):
-            param += f"[{step}]"
-        elif step not in ("parts", "image_url") or not param.endswith("]"):
-            param += f".{step}" if param else str(step)
-    param = param[:LONGEST]
+    param = _path(found["loc"])[:LONGEST]
     if found["type"] == "extra_forbidden":
         return invalid(f"{param}: no field of that name is known", param, "unknown_parameter")
     return invalid(f"{param}: {found['msg'][:LONGEST]}", param)
+
+
+def _path(location: tuple[int | str, ...]) -> str:
+    """As a client would write it: `messages[0].content[1].text`, without the tags of unions."""
+    path = ""
+    for number, step in enumerate(location):
+        before = location[number - 1] if number else None
+        if before == "content" or (isinstance(before, int) and location[number - 2] == "parts"):
+            continue
+        path += f"[{step}]" if isinstance(step, int) else f".{step}" if path else step
+    return path

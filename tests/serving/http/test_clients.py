@@ -13,11 +13,14 @@ from typing import Any
 import httpx
 import pytest
 
+from dop_compile.serving.http.gate import LOOPBACK
 from dop_compile.serving.http.settings import Limits
 from tests.serving.served import NAME, Served, as_request, ask, post, serving
 from tests.serving.words import WordEngine, answer
 
 BODY = {"model": NAME, "messages": ask("Go on.")}
+
+HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
 
 def eventually(condition: Callable[[], bool]) -> None:
@@ -30,12 +33,8 @@ def eventually(condition: Callable[[], bool]) -> None:
 def send(served: Served, **more: Any) -> socket.socket:
     """A request whose answer nobody has read yet."""
     content = json.dumps({**BODY, **more}).encode()
-    head = (
-        "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-        f"Content-Length: {len(content)}\r\n\r\n"
-    )
     connection = socket.create_connection(("127.0.0.1", int(served.url.rpartition(":")[2])))
-    connection.sendall(head.encode() + content)
+    connection.sendall(HEAD + f"Content-Length: {len(content)}\r\n\r\n".encode() + content)
     return connection
 
 
@@ -156,10 +155,7 @@ def test_an_engine_that_does_not_let_go_is_given_up() -> None:
 def test_a_body_that_does_not_come_is_not_waited_for() -> None:
     with serving(WordEngine(), limits=Limits(body_seconds=0.1)) as served:
         connection = socket.create_connection(("127.0.0.1", int(served.url.rpartition(":")[2])))
-        connection.sendall(
-            b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-            b"Content-Length: 100\r\n\r\n{"
-        )
+        connection.sendall(HEAD + b"Content-Length: 100\r\n\r\n{")
         assert connection.recv(12) == b"HTTP/1.1 408"
 
 
@@ -170,11 +166,29 @@ def test_a_body_that_is_too_long_is_not_read() -> None:
             refused = httpx.post(f"{served.url}/v1/chat/completions", content=content, headers=headers)
             assert (refused.status_code, refused.json()["error"]["code"]) == (413, "request_too_large")
         connection = socket.create_connection(("127.0.0.1", int(served.url.rpartition(":")[2])))
-        connection.sendall(
-            b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-            b"Transfer-Encoding: chunked\r\n\r\n3e8\r\n" + b" " * 1000 + b"\r\n1\r\n \r\n"
-        )
+        connection.sendall(HEAD + b"Transfer-Encoding: chunked\r\n\r\n3e8\r\n" + b" " * 1000 + b"\r\n1\r\n \r\n")
         assert connection.recv(12) == b"HTTP/1.1 413"
+
+
+def test_those_that_are_still_read_take_room() -> None:
+    with serving(WordEngine(max_batch=1), queue=1) as served:
+        port = int(served.url.rpartition(":")[2])
+        slow = [socket.create_connection(("127.0.0.1", port)) for _ in range(2)]
+        for connection in slow:
+            connection.sendall(HEAD + b"Content-Length: 100\r\n\r\n{")
+        eventually(lambda: post(served.url, BODY).status_code == 429)
+        slow[0].close()
+        eventually(lambda: post(served.url, BODY).status_code == 200)
+        slow[1].close()
+
+
+def test_a_server_answers_to_its_own_names() -> None:
+    with serving(WordEngine(), hosts=LOOPBACK | {"chat.example.org"}) as served:
+        for host in ("localhost", "LOCALHOST:1", "127.0.0.1:80", "[::1]:8000", "chat.example.org", "chat.example.org."):
+            assert post(served.url, BODY, headers={"Host": host}).status_code == 200, host
+        for host in ("evil.example", "localhost.evil.example", "", "[::2]", "[", "127.0.0.2", "127.0.0.1.nip.io"):
+            refused = post(served.url, BODY, headers={"Host": host})
+            assert (refused.status_code, refused.json()["error"]["code"]) == (421, "unknown_host"), host
 
 
 def test_small_pieces_are_sent_at_once() -> None:
