@@ -1,10 +1,10 @@
 """`dop-compile serve` under load: requests per second, and time to the first token, of 1, 4 and 16 clients, per tier.
 
     python benchmarks/serve_http.py --out build/serve.md
-    python benchmarks/serve_http.py --serve exported --out build/serve.md
+    python benchmarks/serve_http.py --serve "./my-model --policy 28%=policies/28.json" --out build/serve.md
 
-A server is started as a process of its own: of the model that reads digits, in PyTorch under the demo's tiers, or of
-what `--serve` says. Each client sends its next request when the last is answered, each with a picture of its own, and
+A server is started as a process of its own: of the model that reads digits, under the demo's tiers, or of what
+`--serve` says. Each client sends its next request when the last is answered, each with a picture of its own, and
 streams the answer. Tiers take turns in every round.
 """
 
@@ -64,7 +64,7 @@ def server(argv: list[str]) -> Iterator[str]:
 
 def digits(folder: Path) -> list[str]:
     """Arguments that serve the digits model under the demo's tiers."""
-    argv = [str(EXAMPLES / CHECKPOINT), "--backend", "torch", "--no-measure"]
+    argv = [str(EXAMPLES / CHECKPOINT), "--no-measure"]
     for number, (name, policy) in enumerate(demo_policies().items()):
         policy.save(folder / f"{number}.json")
         argv += ["--policy", f"{name}={folder / f'{number}.json'}"]

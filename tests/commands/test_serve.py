@@ -23,7 +23,7 @@ from tests.serving.served import ask, data_url
 
 ROOT = Path(__file__).parents[2]
 LLAVA = str(CHECKPOINTS / "llava")
-TORCH = ("serve", LLAVA)
+TORCH = ("serve", LLAVA, "--port", "0")
 
 
 def started(*argv: str, **environment: str) -> tuple[subprocess.Popen[str], str]:
@@ -31,7 +31,9 @@ def started(*argv: str, **environment: str) -> tuple[subprocess.Popen[str], str]
     command = [sys.executable, "-m", "dop_compile.cli", "serve", *argv, "--port", "0"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env={**os.environ, **environment})
     assert process.stdout is not None
-    return process, process.stdout.readline().strip()
+    line = process.stdout.readline().strip()
+    assert line.startswith("serving "), (line, process.wait(20))
+    return process, line
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +91,7 @@ def test_wrong_requests_are_answered_by_the_engine(served: str) -> None:
         ([*TORCH, "--mha-depth", "4", "--api-key-file", "/nowhere"], "--api-key-file '/nowhere'"),
         ([*TORCH, "--mha-depth", "4", "--new-tokens", "2000"], "--new-tokens: more than --max-new-tokens"),
         ([*TORCH, "--mha-depth", "4", "--port", "70000"], "--host 127.0.0.1 --port 70000"),
-        ([*TORCH, "--mha-depth", "4", "--host", "192.0.2.1", "--no-api-key"], "--host 192.0.2.1 --port 8000: "),
+        ([*TORCH, "--mha-depth", "4", "--host", "192.0.2.1", "--no-api-key"], "--host 192.0.2.1 --port 0: "),
         ([*TORCH, "--mha-depth", "4", "--no-measure", "--max-ms", "5"], "--max-ms: --no-measure leaves out"),
     ],
 )
