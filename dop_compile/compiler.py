@@ -31,6 +31,7 @@ from dop_compile.passes.annotate import ANNOTATE
 from dop_compile.passes.cleanup import eliminate_dead_nodes
 from dop_compile.policy.keep import KeepTable
 from dop_compile.policy.policy import Policy
+from dop_compile.runtime.graphs import PrefillGraphs
 from dop_compile.runtime.pieces import PieceLibrary, check_backend
 from dop_compile.runtime.program import Program
 from dop_compile.tokens import Universe
@@ -106,6 +107,7 @@ class CompiledState:
         token_groups: Tensor | Callable[[Tensor], Tensor] | None,
         disable: Sequence[str],
         debug: bool,
+        graphs: PrefillGraphs | None = None,
     ):
         self.model_class = type(model)
         self.decoder_path = decoder_path(model)
@@ -118,6 +120,7 @@ class CompiledState:
         self.tiers = dict(tiers)
         self.token_groups = token_groups
         self.library = library
+        self.graphs = graphs
         self._disable = tuple(disable)
         self._debug = debug
         self._programs: dict[Any, Program] = {}
@@ -224,6 +227,8 @@ class CompiledState:
                 self._programs.clear()
                 self._traces.clear()
                 self.library.clear()
+                if self.graphs is not None:
+                    self.graphs.clear()
                 self._structure = Structure(self.base.get_submodule(self.decoder_path))
 
 
@@ -236,6 +241,7 @@ def dop_compile(
     disable_passes: Sequence[str] = (),
     debug: bool = False,
     compile_options: Mapping[str, Any] | None = None,
+    cuda_graphs: bool = False,
 ) -> CompiledModel:
     """Compile a model so that it skips the operations that a policy prunes.
 
@@ -250,6 +256,8 @@ def dop_compile(
         disable_passes: names of optional passes to leave out.
         debug: verify the graph after every pass.
         compile_options: further keyword arguments of torch.compile.
+        cuda_graphs: capture the second prefill of a kind - tier, numbers of tokens - in a CUDA graph, and replay it for
+            those after it. For one prompt at a time on a fast GPU, which otherwise waits for Python.
 
     Returns:
         a model of the same class. `forward` and `generate` also take `tier`, `visual_indices` (reducer "given") and
@@ -271,7 +279,8 @@ def dop_compile(
         check_policy(model, tier, value)
     check_model(model, token_groups is not None)
     library = PieceLibrary(backend, dict(compile_options or {}))
-    state = CompiledState(model, tiers, library, token_groups, disable_passes, debug)
+    graphs = PrefillGraphs() if cuda_graphs else None
+    state = CompiledState(model, tiers, library, token_groups, disable_passes, debug, graphs)
     # Built now and not on the first call, so that a model that cannot be compiled is refused here
     keeps = [KeepTable.from_policy(next(iter(tiers.values())), ("text",))]
     keeps += [KeepTable.from_policy(value, value.groups) for value in tiers.values() if value.ranking is not None]

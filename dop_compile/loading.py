@@ -29,6 +29,7 @@ def from_pretrained(
     *,
     tiers: Mapping[str, Policy] | Policy | None = None,
     backend: str = "inductor",
+    cuda_graphs: bool = False,
     **settings: Any,
 ) -> CompiledModel:
     """Load a model and compile it.
@@ -36,7 +37,7 @@ def from_pretrained(
     Args:
         name_or_directory: of a model, or of an adapter of peft that names its model, local or on the hub.
         tiers: in place of those saved with the model.
-        backend: as in `dop_compile`.
+        backend, cuda_graphs: as in `dop_compile`.
         settings: of the model class's `from_pretrained`, for example `dtype`, `revision` or `attn_implementation`.
 
     Raises:
@@ -49,7 +50,8 @@ def from_pretrained(
         tiers = load_policies(name_or_directory, **of_hub)
     name = os.fspath(name_or_directory)
     config = hf.AutoConfig.from_pretrained(_with_config(name, of_hub), **of_hub)
-    return dop_compile(_model_class(config).from_pretrained(name, **settings).eval(), tiers, backend=backend)
+    model = _model_class(config).from_pretrained(name, **settings).eval()
+    return dop_compile(model, tiers, backend=backend, cuda_graphs=cuda_graphs)
 
 
 def _with_config(name: str, of_hub: Mapping[str, Any]) -> str:

@@ -188,3 +188,26 @@ def test_prefill_of_a_prompt_alone_runs_in_torchs_flash_kernel() -> None:
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         model(input_ids=ids)
         torch.testing.assert_close(compiled(input_ids=ids, token_groups=groups).logits, plain, rtol=0.1, atol=0.1)
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="captures CUDA graphs")
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+@torch.no_grad()
+def test_captured_prefills_are_those_without(name: str, backend: str) -> None:
+    model = on_device(name)
+    policies = {"split": SPLIT, "uniform": replace(SPLIT, reducer="uniform", visual_tokens=3)}
+    with_graphs = dop_compile(model, policies, backend=backend, cuda_graphs=True)
+    without = dop_compile(model, policies, backend=backend)
+    for tier in policies:
+        for seed in range(4):
+            _, inputs = batches(name, rows=ONE_IMAGE, seed=seed)
+            expected = without(**inputs, tier=tier)
+            found = with_graphs(**inputs, tier=tier)
+            assert torch.equal(found.logits, expected.logits)
+            for own, other in zip(found.past_key_values.layers, expected.past_key_values.layers, strict=True):
+                assert torch.equal(own.keys, other.keys)
+                assert torch.equal(own.values, other.values)
+            settings = {"tier": tier, "max_new_tokens": 4, "do_sample": False}
+            assert torch.equal(with_graphs.generate(**inputs, **settings), without.generate(**inputs, **settings))
+    assert with_graphs.dop.graphs.replayed >= 12

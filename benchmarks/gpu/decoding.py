@@ -31,11 +31,13 @@ def prefill(setting: Setting, name: str, batches: Sequence[int]) -> None:
     decoder = Decoder(setting, geometry(setting, name))
     tiers = {tier: decoder.policies[tier] for tier in TIERS[name]}
     setting.store.note(part, attention=_attention_present(), layout=_layout(decoder.shape))
-    for backend in ("eager", setting.compiler):
-        compiled = dop_compile(decoder.model, tiers, backend=backend)
+    ways = [("eager", False), (setting.compiler, False)]
+    ways += [(setting.compiler, True)] if setting.device.type == "cuda" else []
+    for backend, graphs in ways:
+        compiled = dop_compile(decoder.model, tiers, backend=backend, cuda_graphs=graphs)
         before = setting.clock.left
         for batch in batches:
-            title = f"{backend}, batch {batch}"
+            title = f"{backend}{', CUDA graphs' if graphs else ''}, batch {batch}"
             if backend != "eager" and before - setting.clock.left > setting.clock.left:
                 setting.store.note(part, **{title: "no time left: the batch before took longer to compile"})
                 break

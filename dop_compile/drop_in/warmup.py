@@ -122,7 +122,8 @@ def _warm(model: Any, state: Any, tier: str, batch: dict[str, Any], padded: bool
     size, tokens = batch["input_ids"].shape
     programs, graphs = len(state.programs), counters["stats"]["unique_graphs"]
     started = time.perf_counter()
-    model.generate(**batch, tier=tier)
+    for _ in range(1 if state.graphs is None else 2):  # what comes a second time is captured
+        model.generate(**batch, tier=tier)
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)
     seconds = time.perf_counter() - started

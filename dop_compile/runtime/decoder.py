@@ -5,6 +5,7 @@ inputs_embeds --groups--> codes --reduce--> slots --program--> rows of requested
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from dop_compile.hf.merging import merge_images
 from dop_compile.hf.names import PACKED_FEATURES, REFUSED_OUTPUTS, UNUSED_ARGUMENTS
 from dop_compile.hf.rebuilt import names_in
 from dop_compile.hf.spellings import CACHE, parameters, spelled
+from dop_compile.passes.blocks import IndexSpec
 from dop_compile.runtime.cache import PrunedCache, ReducedView
 from dop_compile.runtime.call import Arguments, Call
 from dop_compile.runtime.call_rankings import CallRankings
@@ -232,13 +234,15 @@ def run_decoder(compiled: Any, decoder: nn.Module, call: Call, **kwargs: Any) ->
     if mask is None and (program.needs_mask or (cache is None and slots.columns is not None)):
         mask = torch.ones(slots.batch, past + slots.count, dtype=torch.long, device=slots.device)
     config: Any = decoder.config
-    selector = MaskSelector(
+    make_selector = functools.partial(
+        MaskSelector,
         layout,
         cache.entries if cache is not None else {},
         past,
         flash=is_flash(config._attn_implementation),
         has_gaps=slots.columns is not None or (cache is not None and cache.columns is not None),
     )
+    selector = make_selector()
     values: dict[str, Any] = {
         "inputs_embeds": embeds,
         "position_ids": positions,
@@ -255,7 +259,14 @@ def run_decoder(compiled: Any, decoder: nn.Module, call: Call, **kwargs: Any) ->
     if slots.keep.ranking is not None:
         values["rankings"] = CallRankings(slots.keep.ranking, layout, selector, embeds, past, slots.newlines())
     layout.send(program.indices, program.grids)
-    hidden = program(values, lambda spec: layout.index(spec.kind, spec.tokens, spec.others))
+
+    def index(spec: IndexSpec) -> Tensor:
+        return layout.index(spec.kind, spec.tokens, spec.others)
+
+    if compiled.graphs is None:
+        hidden = program(values, index)
+    else:
+        hidden = compiled.graphs.run(program, values, layout, make_selector, index)
     slots.commit(program, selector)
     hidden = _caller_rows(compiled, arguments, slots, layout, program.output_tokens, hidden)
     if packed_samples is not None:

@@ -33,7 +33,16 @@ from transformers import PreTrainedConfig
 
 from dop_compile.runtime.lines import Value, Weight
 
-__all__ = ["HOOKS", "TORCH_ATTRIBUTES", "Site", "canonical", "noting_inductor", "torch_state"]
+__all__ = [
+    "HOOKS",
+    "TORCH_ATTRIBUTES",
+    "Site",
+    "canonical",
+    "is_plain",
+    "is_settings",
+    "noting_inductor",
+    "torch_state",
+]
 
 TORCH_ATTRIBUTES = frozenset(vars(nn.Module()))
 """What torch itself keeps on a module."""
@@ -179,7 +188,18 @@ class Site:
         ]
 
 
-def _is_plain(module: nn.Module) -> bool:
+def is_settings(value: Any) -> bool:
+    """Whether a list or a table holds numbers and names alone."""
+    if isinstance(value, list | dict):
+        return all(map(_is_setting, value.values() if isinstance(value, dict) else value))
+    return False
+
+
+def _is_setting(value: Any) -> bool:
+    return value is None or isinstance(value, bool | int | float | str) or is_settings(value)
+
+
+def is_plain(module: nn.Module, *, settings: bool = False) -> bool:
     """Whether torch.compile's guards would see no more of a module than is seen without them.
 
     1. Its forward is torch's or transformers' own: a user's may read what it likes.
@@ -191,6 +211,8 @@ def _is_plain(module: nn.Module) -> bool:
     if where.split(".")[0] not in _KNOWN_CODE or any(attributes[name] for name in HOOKS):
         return False
     values = [value for name, value in attributes.items() if name not in TORCH_ATTRIBUTES and value is not None]
+    if settings:  # somebody else looks at these
+        values = [value for value in values if not isinstance(value, Tensor) and not is_settings(value)]
     return all(isinstance(value, _PLAIN) and not getattr(value, "__closure__", None) for value in values)
 
 
@@ -207,7 +229,7 @@ def _direct_call(
     if not torch._inductor.config.size_asserts or len({id(value) for value in values}) < len(values):
         return None  # strides would not be checked, or two arguments that are one tensor now may be two later
     modules = [module for holder in arguments if isinstance(holder, nn.Module) for module in holder.modules()]
-    if not all(map(_is_plain, modules)):
+    if not all(map(is_plain, modules)):
         return None
     writer = _Writer(compiled, arguments, values)
     inputs = [writer.input(number, value) for number, value in enumerate(flat)]

@@ -8,8 +8,11 @@ compile does not grow with its depth.
 
 from __future__ import annotations
 
+import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from torch import fx, nn
@@ -19,13 +22,13 @@ from dop_compile.hf.kernels import MASK_BUILDERS
 from dop_compile.hf.mixers import ignores_padding
 from dop_compile.passes.blocks import IndexSpec
 from dop_compile.passes.graph import DecoderGraph
-from dop_compile.runtime.direct import Site, canonical, torch_state
+from dop_compile.runtime.direct import Site, canonical, is_plain, torch_state
 from dop_compile.runtime.lines import STATE, Method, Step, Value, Weight, straight_line
 from dop_compile.runtime.pieces import PieceLibrary, call_module, piece_kind
 from dop_compile.tokens import TokenSet
 from dop_compile.tracing.trace import is_length, is_packed
 
-__all__ = ["Program"]
+__all__ = ["Program", "building"]
 
 _RUNTIME_TARGETS = {
     ops.update_cache,
@@ -36,6 +39,26 @@ _RUNTIME_TARGETS = {
     ops.rank_tokens,
     ops.ranked_index,
 }
+
+MaskBuilder = Callable[..., Any]
+_builder: ContextVar[MaskBuilder | None] = ContextVar("builder", default=None)
+
+
+@contextmanager
+def building(builder: MaskBuilder) -> Iterator[None]:
+    """Have a function called for each mask that programs build in this thread: with Hugging Face's builder, and what
+    that is called with.
+    """
+    token = _builder.set(builder)
+    try:
+        yield
+    finally:
+        _builder.reset(token)
+
+
+def _building(function: MaskBuilder, *args: Any, **kwargs: Any) -> Any:
+    builder = _builder.get()
+    return function(*args, **kwargs) if builder is None else builder(function, *args, **kwargs)
 
 
 class Program:
@@ -70,6 +93,9 @@ class Program:
             for node in graph.graph.find_nodes(op="placeholder", target="attention_mask")
             for user in node.users
         )
+        self.modules: tuple[nn.Module, ...] = ()
+        """All that its steps call or read, and what is in these."""
+        self._held: list[nn.Module] = []
         self._library = library
         self._values: dict[fx.Node, Value] = {}
         self._inputs: dict[Value, str | IndexSpec] = {}
@@ -77,7 +103,13 @@ class Program:
         self.pieces: list[str] = []
         self._run = self._lower(graph)
         self.source: str = self._run.source
-        del self._values, self._inputs, self._steps
+        self.modules = tuple({part: None for module in self._held for part in module.modules()})
+        del self._values, self._inputs, self._steps, self._held
+
+    @functools.cached_property
+    def is_plain(self) -> bool:
+        """Whether nothing but weights and settings can change inside of its modules; see `direct`."""
+        return all(is_plain(module, settings=True) for module in self.modules)
 
     # --- lowering -------------------------------------------------------------------------------------------------
 
@@ -96,6 +128,7 @@ class Program:
                     self._inputs[self._value(node)] = node.meta.get("index", node.name)
             elif node.op == "get_attr" and isinstance(value := _attribute(self._root, str(node.target)), nn.Module):
                 modules[node] = value
+                self._held.append(value)
             elif node.op == "output":
                 continue
             elif self._is_runtime(node):
@@ -135,7 +168,10 @@ class Program:
 
             args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), refer)
             result = (self._value(node),)
-            self._steps.append(Step(_callable(node, self._root), args, kwargs, result))
+            function = _callable(node, self._root)
+            if isinstance(function, nn.Module):
+                self._held.append(function)
+            self._steps.append(Step(function, args, kwargs, result))
             if self._library.guards_strides and any(not self._is_runtime(user) for user in node.users):
                 self._steps.append(Step(canonical, result, {}, result))
         piece.clear()
@@ -158,6 +194,7 @@ class Program:
                 holder = graph.placeholder(f"x{len(slots)}")
                 slots.append(value if node.op == "call_module" else self._weight(str(node.target)))
                 held[holder.name] = value
+                self._held.append(value if isinstance(value, nn.Module) else slots[-1].owner)
                 if node.op == "get_attr":
                     new[node] = holder
                     continue
@@ -206,6 +243,8 @@ def _callable(node: fx.Node, root: nn.Module) -> Callable[..., Any] | Method:
         module: Callable[..., Any] = root.get_submodule(str(node.target))
         return module
     assert callable(node.target)
+    if node.target in MASK_BUILDERS:
+        return functools.partial(_building, node.target)
     return node.target
 
 
