@@ -242,7 +242,7 @@ class PrefillGraphs:
         if self._last is not None:
             stream.wait_event(self._last)
         yield
-        self._last = torch.cuda.Event()
+        self._last = cast(Any, torch.cuda).Event()
         self._last.record(stream)
 
     def _tell(self, reason: str) -> None:
