@@ -87,15 +87,20 @@ def test_what_a_caller_holds_is_not_written_again() -> None:
         assert all(torch.equal(*pair) for pair in zip(tensors, copies, strict=True))
 
 
-def test_other_tokens_are_another_graph() -> None:
+def test_other_kept_tokens_share_a_graph_and_other_numbers_do_not() -> None:
     with_graphs, without = both(shared_model("llava"))
     inputs = make_batch("llava", ONE_IMAGE).inputs
     for kept in ([[0, 1, 2]], [[0, 1, 2]], [[3, 4, 5]], [[0, 5, 2]], [[3, 4, 5]]):
         settings = {"tier": "given", "visual_indices": kept}
         assert torch.equal(logits(with_graphs, inputs, **settings), logits(without, inputs, **settings))
+    assert len(with_graphs.dop.graphs) == 1
     text = make_batch("llava", [[("text", 5), ("image",), ("text", 3)]]).inputs
     for _ in range(2):
-        assert torch.equal(logits(with_graphs, text, tier="100%"), logits(without, text, tier="100%"))
+        assert torch.equal(
+            logits(with_graphs, text, tier="given", visual_indices=[[0, 1, 2]]),
+            logits(without, text, tier="given", visual_indices=[[0, 1, 2]]),
+        )
+    assert len(with_graphs.dop.graphs) == 2
 
 
 def test_weights_are_followed() -> None:
