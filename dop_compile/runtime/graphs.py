@@ -164,8 +164,7 @@ class PrefillGraphs:
         reason = _refusal(program, values, layout, state)
         if reason is not None:
             self._tell(reason)
-            result: Tensor = program(values, index)
-            return result
+            return cast(Tensor, program(values, index))
         tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
         kinds = tuple((name, value.shape, value.dtype) for name, value in tensors.items())
         tokens = (layout.codes.numpy().tobytes(), layout.requested.numpy().tobytes())
@@ -181,8 +180,7 @@ class PrefillGraphs:
             self._seen.setdefault(key, True)
             while len(self._seen) > _SEEN:
                 self._seen.popitem(last=False)
-        result = program(values, index)
-        return result
+        return cast(Tensor, program(values, index))
 
     def _known(self, key: Any) -> _Captured | None:
         captured = self._captured.get(key)
