@@ -28,9 +28,10 @@ class StandInRecorder:
         tape: list[_Taped] = []
         with _Taping(tape):
             result = run()
-        for _, _, _, returned in tape:  # as a graph's, the values come with the first replay
+        for _, args, kwargs, returned in tape:  # as a graph's, the values come with the first replay
+            given = {_storage(value) for value in pytree.tree_leaves((args, kwargs)) if isinstance(value, Tensor)}
             for value in pytree.tree_leaves(returned):
-                if isinstance(value, Tensor) and value.is_floating_point() and value._base is None:
+                if isinstance(value, Tensor) and value.is_floating_point() and _storage(value) not in given:
                     value.fill_(torch.nan)
 
         def replay() -> None:
@@ -38,6 +39,10 @@ class StandInRecorder:
                 _copy(function(*args, **kwargs), returned)
 
         return result, replay
+
+
+def _storage(value: Tensor) -> int:
+    return value.untyped_storage().data_ptr()
 
 
 def _copy(found: Any, returned: Any) -> None:

@@ -71,13 +71,37 @@ def test_generates_from_a_replayed_prefill(settings: dict[str, Any]) -> None:
     assert with_graphs.dop.graphs.replayed == 2
 
 
-def test_what_a_caller_holds_is_not_written_again() -> None:
+def test_inference_mode_has_a_graph_of_its_own() -> None:
+    with_graphs, without = both(shared_model("llava"))
+    for number in range(3):
+        inputs = make_batch("llava", ONE_IMAGE, seed=number).inputs
+        expected = logits(without, inputs, tier="split")
+        assert torch.equal(logits(with_graphs, inputs, tier="split"), expected)
+        with torch.inference_mode():
+            assert torch.equal(with_graphs(**inputs, tier="split").logits, expected)
+    assert (len(with_graphs.dop.graphs), with_graphs.dop.graphs.replayed) == (2, 4)
+
+
+def test_the_same_numbers_in_another_order_are_another_graph() -> None:
+    with_graphs, without = both(shared_model("llava"))
+    for _ in range(3):
+        for before in (4, 3, 2):
+            inputs = make_batch("llava", [[("text", before), ("image",), ("text", 7 - before)]]).inputs
+            assert torch.equal(logits(with_graphs, inputs, tier="split"), logits(without, inputs, tier="split"))
+    assert len(with_graphs.dop.graphs) == 3
+
+
+def test_what_a_caller_holds_is_not_written_again(monkeypatch: pytest.MonkeyPatch) -> None:
     with_graphs, _ = both(shared_model("llava"))
+    graphs, hidden = with_graphs.dop.graphs, []
+    run = graphs.run
+    monkeypatch.setattr(graphs, "run", lambda *args: hidden.append(run(*args)) or hidden[-1])
     held = []
     for number in range(4):
         with torch.no_grad():
             output = with_graphs(**make_batch("llava", ONE_IMAGE, seed=number).inputs, tier="split")
         tensors = [
+            hidden[-1],
             output.logits,
             *(part for layer in output.past_key_values.layers for part in (layer.keys, layer.values)),
         ]
@@ -133,11 +157,15 @@ def test_hooks_gradients_and_adapters_are_not_captured() -> None:
     for _ in range(3):
         assert with_graphs(**inputs, tier="split").logits.requires_grad
     decoder = model.model.language_model
+    assert with_graphs.dop.graphs.replayed == 0
+    for _ in range(2):
+        logits(with_graphs, inputs, tier="split")
+    assert (len(with_graphs.dop.graphs), with_graphs.dop.graphs.replayed) == (1, 1)
     hook = decoder.layers[0].mlp.register_forward_hook(lambda module, args, output: output * 2)
     for _ in range(3):
         assert torch.equal(logits(with_graphs, inputs, tier="split"), logits(without, inputs, tier="split"))
+    assert (len(with_graphs.dop.graphs), with_graphs.dop.graphs.replayed) == (0, 1)
     hook.remove()
-    assert with_graphs.dop.graphs.replayed == 0
     adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"], init_lora_weights=False)).get_base_model()
     with_graphs, without = both(adapted)
     for scale in (1.0, 3.0, 5.0):
@@ -154,11 +182,14 @@ def test_settings_in_tables_are_followed() -> None:
     for _ in range(3):
         logits(with_graphs, inputs, tier="split")
     assert (len(with_graphs.dop.graphs), with_graphs.dop.graphs.replayed) == (1, 2)
+    (before,) = with_graphs.dop.graphs._captured.values()
+    logits(with_graphs, inputs, tier="split")
+    assert list(with_graphs.dop.graphs._captured.values()) == [before]
     model.model.language_model.layers[0].self_attn.rope_parameters["rope_theta"] = 1.0
     logits(with_graphs, inputs, tier="split")
-    assert with_graphs.dop.graphs.replayed == 3
-    (captured,) = with_graphs.dop.graphs._captured.values()
-    assert captured.holds()  # captured again
+    (after,) = with_graphs.dop.graphs._captured.values()
+    assert after is not before
+    assert after.holds()
 
 
 @pytest.mark.parametrize("name", ["gemma3", "qwen3_vl"])
@@ -184,6 +215,7 @@ def test_later_turns_and_calls_without_cache_run_as_ever() -> None:
             results.append(logits(model, inputs, tier="split", use_cache=False))
         assert torch.equal(results[0], results[2])
         assert torch.equal(results[1], results[3])
+    assert with_graphs.dop.graphs._told == {"a later turn of a conversation", "no cache is used"}
     assert with_graphs.dop.graphs.replayed == 2
 
 
